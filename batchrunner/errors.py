@@ -1,0 +1,231 @@
+"""The exception tree. Each error carries a stable code, an HTTP status and a hint that says what to do.
+
+BatchrunnerError
+├── CallerError                 the request, file or command is at fault
+│   ├── UsageError              a flag, setting or argument does not fit
+│   ├── InputInvalid            the input file has problems, nothing was sent
+│   ├── InputChanged            the input is not the file that was validated
+│   ├── RunDiffers              the state folder belongs to another run
+│   ├── OutputExists            the output was not written by us
+│   ├── AlreadyRunning          another process works on the same state folder
+│   ├── NotFound                no such batch, file or blob
+│   ├── TransitionRefused       a status and event that are not in the lifecycle table
+│   └── FolderUnsuitable        the state folder lies where locks or sync cannot be trusted
+├── PeerError                   the upstream is at fault
+│   ├── UpstreamUnreachable     no request of this process was ever answered
+│   ├── AuthenticationRefused   every line was answered 401 or 403
+│   └── ModelUnknown            every line was answered "no such model or route"
+└── OwnError                    our side or its disk, database or network is at fault
+    ├── StoreUnavailable        the database cannot be reached or is locked for too long
+    ├── SchemaNewer             the database was written by a newer version
+    ├── BlobsUnavailable        the folder or bucket cannot be read or written
+    ├── DiskFull                there is no space left
+    ├── NameTaken               a name that must be new exists already
+    ├── Fenced                  a newer epoch owns the task
+    ├── JournalCorrupt          registered bytes do not match their checksum
+    ├── ReconciliationError     the ledger does not add up
+    ├── TaskParked              a task failed too often without progress
+    └── WorkerLost              worker processes die as soon as they start
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class BatchrunnerError(Exception):
+    """Root of all errors that batchrunner raises on purpose; `code` is stable, `hint` says what the reader can do."""
+
+    code: ClassVar[str] = "batchrunner_error"
+    http_status: ClassVar[int] = 500
+    hint: ClassVar[str] = "This is a bug in batchrunner; the state is kept. Run the same command again."
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.advice = hint or self.hint
+
+
+class CallerError(BatchrunnerError):
+    """The caller's request, file or command is at fault."""
+
+    code = "invalid_request"
+    http_status = 400
+    hint = "Correct the request and send it again."
+
+
+class UsageError(CallerError):
+    """A flag, setting or argument does not fit."""
+
+    code = "usage"
+    hint = "See `batchrunner COMMAND --help`."
+
+
+class InputInvalid(CallerError):
+    """The input file has problems and nothing was sent."""
+
+    code = "input_invalid"
+    hint = "Mend the lines named, or skip them with --on-invalid skip."
+
+
+class InputChanged(CallerError):
+    """The input's bytes are not those that were validated."""
+
+    code = "input_changed"
+    http_status = 409
+    hint = "Put the original input back, or start over with --fresh (the old results are kept beside it)."
+
+
+class RunDiffers(CallerError):
+    """The state folder belongs to a run with another identity."""
+
+    code = "run_differs"
+    http_status = 409
+    hint = "Use another output, or start over with --fresh (the old results are kept beside it)."
+
+
+class OutputExists(CallerError):
+    """The output path holds something that this run did not write."""
+
+    code = "output_exists"
+    http_status = 409
+    hint = "Choose another output, or replace it with --fresh."
+
+
+class AlreadyRunning(CallerError):
+    """Another process works on the same state folder."""
+
+    code = "already_running"
+    http_status = 409
+    hint = "Wait for the other process, or stop it; its work is kept."
+
+
+class NotFound(CallerError):
+    """No such batch, file, task or blob."""
+
+    code = "not_found"
+    http_status = 404
+    hint = "Check the id or path."
+
+
+class TransitionRefused(CallerError):
+    """The lifecycle table has no such event in this status; nothing was changed."""
+
+    code = "transition_refused"
+    http_status = 409
+    hint = "Read the batch's status first; a finished batch does not change."
+
+
+class FolderUnsuitable(CallerError):
+    """The state folder lies on a file system whose locks or sync cannot be trusted."""
+
+    code = "folder_unsuitable"
+    hint = "Put the state on a local disk with --state DIR; the output may stay where it is."
+
+
+class PeerError(BatchrunnerError):
+    """The upstream is at fault."""
+
+    code = "upstream_error"
+    http_status = 502
+    hint = "Check the upstream with `batchrunner doctor -u URL`."
+
+
+class UpstreamUnreachable(PeerError):
+    """No request of this process was ever answered."""
+
+    code = "upstream_unreachable"
+    hint = "Is the server running, and is -u its base URL? Then run the same command again."
+
+
+class AuthenticationRefused(PeerError):
+    """Every line was answered 401 or 403."""
+
+    code = "authentication_refused"
+    hint = "Set the key (OPENAI_API_KEY, or --api-key-env NAME), then run the same command again."
+
+
+class ModelUnknown(PeerError):
+    """Every line was answered that its model or route does not exist."""
+
+    code = "model_unknown"
+    hint = "See which models the server has with `batchrunner doctor -u URL`."
+
+
+class OwnError(BatchrunnerError):
+    """Our side, or its disk, database or network, is at fault."""
+
+    code = "internal_error"
+
+
+class StoreUnavailable(OwnError):
+    """The database cannot be reached, or stayed locked for too long."""
+
+    code = "store_unavailable"
+    http_status = 503
+    hint = "Nothing is lost; the work goes on when the database answers again."
+
+
+class SchemaNewer(OwnError):
+    """The database was written by a newer version of batchrunner."""
+
+    code = "schema_newer"
+    http_status = 503
+    hint = "Install the version that wrote it, or a later one."
+
+
+class BlobsUnavailable(OwnError):
+    """The folder or bucket cannot be read or written."""
+
+    code = "blobs_unavailable"
+    http_status = 503
+    hint = "Nothing is lost; check the folder or bucket, then run the same command again."
+
+
+class DiskFull(OwnError):
+    """There is no space left where results are written."""
+
+    code = "disk_full"
+    http_status = 503
+    hint = "Make space; the run goes on by itself."
+
+
+class NameTaken(OwnError):
+    """A name that must be new exists already; it is never written over."""
+
+    code = "name_taken"
+
+
+class Fenced(OwnError):
+    """A newer epoch owns the task: whatever the holder still wants to write no longer counts."""
+
+    code = "fenced"
+    http_status = 409
+
+
+class JournalCorrupt(OwnError):
+    """Registered bytes do not match their checksum."""
+
+    code = "journal_corrupt"
+    hint = "The damaged lines run again; check the disk."
+
+
+class ReconciliationError(OwnError):
+    """The ledger does not add up: a line is missing, doubled or foreign. All data is kept."""
+
+    code = "reconciliation_error"
+    hint = "Keep the state folder and report this: it must never happen."
+
+
+class TaskParked(OwnError):
+    """A task failed too often without progress and waits for somebody to look."""
+
+    code = "task_parked"
+    hint = "Mend the cause named, then run the same command again."
+
+
+class WorkerLost(OwnError):
+    """Worker processes die as soon as they start."""
+
+    code = "worker_lost"
+    hint = "See the message of the worker above; run with --workers 1 to stay in one process."

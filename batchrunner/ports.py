@@ -1,0 +1,297 @@
+"""The outside world as Protocols; each docstring is the contract that `tests/contract` proves on every implementation.
+
+Store, Blobs and Renewer block: call them from a thread that may wait, never from an event loop. Upstream is asynchronous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Protocol
+
+from batchrunner.lifecycle import BatchEvent
+from batchrunner.models import (
+    AcceptedInput,
+    Attempt,
+    Batch,
+    BatchId,
+    Claim,
+    Extent,
+    File,
+    FileId,
+    NewBatch,
+    Progress,
+    Publication,
+    RejectedInput,
+    SessionId,
+    Shard,
+    ShardCut,
+    Swept,
+    TaskKind,
+    TaskRef,
+    TenantId,
+    Watch,
+)
+
+
+class Clock(Protocol):
+    """All time that the project reads or waits for."""
+
+    def monotonic_s(self) -> float:
+        """Seconds that never go back, for durations inside this process."""
+
+    def boot_s(self) -> float:
+        """Seconds since this boot, sleep included: comparable between processes of one host."""
+
+    def boot_id(self) -> str:
+        """Name of this boot: another one means that `boot_s` values cannot be compared."""
+
+    def now(self) -> datetime:
+        """Wall clock, aware, UTC. Only for deadlines and for people."""
+
+    async def sleep(self, duration_s: float) -> None:
+        """Wait on the event loop."""
+
+
+class Rng(Protocol):
+    """All randomness that the project uses."""
+
+    def uniform(self) -> float:
+        """A number from [0, 1)."""
+
+    def token_hex(self, size_bytes: int) -> str:
+        """Fresh unguessable bytes in hex."""
+
+
+class Appender(Protocol):
+    """An open segment. Used by one thread at a time; after any error it must not be used again, only closed."""
+
+    def append(self, chunk: bytes) -> None:
+        """Write at the end.
+
+        Raises:
+            DiskFull: no space, or a short write: nothing after the last `sync` may be trusted.
+            BlobsUnavailable: any other failure, with the same consequence.
+        """
+
+    def sync(self) -> None:
+        """Return once everything appended is durable. Raises as `append` does."""
+
+    def close(self) -> None:
+        """Let go of it; adds no durability. May be called twice."""
+
+
+class Blobs(Protocol):
+    """Named immutable bytes, and segments that grow. Names are relative slash paths of [A-Za-z0-9._-] parts.
+
+    Raises in every method: BlobsUnavailable when the folder or bucket does not answer, NotFound when a name that is read is
+    not there, NameTaken when a name that is written exists already, DiskFull when there is no space.
+    """
+
+    def create_segment(self, name: str) -> Appender:
+        """Open a new segment; its name is durable before the first `sync` returns."""
+
+    def writer(self, name: str) -> BlobWriter:
+        """Open a blob that appears whole under its name at `commit`, or never."""
+
+    def read(self, name: str, start: int, end: int) -> bytes:
+        """Read bytes [start, end); fewer come back only where the blob ends."""
+
+    def size_bytes(self, name: str) -> int:
+        """Tell the present length; of a segment, what a reader could see now, durable or not."""
+
+    def exists(self, name: str) -> bool:
+        """Tell whether the name can be read."""
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """Give all names that begin with `prefix`, in name order. For sweepers; correctness never rests on it."""
+
+    def delete(self, name: str) -> None:
+        """Remove the name; removing a missing one is no error."""
+
+    def free_bytes(self) -> int | None:
+        """Tell the space left for writing, None where that has no meaning."""
+
+    def keep_reserve(self, size_bytes: int) -> None:
+        """Hold back some space, so that the Store can still write statuses on a full disk. May do nothing."""
+
+    def release_reserve(self) -> None:
+        """Give the reserve up; `keep_reserve` takes it again."""
+
+
+class BlobWriter(Protocol):
+    """A blob on its way. Used by one thread at a time. Exactly one of `commit` and `abort` ends it."""
+
+    def write(self, chunk: bytes) -> None:
+        """Add bytes. Raises: DiskFull, BlobsUnavailable."""
+
+    def commit(self) -> None:
+        """Return once the whole blob is durable and readable under its name. Raises: NameTaken, DiskFull, BlobsUnavailable."""
+
+    def abort(self) -> None:
+        """Leave nothing behind. May follow a failed `write` or `commit`; may be called twice."""
+
+
+class Renewer(Protocol):
+    """The thread-bound hand that keeps a session's leases alive over a connection of its own."""
+
+    def renew(self, session: SessionId, lease_s: float) -> None:
+        """Extend, in one statement, every lease that the session still holds, even if it has run out.
+
+        Raises:
+            StoreUnavailable: nothing was renewed.
+        """
+
+    def close(self) -> None:
+        """Let go of the connection."""
+
+
+class TenantScope(Protocol):
+    """The only way to a tenant's rows. Ids of other tenants are answered like missing ones."""
+
+    def add_file(self, file: File) -> None:
+        """Make the file's row; its blob is live from then on."""
+
+    def file(self, file_id: FileId) -> File:
+        """Raises: NotFound."""
+
+    def create_batch(self, new: NewBatch) -> Batch:
+        """Make the batch and its validate task in one transaction."""
+
+    def batch(self, batch_id: BatchId) -> Batch:
+        """Raises: NotFound."""
+
+    def batches(self, *, limit: int, after: BatchId | None = None) -> list[Batch]:
+        """Newest first, those older than `after`."""
+
+    def send(self, batch_id: BatchId, event: BatchEvent) -> bool:
+        """Move the batch by compare-and-set on the status and version seen now; False when somebody else was first.
+
+        The move into finalizing or cancelling adds the seal task in the same transaction.
+
+        Raises:
+            NotFound: no such batch.
+            TransitionRefused: the table has no such pair.
+        """
+
+    def pause(self, batch_id: BatchId, reason: str) -> None:
+        """Keep claims away from the batch; its holders give their shards back. The deadline goes on."""
+
+    def resume(self, batch_id: BatchId) -> None:
+        """Undo `pause`; also puts parked tasks of the batch back in the queue."""
+
+    def hold(self, batch_id: BatchId, hold_at: int | None) -> None:
+        """Let only the first `hold_at` requests run, None for all."""
+
+    def extents(self, batch_id: BatchId, *, after: int = 0, limit: int = 1000) -> list[Extent]:
+        """Registered extents that hold a sequence number above `after`, in sequence order (numbers begin at 1)."""
+
+    def shards(self, batch_id: BatchId) -> list[Shard]:
+        """All shards of the batch by first_line."""
+
+
+class Store(Protocol):
+    """Batches, tasks, extents and sessions. No row per line. All times of leases are the Store's own.
+
+    Guarded methods take a TaskRef and first update that task's row where id and epoch match; where none does they raise
+    Fenced and have no effect. Every method is one transaction. StoreUnavailable in any of them: no effect is promised
+    either way for that transaction, and repeating it is safe.
+    """
+
+    def scope(self, tenant: TenantId) -> TenantScope:
+        """Give the tenant's view."""
+
+    def renewer(self) -> Renewer:
+        """Open a Renewer; the caller closes it, in the thread that uses it."""
+
+    def open_session(self, session: SessionId, *, host: str, pid: int) -> None:
+        """Make a worker session known."""
+
+    def sessions(self, *, host: str) -> list[SessionId]:
+        """Sessions of a host that hold or may hold leases."""
+
+    def release_session(self, session: SessionId, *, died: bool) -> int:
+        """End the session and all its leases at once; with `died` each shard among them counts a death. Gives the number of leases."""
+
+    def claim(self, session: SessionId, *, lease_s: float, kinds: Sequence[TaskKind], quarantined: bool = False) -> Claim | None:
+        """Take one task that is due: queued, or leased with the lease run out; bump its epoch; record the claim.
+
+        Order: seal, notify and validate before shards; then priority, deadline, first line. Shards of paused batches, shards
+        beyond the hold and tasks of other statuses than theirs are left: shard in_progress, validate validating, seal finalizing
+        or cancelling and only while no shard or validate task of the batch has a live lease.
+        `quarantined` asks for quarantined shards only; otherwise they are left.
+        A claim over a live row whose lease ran out counts as a death of the former holder.
+        """
+
+    def register(self, ref: TaskRef, progress: Progress) -> None:
+        """Guarded. Make extents exist: sequence numbers are drawn from the batch's row, counts and usage of shard and batch move by
+        the same difference, the last row grows when the new bytes are contiguous. Progress resets attempts and deaths."""
+
+    def settle(self, ref: TaskRef, progress: Progress) -> bool:
+        """Guarded. Register, then end the shard. The settle that leaves no open shard of a batch that is in_progress and not
+        open moves it by lines_settled, which adds the seal task. True when it moved the batch."""
+
+    def give_back(self, ref: TaskRef, progress: Progress) -> None:
+        """Guarded. Register, then put the task back in the queue: no death, no attempt counted."""
+
+    def fail_task(self, ref: TaskRef, message: str, *, progressed: bool) -> bool:
+        """Guarded. Put the task back with backoff (1 s doubling to 5 min); after 10 failures without progress park it and set the batch's
+        `blocked_by`. True when parked."""
+
+    def split(self, ref: TaskRef, head: ShardCut, tail: ShardCut) -> None:
+        """Guarded. Shrink the shard to `head` and queue `tail` as a new shard; open_shards grows by one."""
+
+    def quarantine(self, ref: TaskRef) -> None:
+        """Guarded. Mark the shard quarantined and put it back in the queue."""
+
+    def watch(self, session: SessionId) -> Watch:
+        """One statement: how each task of the session stands, and whether another session is hungry."""
+
+    def set_hungry(self, session: SessionId, *, is_hungry: bool) -> None:
+        """Say that the session found nothing to claim although it could take more."""
+
+    def accept_input(self, ref: TaskRef, accepted: AcceptedInput) -> bool:
+        """Guarded. Shards, counts and input_accepted in one transaction; the task is settled. A batch without any request to run goes on to
+        finalizing at once. False: the batch had moved (cancelled, expired), nothing but the task was changed."""
+
+    def reject_input(self, ref: TaskRef, rejected: RejectedInput) -> bool:
+        """Guarded. Problems and input_rejected; the task is settled. False as in `accept_input`."""
+
+    def fence(self, ref: TaskRef) -> list[Claim]:
+        """Guarded by the seal task. Mark every shard of the batch sealed and bump its epoch, once per seal epoch; give each as a claim under
+        the new epoch (by first_line, with earlier claims and extents), so that the sealer may salvage into it."""
+
+    def salvage_sealed(self, ref: TaskRef, shard: TaskRef, progress: Progress) -> None:
+        """Guarded by both. Register what the sealer salvaged for a sealed shard and mark that shard final."""
+
+    def publish(self, ref: TaskRef, publication: Publication) -> Batch:
+        """Guarded. One transaction: file rows, counts, usage, the status by the event that the batch's status asks for now
+        (sealed_whole, or sealed_partial when ended_by is not settled), the outbox row; the seal task is settled."""
+
+    def block(self, ref: TaskRef, blocked_by: str | None) -> None:
+        """Guarded. Show why the task's batch does not move on, None when it does again."""
+
+    def sweep(self) -> Swept:
+        """Idempotent repair: deadlines that passed, in_progress without open shards, finalizing or cancelling without a seal task,
+        leases of another boot. Every process may call it at any time."""
+
+    def close(self) -> None:
+        """Let go of all connections."""
+
+
+class Upstream(Protocol):
+    """The server that answers lines."""
+
+    async def send(self, url: str, body: bytes, *, idempotency_key: str | None) -> Attempt:
+        """POST a line's body to `url` (as in the line, with its leading /v1) and read the whole answer, within the deadlines and the cap on
+        decoded bytes. Never raises for what the peer or the network does: that is an Attempt with `error`. Redirects are not followed.
+        Cancelling the call closes its connection."""
+
+    def sweep_deadlines(self) -> None:
+        """End every exchange that is over its total or idle deadline; called about twice a second, it stands for all timers."""
+
+    def abort_all(self) -> None:
+        """End every exchange at once, as AttemptError.ABORTED."""
+
+    async def close(self) -> None:
+        """Close all connections."""
