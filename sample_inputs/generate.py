@@ -118,7 +118,7 @@ def every_error() -> Iterator[tuple[bytes, str | None, str | None]]:
     yield changed("url-is-a-list", url=[CHAT]), "invalid_type", "url"
     yield changed("body-is-a-string", body="hello"), "invalid_type", "body"
     yield changed("method-get", method="GET"), "invalid_method", "method"
-    yield changed("url-of-another-endpoint", url=EMBEDDINGS), "invalid_url", "url"
+    yield encode(line("good-for-another-endpoint", EMBEDDINGS, {"model": "m", "input": "x"})), "invalid_url", "url"
     yield changed("url-unknown", url="/v1/chat/completion"), "url_not_found", "url"
     yield changed("url-absolute", url="http://localhost/v1/chat/completions"), "url_not_found", "url"
     yield changed("url-climbs", url="/v1/../admin"), "url_not_found", "url"
