@@ -1,0 +1,3 @@
+"""The command line: click commands, a module each."""
+
+from __future__ import annotations
