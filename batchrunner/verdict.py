@@ -1,0 +1,240 @@
+"""What one exchange means for its line: accept the answer, try again later, or give up.
+
+Pure rules; the caller reads the answer, keeps count of tries and owns the deadline.
+"""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import assert_never
+
+import msgspec
+
+from batchrunner.models import Attempt, AttemptError, LineCode, OnUnknown, PauseReason
+
+# "Upstream not there or full": the line is not at fault, so it waits as long as the batch lives.
+FULL_STATUSES = frozenset({429, 503, 529})
+TRANSIENT_4XX = frozenset({408, 409, 425})
+MEDIA_TYPES = ("audio/", "image/", "video/", "application/octet-stream")
+# Servers that answer an unknown model with 400 name it by this code. Source: OpenAI API, error code `model_not_found`.
+_MODEL_CODE = b"model_not_found"
+_HEADER_CHARS_MAX = 64
+_DOUBLINGS_MAX = 16
+
+
+class RetryPolicy(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """How often and how long a line may be repeated. `max_tries` counts attempts that use one, the first included."""
+
+    max_tries: int = 5
+    backoff_base_s: float = 0.5
+    backoff_cap_s: float = 60.0
+    retry_after_max_s: float = 600.0
+    on_unknown: OnUnknown = OnUnknown.RETRY
+
+
+class LineState(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """What a line has behind it, the attempt under judgement not counted: tries used up, and repeats that used none."""
+
+    tries: int = 0
+    waits: int = 0
+
+
+FRESH = LineState()
+
+
+class Accept(msgspec.Struct, frozen=True, gc=False):
+    """The answer is the line's result."""
+
+
+class RetryAfter(msgspec.Struct, frozen=True, gc=False):
+    """Send the line again, not before `wait_s` from now. `reason` is one of a closed set of words, fit for a metric."""
+
+    wait_s: float
+    uses_try: bool
+    reason: str
+
+
+class GiveUp(msgspec.Struct, frozen=True, gc=False):
+    """The line has failed. With `code` None the answer is kept as the line's response and its `error` is null."""
+
+    code: LineCode | None
+    message: str
+
+
+Verdict = Accept | RetryAfter | GiveUp
+
+ACCEPT = Accept()
+
+
+def judge(
+    attempt: Attempt,
+    line: LineState,
+    policy: RetryPolicy,
+    uniform: float,
+    *,
+    is_json: bool,
+    has_error: bool,
+    is_death: bool = False,
+) -> Verdict:
+    """Decide what follows from an exchange.
+
+    `is_json` and `has_error` describe the body of a 2xx: is it valid JSON, and is that JSON an error object.
+    `is_death` says that the attempt went down with the whole upstream, which uses up no line's tries.
+    `uniform` from [0, 1) draws the jitter.
+    """
+    if attempt.error is None and 200 <= attempt.status < 300 and ((is_json and not has_error) or _is_media(attempt)):
+        return ACCEPT
+    if policy.on_unknown is OnUnknown.FAIL and not _is_surely_unprocessed(attempt):
+        return _once(attempt, has_error=has_error)
+    if is_death and attempt.error is not None:
+        return RetryAfter(_backoff_s(attempt, line.waits, policy, uniform), False, "upstream_down")
+    if attempt.status in FULL_STATUSES:
+        return RetryAfter(_backoff_s(attempt, line.waits, policy, uniform), False, f"status_{attempt.status}")
+    if attempt.error is not None:
+        return _judge_error(attempt, attempt.error, line, policy, uniform)
+    return _judge_answer(attempt, line, policy, uniform, has_error=has_error)
+
+
+def suspicion(attempt: Attempt) -> PauseReason | None:
+    """Tell whether every line would be answered so: a refused key, or a model or route that does not exist."""
+    if attempt.error is not None:
+        return None
+    if attempt.status in {401, 403}:
+        return PauseReason.AUTHENTICATION
+    if attempt.status == 404 or (attempt.status == 400 and _MODEL_CODE in attempt.body[:4096]):
+        return PauseReason.MODEL_UNKNOWN
+    return None
+
+
+def parse_retry_after(retry_after_ms: str | None, retry_after: str | None, now: datetime) -> float | None:
+    """Read how long an answer asks to stay away, in seconds, at least 0; None when no header says anything sensible.
+
+    Source: RFC 9110 section 10.2.3 (seconds or HTTP date); `retry-after-ms` goes first, as in the OpenAI SDKs.
+    """
+    milliseconds = _number(retry_after_ms)
+    if milliseconds is not None:
+        return milliseconds / 1000.0
+    seconds = _number(retry_after)
+    if seconds is not None or retry_after is None or len(retry_after) > _HEADER_CHARS_MAX:
+        return seconds
+    try:
+        due = parsedate_to_datetime(retry_after)
+        due = due if due.tzinfo else due.replace(tzinfo=UTC)
+        return max(0.0, (due - now).total_seconds())
+    except (ValueError, OverflowError, TypeError, IndexError):
+        return None
+
+
+def _number(header: str | None) -> float | None:
+    if header is None or len(header) > _HEADER_CHARS_MAX:
+        return None
+    try:
+        number = float(header)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) and number >= 0.0 else None
+
+
+def _is_media(attempt: Attempt) -> bool:
+    return bool(attempt.body) and attempt.content_type.lstrip().lower().startswith(MEDIA_TYPES)
+
+
+def _is_surely_unprocessed(attempt: Attempt) -> bool:
+    """A 503 with a body may come from a proxy whose server died at work; an empty one is a door that stayed shut."""
+    if attempt.error is AttemptError.NOT_CONNECTED or attempt.status == 429:
+        return True
+    return attempt.status == 503 and attempt.error is None and not attempt.body
+
+
+def _once(attempt: Attempt, *, has_error: bool) -> GiveUp:
+    """End a line that may be sent only once."""
+    what = _describe(attempt, has_error=has_error)
+    if attempt.error is AttemptError.TOO_LARGE or (attempt.error is None and 200 <= attempt.status < 300):
+        return GiveUp(LineCode.INVALID_RESPONSE, f"{what}; not repeated, because the line may be sent only once")
+    if attempt.error is None and 300 <= attempt.status < 500:
+        return GiveUp(None, what)
+    return GiveUp(LineCode.OUTCOME_UNKNOWN, f"{what}; the request may have been processed and may be sent only once")
+
+
+def _judge_error(
+    attempt: Attempt, error: AttemptError, line: LineState, policy: RetryPolicy, uniform: float
+) -> Verdict:
+    match error:
+        case AttemptError.NOT_CONNECTED:
+            return RetryAfter(_backoff_s(attempt, line.waits, policy, uniform), False, error.value)
+        case AttemptError.ABORTED:
+            # We ended it ourselves; whether the line goes out again is for whoever did so to say.
+            return RetryAfter(0.0, False, error.value)
+        case AttemptError.TOO_LARGE:
+            # The same prompt would be paid again for an answer of the same size.
+            return GiveUp(LineCode.INVALID_RESPONSE, _describe(attempt, has_error=False))
+        case AttemptError.RESET:
+            code = LineCode.CONNECTION_ERROR
+        case AttemptError.TIMEOUT_TOTAL | AttemptError.TIMEOUT_IDLE:
+            code = LineCode.REQUEST_TIMEOUT
+        case AttemptError.TRUNCATED | AttemptError.BAD_ENCODING | AttemptError.BAD_PROTOCOL:
+            code = LineCode.INVALID_RESPONSE
+        case _:
+            assert_never(error)
+    if line.tries + 1 >= policy.max_tries:
+        return GiveUp(code, _exhausted(attempt, line, has_error=False))
+    return RetryAfter(_backoff_s(attempt, line.tries, policy, uniform), True, error.value)
+
+
+def _judge_answer(
+    attempt: Attempt, line: LineState, policy: RetryPolicy, uniform: float, *, has_error: bool
+) -> Verdict:
+    status = attempt.status
+    if 300 <= status < 500 and status not in TRANSIENT_4XX:
+        return GiveUp(None, _describe(attempt, has_error=False))
+    is_kept = 300 <= status < 600
+    if line.tries + 1 >= policy.max_tries:
+        code = None if is_kept else LineCode.INVALID_RESPONSE
+        return GiveUp(code, _exhausted(attempt, line, has_error=has_error))
+    reason = f"status_{status}" if is_kept else "error_body" if has_error else "not_json"
+    return RetryAfter(_backoff_s(attempt, line.tries, policy, uniform), True, reason)
+
+
+def _backoff_s(attempt: Attempt, repeats: int, policy: RetryPolicy, uniform: float) -> float:
+    """Full jitter; what the answer asked for is a floor, spread a little so that not all come back at one instant."""
+    ceiling_s = min(policy.backoff_cap_s, policy.backoff_base_s * 2.0 ** min(repeats, _DOUBLINGS_MAX))
+    asked_s = attempt.retry_after_s
+    if asked_s is None or not asked_s > 0.0:
+        return uniform * ceiling_s
+    return max(min(asked_s, policy.retry_after_max_s) + uniform * policy.backoff_base_s, uniform * ceiling_s)
+
+
+def _exhausted(attempt: Attempt, line: LineState, *, has_error: bool) -> str:
+    tries = line.tries + 1
+    waited = f" and {line.waits} more that found it unavailable" if line.waits else ""
+    noun = "try" if tries == 1 else "tries"
+    return f"gave up after {tries} {noun}{waited}; the last one: {_describe(attempt, has_error=has_error)}"
+
+
+_ERROR_WORDS = {
+    AttemptError.NOT_CONNECTED: "the upstream could not be reached",
+    AttemptError.RESET: "the connection was lost before the answer came",
+    AttemptError.TIMEOUT_TOTAL: "no complete answer within the total deadline",
+    AttemptError.TIMEOUT_IDLE: "the upstream fell silent for longer than the idle deadline",
+    AttemptError.TRUNCATED: "the answer ended before its announced length",
+    AttemptError.TOO_LARGE: "the answer is larger than the limit",
+    AttemptError.BAD_ENCODING: "the answer could not be decompressed",
+    AttemptError.BAD_PROTOCOL: "the answer is not valid HTTP",
+    AttemptError.ABORTED: "the request was aborted on our side",
+}
+
+
+def _describe(attempt: Attempt, *, has_error: bool) -> str:
+    """Say what happened, with the transport's own words behind; never a byte of the body."""
+    status = attempt.status
+    if attempt.error is not None:
+        what = f"{_ERROR_WORDS[attempt.error]} after {attempt.elapsed_s:.1f} s"
+    elif 200 <= status < 300:
+        what = f"status {status} with {'an error object' if has_error else 'a body that is not JSON'}"
+    elif 300 <= status < 400:
+        what = f"status {status}: a redirect, which is not followed; use the upstream's final URL"
+    else:
+        what = f"status {status}"
+    return f"{what} ({attempt.message})" if attempt.message else what
