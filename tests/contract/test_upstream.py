@@ -1,0 +1,413 @@
+"""What the Upstream port promises, kept by the adapter against real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from batchrunner.errors import UsageError
+from batchrunner.models import Attempt, AttemptError
+from batchrunner.upstream import AiohttpUpstream, join_url
+from tests.hostile.peer import LIMIT_S, Peer, SteppedClock, Talk, answer, obliging, peer_with, until
+
+CHAT = "/v1/chat/completions"
+
+
+@asynccontextmanager
+async def upstream_of(url: str, **settings: Any) -> AsyncIterator[AiohttpUpstream]:
+    upstream = AiohttpUpstream(url, clock=settings.pop("clock", SteppedClock()), **settings)
+    try:
+        yield upstream
+    finally:
+        await upstream.close()
+
+
+async def send(upstream: AiohttpUpstream, body: bytes = b'{"n":1}', url: str = CHAT, key: str | None = None) -> Attempt:
+    return await asyncio.wait_for(upstream.send(url, body, idempotency_key=key), LIMIT_S)
+
+
+async def test_exchange_gives_the_whole_answer_and_its_times() -> None:
+    clock = SteppedClock()
+
+    async def script(talk: Talk) -> None:
+        await talk.request()
+        clock.step(2.5)
+        talk.say(answer(b'{"ok":1}', Content_Type="Application/JSON; charset=utf-8", X_Request_Id="req_7"))
+        await talk.gone()
+
+    async with peer_with(script) as peer, upstream_of(peer.url, clock=clock) as upstream:
+        attempt = await send(upstream)
+
+    assert attempt == Attempt(
+        status=200,
+        body=b'{"ok":1}',
+        content_type="application/json",
+        request_id="req_7",
+        started_at_s=1000.0,
+        elapsed_s=2.5,
+    )
+
+
+async def test_request_on_the_wire_is_the_body_unchanged_under_prebuilt_headers() -> None:
+    async with peer_with(obliging) as peer:
+        async with upstream_of(peer.url, api_key="sk-1", headers={"OpenAI-Project": "p", "accept": "*/*"}) as upstream:
+            await send(upstream, b'{"b" : "\xc3\xa9"}', key="k-1")
+        request = peer.requests[0]
+
+    head, _, body = request.partition(b"\r\n\r\n")
+    start, *lines = head.decode().split("\r\n")
+    assert start == "POST /v1/chat/completions HTTP/1.1"
+    assert sorted(lines) == [
+        "Accept-Encoding: identity",
+        "Accept: */*",
+        "Authorization: Bearer sk-1",
+        "Content-Length: 12",
+        "Content-Type: application/json",
+        f"Host: 127.0.0.1:{peer.port}",
+        "Idempotency-Key: k-1",
+        "OpenAI-Project: p",
+        "User-Agent: batchrunner/0.1.0",
+    ]
+    assert body == b'{"b" : "\xc3\xa9"}'
+
+
+async def test_no_key_sends_no_authorization() -> None:
+    async with peer_with(obliging) as peer, upstream_of(peer.url) as upstream:
+        await send(upstream)
+
+    assert b"authorization" not in peer.requests[0].lower()
+    assert b"idempotency-key" not in peer.requests[0].lower()
+
+
+@pytest.mark.parametrize(
+    ("base", "line", "address"),
+    [
+        ("http://localhost:8000/v1", "/v1/chat/completions", "http://localhost:8000/v1/chat/completions"),
+        ("http://localhost:8000/v1/", "/v1/chat/completions", "http://localhost:8000/v1/chat/completions"),
+        ("http://localhost:8000", "/v1/embeddings", "http://localhost:8000/v1/embeddings"),
+        ("http://localhost:8000/", "/v1/embeddings", "http://localhost:8000/v1/embeddings"),
+        ("https://h/x/v1", "/v1/embeddings", "https://h/x/v1/embeddings"),
+        ("https://h/x", "/v1/embeddings", "https://h/x/embeddings"),
+        ("https://h/api//", "/v1/embeddings", "https://h/api/embeddings"),
+        ("http://[::1]:8000/v1", "/v1/embeddings", "http://[::1]:8000/v1/embeddings"),
+        ("http://[2001:db8::1]", "/v1/embeddings", "http://[2001:db8::1]/v1/embeddings"),
+        ("HTTPS://API.Example.COM:443/v1", "/v1/embeddings", "https://api.example.com/v1/embeddings"),
+        ("http://bücher.example/v1", "/v1/embeddings", "http://xn--bcher-kva.example/v1/embeddings"),
+        ("http://h/a%2Fb/v1", "/v1/embeddings", "http://h/a%2Fb/v1/embeddings"),
+        ("http://h/v1", "/embeddings", "http://h/v1/embeddings"),
+        ("http://h/v1", "/v1beta/embeddings", "http://h/v1/v1beta/embeddings"),
+    ],
+)
+def test_join_url_appends_the_line_less_its_v1(base: str, line: str, address: str) -> None:
+    assert str(join_url(base, line)) == address
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "",
+        "localhost:8000",
+        "localhost",
+        "/v1",
+        "ftp://h/v1",
+        "http://",
+        "http:///v1",
+        "http://h:0/v1",
+        "http://h:99999/v1",
+        "http://h:port/v1",
+        "http://[::1/v1",
+        "http://u:secret@h/v1",
+        "http://@h/v1",
+        "http://h/v1?api-version=1",
+        "http://h/v1#x",
+        "http://h/v1?",
+        "http://h/v 1",
+        "http://h/v1\r\nX: y",
+        "http://h\\@evil/v1",
+    ],
+)
+def test_join_url_refuses_a_base_that_is_none(base: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        join_url(base, CHAT)
+
+    assert "secret" not in refused.value.message + refused.value.advice
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "v1/x",
+        "//evil/v1",
+        "http://evil/",
+        "/v1/../x",
+        "/v1/./x",
+        "/v1/x?y",
+        "/v1/x#y",
+        "/v1/x y",
+        "/v1/x\r\nA: b",
+        "/v1\\x",
+        "/v1/é",
+        "/v1/",
+    ],
+)
+def test_join_url_refuses_a_line_url_that_leaves_the_base(line: str) -> None:
+    with pytest.raises(UsageError):
+        join_url("http://h/v1", line)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"X": "a\r\nInjected: 1"},
+        {"X": "a\nb"},
+        {"X": "a\0b"},
+        {"X": "snowman \u2603"},
+        {"X": ""},
+        {"X": " a"},
+        {"X\r\nY": "a"},
+        {"": "a"},
+        {"Content-Length": "5"},
+        {"transfer-encoding": "chunked"},
+        {"Host": "elsewhere"},
+        {"Idempotency-Key": "a"},
+    ],
+)
+async def test_headers_that_would_break_the_message_are_refused(headers: dict[str, str]) -> None:
+    with pytest.raises(UsageError):
+        AiohttpUpstream("http://h/v1", clock=SteppedClock(), headers=headers)
+
+
+async def test_key_with_a_line_break_is_refused_and_not_repeated() -> None:
+    with pytest.raises(UsageError) as refused:
+        AiohttpUpstream("http://h/v1", clock=SteppedClock(), api_key="sk-secret\r\nX: y")
+
+    assert "secret" not in refused.value.message
+
+
+async def test_idempotency_key_with_a_line_break_is_refused() -> None:
+    async with peer_with(obliging) as peer, upstream_of(peer.url) as upstream:
+        with pytest.raises(UsageError):
+            await send(upstream, key="a\r\nX: y")
+
+    assert peer.talks == []
+
+
+async def test_connection_is_used_again_for_the_next_request() -> None:
+    async with peer_with(obliging) as peer, upstream_of(peer.url) as upstream:
+        bodies = [(await send(upstream, b"%d" % number)).body for number in range(5)]
+
+    assert bodies == [b"0", b"1", b"2", b"3", b"4"]
+    assert len(peer.talks) == 1
+
+
+async def test_requests_in_flight_have_a_connection_each_and_their_own_answers() -> None:
+    async with peer_with(obliging) as peer, upstream_of(peer.url) as upstream:
+        numbers = range(200)
+        attempts = await asyncio.gather(*(send(upstream, b'{"n":%d}' % number) for number in numbers))
+
+    assert [attempt.body for attempt in attempts] == [b'{"n":%d}' % number for number in numbers]
+    assert len(peer.talks) == 200
+
+
+async def test_body_of_16_mebibytes_goes_and_comes_whole() -> None:
+    body = bytes(range(256)) * (16 * 1024 * 1024 // 256)
+
+    async with peer_with(obliging) as peer, upstream_of(peer.url) as upstream:
+        attempts = [await send(upstream, body), await send(upstream, b"after")]
+
+    assert [attempt.body == sent for attempt, sent in zip(attempts, [body, b"after"], strict=True)] == [True, True]
+    assert len(peer.talks) == 1
+
+
+async def close_after_each_answer(talk: Talk) -> None:
+    await talk.request()
+    talk.say(answer(b"{}"))
+    talk.hang_up()
+
+
+async def test_connection_closed_while_idle_is_noticed_before_sending() -> None:
+    async with peer_with(close_after_each_answer) as peer, upstream_of(peer.url, resend_on_stale=False) as upstream:
+        first = await send(upstream)
+        await until(lambda: not any(wire.is_open for wire in upstream._idle))
+        second = await send(upstream)
+
+    assert [first.status, second.status] == [200, 200]
+    assert [len(talk.requests) for talk in peer.talks] == [1, 1]
+
+
+async def close_instead_of_second_answer(talk: Talk) -> None:
+    await talk.request()
+    talk.say(answer(b"{}"))
+    await talk.request()
+    talk.hang_up()
+
+
+async def test_connection_that_dies_without_a_byte_is_replaced_once() -> None:
+    async with peer_with(close_instead_of_second_answer) as peer, upstream_of(peer.url) as upstream:
+        attempts = [await send(upstream), await send(upstream)]
+
+    assert [attempt.status for attempt in attempts] == [200, 200]
+    assert [len(talk.requests) for talk in peer.talks] == [2, 1]
+
+
+async def test_at_most_once_is_not_sent_again_on_a_fresh_connection() -> None:
+    async with (
+        peer_with(close_instead_of_second_answer) as peer,
+        upstream_of(peer.url, resend_on_stale=False) as upstream,
+    ):
+        attempts = [await send(upstream), await send(upstream)]
+
+    assert [attempt.error for attempt in attempts] == [None, AttemptError.RESET]
+    assert [len(talk.requests) for talk in peer.talks] == [2]
+
+
+async def test_connection_that_dies_after_a_byte_is_not_replaced() -> None:
+    async def script(talk: Talk) -> None:
+        await talk.request()
+        talk.say(answer(b"{}"))
+        await talk.request()
+        talk.say(b"H")
+        talk.hang_up()
+
+    async with peer_with(script) as peer, upstream_of(peer.url) as upstream:
+        attempts = [await send(upstream), await send(upstream)]
+
+    assert [attempt.error for attempt in attempts] == [None, AttemptError.RESET]
+    assert len(peer.requests) == 2
+
+
+async def test_fresh_connection_that_dies_is_not_replaced() -> None:
+    async def script(talk: Talk) -> None:
+        await talk.request()
+        talk.hang_up()
+
+    async with peer_with(script) as peer, upstream_of(peer.url) as upstream:
+        attempt = await send(upstream)
+
+    assert attempt.error is AttemptError.RESET
+    assert len(peer.requests) == 1
+
+
+async def test_bytes_nobody_asked_for_end_the_idle_connection() -> None:
+    """A half of a late answer must not become the beginning of another line's."""
+
+    async def script(talk: Talk) -> None:
+        await talk.request()
+        talk.say(answer(b"mine"))
+        await release.wait()
+        talk.say(b"HTTP/1.1 200 OK\r\nContent-Le")
+        await talk.gone()
+
+    release = asyncio.Event()
+    async with peer_with(script) as peer, upstream_of(peer.url) as upstream:
+        first = await send(upstream)
+        release.set()
+        await until(lambda: not any(wire.is_open for wire in upstream._idle))
+        release.clear()
+        second = await send(upstream)
+
+    assert [first.body, second.body] == [b"mine", b"mine"]
+    assert len(peer.talks) == 2
+
+
+async def test_connection_that_was_idle_too_long_is_closed_not_used() -> None:
+    clock = SteppedClock()
+    async with peer_with(obliging) as peer, upstream_of(peer.url, clock=clock, keepalive_s=4.0) as upstream:
+        await send(upstream)
+        clock.step(3.9)
+        await send(upstream)
+        clock.step(4.0)
+        await send(upstream)
+        clock.step(4.0)
+        upstream.sweep_deadlines()
+        closed = len(upstream._idle)
+
+    assert [len(talk.requests) for talk in peer.talks] == [2, 1]
+    assert closed == 0
+
+
+async def test_answer_before_the_whole_request_was_taken_is_kept_but_not_the_connection() -> None:
+    async def script(talk: Talk) -> None:
+        await talk.head()
+        talk.say(answer(b"too long", "413 Content Too Large"))
+        await talk.gone()
+
+    async with peer_with(script) as peer, upstream_of(peer.url) as upstream:
+        attempt = await send(upstream, b"x" * 64 * 1024 * 1024)
+        kept = [wire for wire in upstream._idle if wire.is_open]
+
+    assert (attempt.status, attempt.body) == (413, b"too long")
+    assert kept == []
+    assert len(peer.talks) == 1
+
+
+async def stay_silent(talk: Talk) -> None:
+    await talk.request()
+    await talk.gone()
+    talk.hang_up()
+
+
+async def test_cancelled_send_closes_its_connection() -> None:
+    async with peer_with(stay_silent) as peer, upstream_of(peer.url) as upstream:
+        task = asyncio.create_task(upstream.send(CHAT, b"{}", idempotency_key=None))
+        await until(lambda: len(peer.requests) == 1)
+
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+        await until(lambda: peer.talks[0].is_left)
+        assert (len(upstream._busy), len(upstream._idle)) == (0, 0)
+
+
+async def test_abort_all_ends_what_is_in_flight_and_later_sends_work() -> None:
+    async def script(talk: Talk) -> None:
+        if b"stay" in await talk.request():
+            await talk.gone()
+        talk.say(answer(b"{}"))
+        await talk.gone()
+
+    async with peer_with(script) as peer, upstream_of(peer.url) as upstream:
+        tasks = [asyncio.create_task(send(upstream, b"stay")) for _ in range(10)]
+        await until(lambda: len(peer.requests) == 10)
+
+        upstream.abort_all()
+        attempts = await asyncio.gather(*tasks)
+        later = await send(upstream)
+
+    assert [attempt.error for attempt in attempts] == [AttemptError.ABORTED] * 10
+    assert later.status == 200
+
+
+async def test_close_ends_what_is_in_flight_and_what_comes_later() -> None:
+    async with peer_with(stay_silent) as peer, upstream_of(peer.url) as upstream:
+        task = asyncio.create_task(send(upstream))
+        await until(lambda: len(peer.requests) == 1)
+
+        await upstream.close()
+        attempts = [await task, await send(upstream)]
+
+    assert [attempt.error for attempt in attempts] == [AttemptError.ABORTED, AttemptError.ABORTED]
+
+
+async def test_upstream_death_resets_all_in_flight_and_later_requests_connect_anew() -> None:
+    async with peer_with(stay_silent) as peer, upstream_of(peer.url) as upstream:
+        tasks = [asyncio.create_task(send(upstream)) for _ in range(50)]
+        await until(lambda: len(peer.requests) == 50)
+
+        await peer.die()
+        attempts = await asyncio.gather(*tasks)
+        while_down = await send(upstream)
+        reborn = Peer(obliging)
+        await reborn.listen(port=peer.port)
+        later = await send(upstream)
+        await reborn.die()
+
+    assert [attempt.error for attempt in attempts] == [AttemptError.RESET] * 50
+    assert while_down.error is AttemptError.NOT_CONNECTED
+    assert later.status == 200
