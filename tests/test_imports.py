@@ -13,7 +13,7 @@ from importlinter.cli import lint_imports
 ROOT = Path(__file__).parents[1]
 # Everything else in the package is story, rules or words.
 EDGES = re.compile(
-    r"clock|simulate\w*|store|blobs|upstream|poster|client|supervisor|app|api|dashboard|cli|__init__|__main__"
+    r"clock|tuning|simulate\w*|store|blobs|upstream\w*|poster|client|supervisor|app|api|dashboard|cli|__init__|__main__"
 )
 
 
