@@ -19,6 +19,7 @@ import pytest
 
 from batchrunner.errors import UsageError
 from batchrunner.simulate import Simulator, SimulatorSettings, expected_reply
+from batchrunner.simulate_connection import Connection
 from batchrunner.simulate_rules import (
     FaultKind,
     parse_duration,
@@ -27,6 +28,7 @@ from batchrunner.simulate_rules import (
     parse_latency,
     parse_script,
 )
+from batchrunner.simulate_wire import Answer, Request, RequestReader
 
 CHAT = "/v1/chat/completions"
 TIMEOUT_S = 20
@@ -320,18 +322,6 @@ class TestWire:
         )
         assert simulator.stats().peak_in_flight == 1
 
-    async def test_a_pipelining_client_that_does_not_read_is_held_back_and_served(self):
-        bodies = [chat_body("x" * 400_000 + str(number)) for number in range(12)]
-        async with simulated(slots=0) as (simulator, client):
-            client.send(b"".join(map(request_bytes, bodies)))
-            await until(simulator, lambda stats: stats.waiting == 1)
-            simulator.change(replace(simulator.settings, slots=1))
-            replies = [await client.reply() for _ in bodies]
-
-        assert all(
-            expected_reply(body, CHAT).encode() in reply.body for body, reply in zip(bodies, replies, strict=True)
-        )
-
     @pytest.mark.parametrize("is_chunked", [False, True])
     async def test_bytes_may_come_one_by_one(self, is_chunked):
         body = chat_body("slow")
@@ -339,7 +329,8 @@ class TestWire:
         async with simulated() as (_, client):
             for position in range(len(sent) * 2):
                 client.send((sent + sent)[position : position + 1])
-                await client.writer.drain()
+                # The server runs on the same loop: here it takes the byte.
+                await asyncio.sleep(0)
             replies = [await client.reply(), await client.reply()]
 
         assert all(expected_reply(body, CHAT).encode() in reply.body for reply in replies)
@@ -416,6 +407,99 @@ class TestWire:
 
         assert reply.status == status
         assert rest == b""
+
+    @pytest.mark.parametrize("is_chunked", [False, True])
+    @pytest.mark.parametrize("piece_bytes", [1, 2, 3, 50, 97])
+    def test_requests_are_the_same_however_the_bytes_are_cut(self, is_chunked, piece_bytes):
+        bodies = [chat_body("x" * length) for length in (0, 1, 200)] + [b""]
+        sent = b"\r\n".join(chunked_request(body, 64) if is_chunked else request_bytes(body) for body in bodies)
+        reader, taken = RequestReader(), []
+        for start in range(0, len(sent), piece_bytes):
+            reader.feed(sent[start : start + piece_bytes])
+            while (request := reader.next_request()) is not None:
+                taken.append(request)
+
+        assert [request.body for request in taken] == bodies
+        assert {(request.method, request.path, request.keep_alive) for request in taken} == {
+            (b"POST", CHAT.encode(), True)
+        }
+        assert reader.waiting_bytes == 0
+
+    def test_a_short_head_is_found_after_a_long_one_that_came_in_two_pieces(self):
+        long, short = request_bytes(b"1", headers=f"X: {'x' * 500}\r\n"), request_bytes(b"2")
+        reader = RequestReader()
+        reader.feed(long[:-6])
+        nothing_yet = reader.next_request()
+        reader.feed(long[-6:])
+        first = reader.next_request()
+        reader.feed(short)
+        second = reader.next_request()
+
+        assert nothing_yet is None
+        assert first is not None
+        assert second is not None
+        assert (first.body, second.body) == (b"1", b"2")
+
+    def test_a_client_that_pipelines_too_far_ahead_is_held_back_until_it_is_answered(self):
+        desk, transport = FakeDesk(), FakeTransport()
+        connection = Connection(desk)
+        connection.connection_made(transport)
+        bodies = [b"x" * 600_000 for _ in range(3)]
+        for body in bodies:
+            connection.data_received(request_bytes(body))
+        is_held = not transport.is_reading()
+        for _ in bodies:
+            connection.answer(Answer(200, b"{}"))
+
+        assert is_held
+        assert transport.is_reading()
+        assert [request.body for request in desk.taken] == bodies
+
+    def test_a_client_that_reads_slowly_is_answered_when_it_has_read(self):
+        desk, transport = FakeDesk(), FakeTransport()
+        connection = Connection(desk)
+        connection.connection_made(transport)
+        connection.data_received(request_bytes(b"1") + request_bytes(b"2"))
+        connection.pause_writing()
+        connection.answer(Answer(200, b"{}"))
+        taken_while_paused = len(desk.taken)
+        connection.resume_writing()
+
+        assert taken_while_paused == 1
+        assert [request.body for request in desk.taken] == [b"1", b"2"]
+
+
+class FakeDesk:
+    def __init__(self) -> None:
+        self.taken: list[Request] = []
+
+    def take(self, connection: Connection, request: Request) -> None:
+        self.taken.append(request)
+
+    def opened(self, connection: Connection) -> None: ...
+
+    def lost(self, connection: Connection) -> None: ...
+
+    def next_request_number(self) -> int:
+        return len(self.taken)
+
+
+class FakeTransport(asyncio.Transport):
+    is_reading_now = True
+
+    def write(self, data) -> None: ...
+
+    def is_closing(self) -> bool:
+        return False
+
+    def pause_reading(self) -> None:
+        self.is_reading_now = False
+
+    def resume_reading(self) -> None:
+        self.is_reading_now = True
+
+    def is_reading(self) -> bool:
+        return self.is_reading_now
 
 
 def chunked_request(body: bytes, chunk_bytes: int) -> bytes:
@@ -503,6 +587,18 @@ class TestSlots:
         stats = simulator.stats()
         assert reply.status == 200
         assert (stats.abandoned, stats.repeats, stats.repeats_paid) == (2, 1, 0)
+
+    async def test_a_client_that_leaves_is_not_answered_when_its_time_comes(self):
+        async with simulated(latency="20ms") as (simulator, leaver), connected(simulator) as client:
+            leaver.send(request_bytes(chat_body("leaver")))
+            await until(simulator, lambda stats: stats.in_flight == 1)
+            leaver.drop()
+            await until(simulator, lambda stats: stats.abandoned == 1)
+            # Started later and as long: when it is answered, the time of the other is over.
+            await client.call(chat_body("stayer"))
+
+        stats = simulator.stats()
+        assert (stats.total, stats.ok, stats.abandoned, stats.in_flight, stats.working) == (2, 1, 1, 0, 0)
 
     async def test_all_that_wait_are_let_through_at_once(self):
         async with simulated(slots=0) as (simulator, _):
@@ -615,11 +711,16 @@ class TestFaults:
         assert expected_reply(body, CHAT).encode() in gzip.decompress(reply.body)
         assert (simulator.stats().ok, simulator.stats().faulted) == (1, 0)
 
-    async def test_huge_is_valid_and_of_the_size_set(self):
+    async def test_huge_is_valid_and_forty_mebibytes(self):
+        _, reply = await scripted("huge")
+
+        assert len(reply.body) == 40 * 1024 * 1024
+        assert reply.json["object"] == "chat.completion"
+
+    async def test_the_size_of_huge_can_be_set(self):
         _, reply = await scripted("huge", huge_bytes=3_000_000)
 
         assert len(reply.body) == 3_000_000
-        assert reply.json["object"] == "chat.completion"
 
     async def test_reset_comes_before_the_answer(self):
         async with simulated() as (_, client):
