@@ -126,16 +126,20 @@ def every_error() -> Iterator[tuple[bytes, str | None, str | None]]:
     yield changed("good-and-repeated"), "duplicate_custom_id", "custom_id"
     yield with_body("streaming", stream=True), "streaming_unsupported", "body.stream"
     yield with_body("good-not-streaming", stream=False), *good
+    yield with_body("stream-is-a-word", stream="yes"), "invalid_type", "body.stream"
+    yield with_body("model-is-a-number", model=4), "invalid_type", "body.model"
     yield with_body("no-model", model=None), "invalid_request", "body.model"
     yield with_body("no-messages", messages=None), "invalid_request", "body.messages"
     yield changed("latin-1").replace(b"Say latin-1", b"Caf\xe9"), *no_json
     yield changed("bad-utf-8-in-a-skipped-part").replace(b'"user"', b'"us\xffer"'), *no_json
-    yield changed("too-deep").replace(b'"max_tokens": 64', b'"nested": ' + deep), *no_json
+    yield changed("too-deep").replace(b'"max_tokens": 64', b'"nested": ' + deep), "too_deeply_nested", None
     yield changed("not-a-number").replace(b"64", b"NaN"), *no_json
     yield changed("two-values") + b" {}", *no_json
     yield changed("cut-short")[:-20], *no_json
     yield changed("placeholder", custom_id="x" * 513), "invalid_custom_id", "custom_id"
     yield changed("placeholder", custom_id=""), "invalid_custom_id", "custom_id"
+    yield changed("placeholder", custom_id="a\0b"), "invalid_custom_id", "custom_id"
+    yield encode(line("", CHAT, {}) | {"custom_id": None}), "missing_required_parameter", "custom_id"
     yield changed("good-without-final-newline"), *good
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 SCHEMAS = sorted((ROOT / "schemas").glob("*.json"))
 SAMPLES = ROOT / "sample_inputs"
 # What only a reading of the whole file, of the batch or of the bytes can tell.
-BEYOND_ONE_LINE = {"duplicate_custom_id", "invalid_url", "missing_required_parameter url"}
+BEYOND_ONE_LINE = {"duplicate_custom_id", "invalid_url", "too_deeply_nested", "missing_required_parameter url"}
 
 
 def validator(name: str) -> Draft202012Validator:
