@@ -1,0 +1,1 @@
+"""Batches, tasks and extents in SQL: the only package that knows SQLAlchemy."""

@@ -1,0 +1,59 @@
+"""Rows into nouns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+from sqlalchemy import RowMapping
+
+from batchrunner.models import Batch, Claim, Extent, File, SessionId, Shard, TaskKind, TaskRef, Usage
+
+_BATCH = tuple(each.name for each in fields(Batch) if each.name != "usage")
+_EXTENT = tuple(each.name for each in fields(Extent) if each.name != "usage")
+_FILE = tuple(each.name for each in fields(File))
+_SHARD = tuple(each.name for each in fields(Shard) if each.name != "task_id")
+
+Earlier = Sequence[tuple[int, SessionId]]
+
+
+def usage_of(row: RowMapping) -> Usage:
+    """Read the token columns that batches, tasks and extents share."""
+    return Usage(row["input_tokens"], row["cached_tokens"], row["output_tokens"], row["reasoning_tokens"])
+
+
+def batch_of(row: RowMapping) -> Batch:
+    """Read a row of batches."""
+    return Batch(usage=usage_of(row), **{name: row[name] for name in _BATCH})
+
+
+def file_of(row: RowMapping) -> File:
+    """Read a row of files."""
+    return File(**{name: row[name] for name in _FILE})
+
+
+def shard_of(row: RowMapping) -> Shard:
+    """Read a row of tasks that is a shard."""
+    return Shard(task_id=row["id"], **{name: row[name] for name in _SHARD})
+
+
+def extent_of(row: RowMapping) -> Extent:
+    """Read a row of extents."""
+    return Extent(usage=usage_of(row), **{name: row[name] for name in _EXTENT})
+
+
+def claim_of(
+    task: RowMapping, batch: Batch, *, session: SessionId, earlier: Earlier, extents: Sequence[Extent]
+) -> Claim:
+    """Put together what the holder of a task needs to start."""
+    return Claim(
+        ref=TaskRef(task_id=task["id"], epoch=task["epoch"]),
+        kind=task["kind"],
+        session=session,
+        batch=batch,
+        shard=shard_of(task) if task["kind"] is TaskKind.SHARD else None,
+        earlier=tuple(earlier),
+        extents=tuple(extents),
+        attempts=task["attempts"],
+        orphaned_by_death=task["orphaned_by_death"],
+    )

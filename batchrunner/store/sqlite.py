@@ -1,0 +1,259 @@
+"""The Store in a SQLite file: one writer per process, readers that never wait for it, and errors in our own words."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from sqlalchemy import Connection, Engine, QueuePool, create_engine, event
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from batchrunner.errors import BatchrunnerError, DiskFull, FolderUnsuitable, OwnError, StoreUnavailable
+from batchrunner.models import SessionId
+from batchrunner.ports import Clock
+from batchrunner.store import queries_claims, schema
+from batchrunner.store.moments import Availability, Moment
+from batchrunner.store.sql import SqlStore
+
+_BUSY_TIMEOUT_S = 30.0
+_WRITER_WAIT_S = 60.0
+_MOUNTS = Path("/proc/mounts")
+_NETWORK = frozenset(
+    {
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb",
+        "smb2",
+        "smb3",
+        "smbfs",
+        "9p",
+        "afs",
+        "ceph",
+        "glusterfs",
+        "lustre",
+        "beegfs",
+        "ncpfs",
+        "davfs",
+    }
+)
+_NETWORK_FUSE = frozenset(
+    f"fuse.{each}"
+    for each in ("sshfs", "s3fs", "rclone", "glusterfs", "gcsfuse", "goofys", "davfs2", "cephfs", "mount-s3")
+)
+# The constants of sqlite3's primary result codes; an extended code keeps its primary one in the low byte.
+_UNAVAILABLE = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_PROTOCOL,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_NOTADB,
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_NOLFS,
+    }
+)
+
+
+def translated(error: SQLAlchemyError) -> BatchrunnerError:
+    """Give the error in our words; anything but a full disk or an unreachable file is a bug of ours."""
+    cause = error.orig if isinstance(error, DBAPIError) else None
+    code = getattr(cause, "sqlite_errorcode", None)
+    if isinstance(code, int) and code & 0xFF == sqlite3.SQLITE_FULL:
+        return DiskFull(f"the database cannot grow: {cause}")
+    if isinstance(code, int) and code & 0xFF in _UNAVAILABLE:
+        return StoreUnavailable(f"the database does not answer: {cause}")
+    return OwnError(f"the database refused a statement: {cause or type(error).__name__}")
+
+
+def require_local_disk(path: Path, *, mounts: Path = _MOUNTS) -> None:
+    """Refuse a folder whose file system does not keep locks or synced bytes as a local one does.
+
+    Raises:
+        FolderUnsuitable: the mount that holds `path` is a network file system.
+    """
+    if not mounts.exists():
+        return
+    target = path.resolve()
+    kind, point = "", Path()
+    for line in mounts.read_text(errors="surrogateescape").splitlines():
+        _, mounted, found, *_ = line.split(" ")
+        # The kernel writes blanks in a path as octal numbers.
+        place = Path(mounted.replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\"))
+        if target.is_relative_to(place) and len(place.parts) >= len(point.parts):
+            kind, point = found, place
+    if kind in _NETWORK or kind in _NETWORK_FUSE:
+        raise FolderUnsuitable(f"{path} lies on {point}, which is {kind}: the database needs a local disk")
+
+
+def _connect(path: Path, *, is_reader: bool) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, cached_statements=256
+    )
+    try:
+        connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute("PRAGMA synchronous=FULL")
+        if is_reader:
+            connection.execute("PRAGMA query_only=ON")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _begin_immediate(conn: Connection) -> None:
+    # A transaction that begins by reading and writes later fails at once when another process wrote in between.
+    conn.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _engine(path: Path, *, is_reader: bool, connections: int) -> Engine:
+    engine = create_engine(
+        "sqlite://",
+        creator=partial(_connect, path, is_reader=is_reader),
+        poolclass=QueuePool,
+        pool_size=connections,
+        max_overflow=0 if not is_reader else 12,
+        pool_reset_on_return=None if is_reader else "rollback",
+        isolation_level="AUTOCOMMIT" if is_reader else None,
+    )
+    if not is_reader:
+        event.listen(engine, "begin", _begin_immediate)
+    return engine
+
+
+class Writer:
+    """One connection, used by one thread at a time, whose transactions begin IMMEDIATE; after a failure a new one."""
+
+    def __init__(self, path: Path, availability: Availability) -> None:
+        self._engine = _engine(path, is_reader=False, connections=1)
+        self._availability = availability
+        self._turn = threading.Lock()
+        self._connection: Connection | None = None
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """Open a transaction; it commits at the end of the block and has no effect after an exception.
+
+        Raises:
+            StoreUnavailable: the file cannot be reached, or stayed locked.
+            DiskFull: there is no space for the transaction.
+        """
+        if not self._turn.acquire(timeout=_WRITER_WAIT_S):
+            self._availability.failed()
+            raise StoreUnavailable(f"the database was busy for {_WRITER_WAIT_S:.0f} s in this process")
+        try:
+            if self._connection is None:
+                self._connection = self._engine.connect()
+            with self._connection.begin():
+                yield self._connection
+        except SQLAlchemyError as error:
+            self._availability.failed()
+            self._drop()
+            raise translated(error) from error
+        else:
+            self._availability.succeeded()
+        finally:
+            self._turn.release()
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        with self._turn:
+            self._drop()
+            self._engine.dispose()
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.invalidate()
+            connection.close()
+
+
+class SqliteRenewer:
+    """Renewer over a writer of its own, so that no long transaction of this process's threads delays it."""
+
+    def __init__(self, path: Path, availability: Availability, clock: Clock) -> None:
+        self._writer = Writer(path, availability)
+        self._clock = clock
+        self._boot_id = clock.boot_id()
+
+    def renew(self, session: SessionId, lease_s: float) -> None:
+        """See Renewer."""
+        with self._writer.transaction() as conn:
+            moment = Moment(wall=self._clock.now(), boot_s=self._clock.boot_s(), boot_id=self._boot_id)
+            queries_claims.renew(conn, session, moment, lease_s=lease_s)
+
+    def close(self) -> None:
+        """See Renewer."""
+        self._writer.close()
+
+
+class SqliteStore(SqlStore):
+    """Store in one file of a local disk, shared by the processes of one host. Methods may be called from any thread."""
+
+    def __init__(self, path: Path, clock: Clock) -> None:
+        super().__init__(clock)
+        self._path = path
+        self._writer = Writer(path, self.availability)
+        self._readers = _engine(path, is_reader=True, connections=4)
+
+    @classmethod
+    def open(cls, path: Path, clock: Clock) -> SqliteStore:
+        """Open the file, made and brought up to this version's schema where needed.
+
+        Raises:
+            FolderUnsuitable: it lies on a network file system, or is the database of another program.
+            SchemaNewer: a newer version wrote it.
+            StoreUnavailable: it cannot be opened.
+            DiskFull: there is no space to make it.
+        """
+        require_local_disk(path)
+        store = cls(path, clock)
+        try:
+            store.prepare()
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def prepare(self) -> None:
+        """Switch the file to write-ahead logging and bring its schema up to date."""
+        try:
+            schema.use_write_ahead_log(self._path, timeout_s=_BUSY_TIMEOUT_S)
+        except sqlite3.Error as error:
+            raise translated(DBAPIError("PRAGMA journal_mode", None, error)) from error
+        with self.writing() as conn:
+            schema.prepare(conn)
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """See SqlStore."""
+        with self._writer.transaction() as conn:
+            yield conn
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """See SqlStore."""
+        try:
+            with self._readers.connect() as conn:
+                yield conn
+        except SQLAlchemyError as error:
+            self.availability.failed()
+            raise translated(error) from error
+        self.availability.succeeded()
+
+    def renewer(self) -> SqliteRenewer:
+        """See Store."""
+        return SqliteRenewer(self._path, self.availability, self._clock)
+
+    def close(self) -> None:
+        """See Store."""
+        self._writer.close()
+        self._readers.dispose()

@@ -1,0 +1,221 @@
+"""The schema: which rows exist and what their columns mean. Times are Instants, leases are boot seconds."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    String,
+    Table,
+    Text,
+    text,
+)
+
+from batchrunner.lifecycle import BatchStatus, EndedBy
+from batchrunner.models import LineProblem, OnInvalid, OnUnknown, Order, TaskKind, TaskState
+from batchrunner.store.columns import Instant, Packed, RowNumber, word_of
+
+schema = MetaData()
+stamp = MetaData()
+
+alembic_version = Table(
+    "alembic_version",
+    stamp,
+    Column("version_num", String(32), nullable=False),
+    PrimaryKeyConstraint("version_num", name="alembic_version_pkc"),
+)
+
+
+def _number(name: str, *, default: int = 0) -> Column[int]:
+    return Column(name, BigInteger, nullable=False, server_default=text(str(default)))
+
+
+def _tokens() -> list[Column[int]]:
+    return [_number(name) for name in ("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")]
+
+
+files = Table(
+    "files",
+    schema,
+    Column("id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("sha256", Text, nullable=False),
+    Column("blob", Text, nullable=False),
+    Column("created_at", Instant, nullable=False),
+    Column("expires_at", Instant),
+    comment="Stored bytes with a purpose; a row means that its blob is whole.",
+)
+
+batches = Table(
+    "batches",
+    schema,
+    Column("serial", RowNumber, primary_key=True, autoincrement=True, comment="order of creation"),
+    Column("id", Text, nullable=False, unique=True),
+    Column("tenant", Text, nullable=False),
+    Column("dialect", Text, nullable=False),
+    Column("endpoint", Text),
+    Column("input_file_id", Text, ForeignKey("files.id")),
+    Column("source", Text, nullable=False),
+    Column("completion_window", Text),
+    Column("deadline_at", Instant),
+    Column("on_invalid", word_of(OnInvalid, "batch_on_invalid"), nullable=False),
+    Column("on_unknown", word_of(OnUnknown, "batch_on_unknown"), nullable=False),
+    Column("order", word_of(Order, "batch_order"), nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("hold_at", BigInteger, comment="only requests below this index run"),
+    Column("metadata", Packed(dict[str, str]), nullable=False),
+    Column("parent_id", Text, ForeignKey("batches.id")),
+    Column("chosen_blob", Text),
+    Column(
+        "status", word_of(BatchStatus, "batch_status"), nullable=False, comment="moves by lifecycle.TRANSITIONS only"
+    ),
+    Column("version", BigInteger, nullable=False, comment="counts status moves and nothing else"),
+    Column("ended_by", word_of(EndedBy, "batch_ended_by"), comment="set once, by the first end"),
+    Column("is_open", Boolean, nullable=False, comment="may still get lines"),
+    Column("paused_reason", Text, comment="claims of shards skip the batch"),
+    Column("paused_at", Instant),
+    Column("blocked_by", Text, comment="why it does not move on"),
+    _number("total_count"),
+    _number("succeeded_count"),
+    _number("failed_count"),
+    _number("refused_count"),
+    _number("expired_count"),
+    _number("cancelled_count"),
+    _number("re_executed_count"),
+    _number("retry_count"),
+    *_tokens(),
+    _number("next_sequence", default=1),
+    _number("open_shards"),
+    Column("model", Text),
+    Column("problems_blob", Text),
+    _number("problem_count"),
+    Column("problems", Packed(tuple[LineProblem, ...]), nullable=False),
+    Column("input_sha256", Text, comment="of the bytes that validation read"),
+    Column("output_file_id", Text, ForeignKey("files.id")),
+    Column("error_file_id", Text, ForeignKey("files.id")),
+    Column("created_at", Instant, nullable=False),
+    *(Column(f"{status}_at", Instant) for status in BatchStatus if status is not BatchStatus.VALIDATING),
+    CheckConstraint("open_shards >= 0", name="batch_open_shards"),
+    Index("batches_by_status", "status", "deadline_at"),
+    Index("batches_by_tenant", "tenant", "serial"),
+    comment="One order. Counts are of registered records and change in the transaction that registers them.",
+)
+
+tasks = Table(
+    "tasks",
+    schema,
+    Column("id", RowNumber, primary_key=True, autoincrement=True),
+    Column("batch_id", Text, ForeignKey("batches.id"), nullable=False),
+    Column("kind", word_of(TaskKind, "task_kind"), nullable=False),
+    Column(
+        "state",
+        word_of(TaskState, "task_state"),
+        nullable=False,
+        comment="queued > leased > settled, queued or parked; the fence makes it sealed, salvage final",
+    ),
+    Column("epoch", BigInteger, nullable=False, comment="one more with every claim and fence; guards every write"),
+    Column("session", Text, comment="the holder, only while leased"),
+    Column("taken_from", Text, comment="the session that the last claim, fence or end took it from, if any"),
+    Column("lease_until", Float, comment="boot seconds of boot_id"),
+    Column("boot_id", Text, comment="the boot that lease_until and not_before count from"),
+    _number("attempts"),
+    Column("not_before", Float, comment="boot seconds of boot_id"),
+    Column("last_error", Text),
+    Column("orphaned_by_death", Boolean, nullable=False, comment="the last holder died and nothing happened since"),
+    _number("deaths"),
+    Column("is_quarantined", Boolean, nullable=False),
+    Column("fence_epoch", BigInteger, comment="epoch of the seal task that fenced this shard last"),
+    Column("byte_start", BigInteger),
+    Column("byte_end", BigInteger),
+    Column("first_line", BigInteger),
+    Column("first_index", BigInteger),
+    Column("line_count", BigInteger),
+    Column("checksum", BigInteger),
+    Column("skipped", Packed(tuple[int, ...])),
+    _number("intent_mark"),
+    _number("succeeded_count"),
+    _number("failed_count"),
+    *_tokens(),
+    # The front of a batch's queue: equal columns first, then the range, so that shards beyond a hold are not walked.
+    Index("tasks_to_claim", "kind", "state", "batch_id", "is_quarantined", "first_index"),
+    Index("tasks_by_batch", "batch_id", "kind", "first_line"),
+    Index("tasks_by_session", "session"),
+    Index("tasks_by_loser", "taken_from"),
+    Index(
+        "one_seal_per_batch",
+        "batch_id",
+        unique=True,
+        sqlite_where=text("kind = 'seal'"),
+        postgresql_where=text("kind = 'seal'"),
+    ),
+    # Journals are named by task id: a number is never given twice.
+    sqlite_autoincrement=True,
+    comment="What a worker may claim. Shard columns are null in other kinds.",
+)
+
+claims = Table(
+    "claims",
+    schema,
+    Column("task_id", RowNumber, ForeignKey("tasks.id"), primary_key=True),
+    Column("epoch", BigInteger, primary_key=True),
+    Column("session", Text, nullable=False),
+    comment="Who held a task under which epoch: where unregistered bytes may lie.",
+)
+
+extents = Table(
+    "extents",
+    schema,
+    Column("batch_id", Text, ForeignKey("batches.id"), primary_key=True),
+    Column("sequence_from", BigInteger, primary_key=True),
+    Column("task_id", RowNumber, ForeignKey("tasks.id"), nullable=False),
+    Column("count", BigInteger, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("session", Text, nullable=False),
+    Column("segment", BigInteger, nullable=False),
+    Column("byte_start", BigInteger, nullable=False),
+    Column("byte_end", BigInteger, nullable=False),
+    _number("succeeded_count"),
+    _number("failed_count"),
+    *_tokens(),
+    CheckConstraint(
+        "count = succeeded_count + failed_count AND count > 0 AND byte_end > byte_start", name="extent_count"
+    ),
+    Index("extents_by_task", "task_id", "epoch", "segment"),
+    comment="Records that exist. Sequence numbers are gapless per batch and never change.",
+)
+
+sessions = Table(
+    "sessions",
+    schema,
+    Column("id", Text, primary_key=True),
+    Column("host", Text, nullable=False),
+    Column("boot_id", Text, nullable=False),
+    Column("pid", BigInteger, nullable=False),
+    Column("opened_at", Instant, nullable=False),
+    Column("is_hungry", Boolean, nullable=False),
+    comment="Workers that hold or may hold leases.",
+)
+
+outbox = Table(
+    "outbox",
+    schema,
+    Column("id", Text, primary_key=True, comment="hash of batch and status: the same end is told under one id"),
+    Column("batch_id", Text, ForeignKey("batches.id"), nullable=False),
+    Column("event", Text, nullable=False),
+    Column("body", Text, nullable=False),
+    Column("created_at", Instant, nullable=False),
+    Column("state", Text, nullable=False, server_default=text("'pending'")),
+    Index("outbox_by_state", "state", "created_at"),
+    comment="Ends of batches to tell, written by the move itself.",
+)
