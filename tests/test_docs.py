@@ -54,7 +54,8 @@ def root_command() -> click.Group:
     return groups[0]
 
 
-def subclasses(root: type) -> Iterator[type]:
+def subclasses(root: type[errors.BatchrunnerError]) -> Iterator[type[errors.BatchrunnerError]]:
+    """Give a class and everything below it."""
     yield root
     for each in root.__subclasses__():
         yield from subclasses(each)
