@@ -153,7 +153,12 @@ class AiohttpUpstream:
     async def _exchange(self, wire: Wire, head: bytes, body: bytes, started_at_s: float) -> Reply | Failure:
         self._busy.add(wire)
         try:
-            return await wire.exchange(head, body, started_at_s)
+            outcome = await wire.exchange(head, body, started_at_s)
+            if isinstance(outcome, Reply) and CONTENT_ENCODING in outcome.headers:
+                outcome = self._decoded(outcome)
+                if isinstance(outcome, Failure):
+                    wire.abort()
+            return outcome
         finally:
             self._busy.discard(wire)
             if wire.is_open:
@@ -231,12 +236,6 @@ class AiohttpUpstream:
     def _attempt(self, outcome: Reply | Failure, started_at_s: float) -> Attempt:
         if isinstance(outcome, Reply):
             headers = outcome.headers
-            body = outcome.body
-            if CONTENT_ENCODING in headers:
-                decoded = self._decode(body, headers[CONTENT_ENCODING], outcome.status)
-                if isinstance(decoded, Failure):
-                    return self._failed(decoded, started_at_s)
-                body = decoded
             retry_after_s = None
             if RETRY_AFTER in headers or _RETRY_AFTER_MS in headers:
                 ms, value = headers.get(_RETRY_AFTER_MS), headers.get(RETRY_AFTER)
@@ -244,7 +243,7 @@ class AiohttpUpstream:
             request_id = headers.get(_REQUEST_ID)
             return Attempt(
                 status=outcome.status,
-                body=body,
+                body=outcome.body,
                 content_type=_media_type(headers.get(CONTENT_TYPE, "")),
                 request_id=_label(request_id) if request_id else None,
                 retry_after_s=retry_after_s,
@@ -262,12 +261,12 @@ class AiohttpUpstream:
             elapsed_s=self._clock.monotonic_s() - started_at_s,
         )
 
-    def _decode(self, body: bytes, encoding: str, status: int) -> bytes | Failure:
+    def _decoded(self, reply: Reply) -> Reply | Failure:
         """Undo a content encoding that was not asked for, never to more than the cap."""
-        peer = self._dialer.peer
-        name = encoding.strip().lower()
+        peer, status, body = self._dialer.peer, reply.status, reply.body
+        name = reply.headers[CONTENT_ENCODING].strip().lower()
         if name in {"", "identity"} or not body:
-            return body
+            return reply
         if name not in {"gzip", "x-gzip", "deflate"}:
             told = f"{peer} answered in content encoding {_label(name)!r}, asked for was identity"
             return Failure(AttemptError.BAD_ENCODING, told, status)
@@ -278,7 +277,7 @@ class AiohttpUpstream:
         if len(decoded) > self._reply_bytes_max:
             told = f"the answer of {peer} is over {self._reply_bytes_max} bytes when decoded"
             return Failure(AttemptError.TOO_LARGE, told, status)
-        return decoded
+        return Reply(status, reply.headers, decoded)
 
 
 class _Opening:

@@ -7,6 +7,7 @@ every use of that semi-public ground is in this module. It knows nothing of line
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,6 @@ _READ_BYTES = 256 * 1024
 # Above this, copying head and body into one piece costs more than a second write.
 _JOINED_BYTES_MAX = 64 * 1024
 _INTERIM_ANSWERS_MAX = 100
-_STATUSES_WITHOUT_BODY = frozenset({204, 304})
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +212,7 @@ class Wire(asyncio.BufferedProtocol):
 
     def _read_on(self, payload: StreamReader) -> None:
         message = self._message
-        assert message is not None  # noqa: S101 - the payload came with it
+        assert message is not None
         chunk = payload.read_nowait()
         if chunk:
             self._chunks.append(chunk)
@@ -221,9 +221,6 @@ class Wire(asyncio.BufferedProtocol):
             self._refuse_size()
         elif payload.is_eof():
             self._complete(message, is_reusable=not message.should_close)
-        elif message.code in _STATUSES_WITHOUT_BODY:
-            self._chunks.clear()
-            self._complete(message, is_reusable=False)
         elif _declared_bytes(message) > self._reply_bytes_max:
             self._refuse_size()
 
@@ -251,11 +248,19 @@ class Wire(asyncio.BufferedProtocol):
         if message is None:
             cause = "before it answered" if not self.has_heard else "in the middle of the answer's head"
             self._settle(Failure(AttemptError.RESET, f"{self._peer} closed the connection {cause}"))
-        elif exc is None and not message.chunked and CONTENT_LENGTH not in message.headers:
+        elif exc is None and self._may_end_here():
             self._complete(message, is_reusable=False)
         else:
             told = f"{self._peer} closed the connection after {self._size_bytes} bytes of an unfinished answer"
             self._settle(Failure(AttemptError.TRUNCATED, told, message.code))
+
+    def _may_end_here(self) -> bool:
+        """Ask the parser, which knows the framing: an answer without length and chunks ends with its connection."""
+        try:
+            self._parser.feed_eof()
+        except HttpProcessingError:
+            return False
+        return True
 
     def pause_reading(self) -> None:
         """Ignore the stream's wish: it is emptied after every read, so it holds at most one read's bytes."""
@@ -321,7 +326,8 @@ class Dialer:
             case aiohttp.ClientSSLError(os_error=ssl.SSLError() as refused):
                 return f"the TLS handshake failed ({refused.reason})"
             case aiohttp.ClientConnectorError(os_error=cause):
-                return cause.strerror or type(cause).__name__
+                # asyncio words it its own way ("Connect call failed"); people know the system's words.
+                return os.strerror(cause.errno) if cause.errno else cause.strerror or type(cause).__name__
             case _:
                 return type(error).__name__
 

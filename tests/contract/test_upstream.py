@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
+import aiohttp
 import pytest
+from aiohttp.http import HttpProcessingError, HttpResponseParser
+from yarl import URL
 
 from batchrunner.errors import UsageError
 from batchrunner.models import Attempt, AttemptError
@@ -15,6 +21,8 @@ from batchrunner.upstream import AiohttpUpstream, join_url
 from tests.hostile.peer import LIMIT_S, Peer, SteppedClock, Talk, answer, obliging, peer_with, until
 
 CHAT = "/v1/chat/completions"
+# Made for these tests and trusted nowhere else.
+CERTIFICATE = Path(__file__).parents[1] / "hostile" / "certificates" / "localhost.crt"
 
 
 @asynccontextmanager
@@ -411,3 +419,201 @@ async def test_upstream_death_resets_all_in_flight_and_later_requests_connect_an
     assert [attempt.error for attempt in attempts] == [AttemptError.RESET] * 50
     assert while_down.error is AttemptError.NOT_CONNECTED
     assert later.status == 200
+
+
+async def test_refused_connection_is_not_connected_and_says_where_and_why() -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        async with upstream_of(f"http://127.0.0.1:{port}", api_key="sk-secret") as upstream:
+            attempt = await send(upstream)
+
+    assert attempt.error is AttemptError.NOT_CONNECTED
+    assert attempt.status == 0
+    assert f"127.0.0.1:{port}" in attempt.message
+    assert "refused" in attempt.message
+    assert "secret" not in attempt.message
+
+
+async def test_unknown_host_is_not_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> NoReturn:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    async with upstream_of("http://nowhere.invalid:8000/v1") as upstream:
+        attempt = await send(upstream)
+
+    assert attempt.error is AttemptError.NOT_CONNECTED
+    assert attempt.message == "cannot connect to nowhere.invalid:8000: the host name is not known"
+
+
+def tls_server() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(CERTIFICATE, CERTIFICATE.with_suffix(".key"))
+    return context
+
+
+async def test_tls_with_a_trusted_certificate_works_and_keeps_its_connection() -> None:
+    body = b"x" * 1024 * 1024
+    async with peer_with(obliging, tls=tls_server()) as peer, upstream_of(peer.url, ca_bundle=CERTIFICATE) as upstream:
+        attempts = [await send(upstream, body), await send(upstream, b"2")]
+
+    assert [attempt.body == sent for attempt, sent in zip(attempts, [body, b"2"], strict=True)] == [True, True]
+    assert len(peer.talks) == 1
+
+
+async def test_tls_with_an_untrusted_certificate_is_not_connected() -> None:
+    async with peer_with(obliging, tls=tls_server()) as peer, upstream_of(peer.url) as upstream:
+        attempt = await send(upstream)
+
+    assert attempt.error is AttemptError.NOT_CONNECTED
+    assert "certificate is not trusted" in attempt.message
+
+
+async def test_tls_for_another_name_is_not_connected() -> None:
+    async with (
+        peer_with(obliging, tls=tls_server()) as peer,
+        upstream_of(peer.url.replace("localhost", "127.0.0.1"), ca_bundle=CERTIFICATE) as upstream,
+    ):
+        attempt = await send(upstream)
+
+    assert attempt.error is AttemptError.NOT_CONNECTED
+    assert "certificate is not trusted" in attempt.message
+
+
+async def test_tls_to_a_plain_server_is_not_connected() -> None:
+    async def script(talk: Talk) -> None:
+        talk.say(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await talk.gone()
+
+    async with peer_with(script) as peer, upstream_of(peer.url.replace("http:", "https:")) as upstream:
+        attempt = await send(upstream)
+
+    assert attempt.error is AttemptError.NOT_CONNECTED
+    assert "TLS handshake failed" in attempt.message
+
+
+async def test_ca_bundle_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        AiohttpUpstream("https://h/v1", clock=SteppedClock(), ca_bundle=tmp_path / "absent.pem")
+
+
+async def never_shake_hands(talk: Talk) -> None:
+    await talk.gone()
+    talk.hang_up()
+
+
+def half_open(peer: Peer) -> str:
+    """An address that accepts connections but never finishes opening one."""
+    return peer.url.replace("http:", "https:")
+
+
+async def test_connection_that_takes_too_long_is_not_connected() -> None:
+    async with (
+        peer_with(never_shake_hands) as peer,
+        upstream_of(half_open(peer), connect_timeout_s=0.05) as upstream,
+    ):
+        attempt = await send(upstream)
+
+    assert attempt.error is AttemptError.NOT_CONNECTED
+    assert "no connection within 0.05 s" in attempt.message
+
+
+async def test_total_deadline_and_abort_reach_a_connection_that_is_being_opened() -> None:
+    clock = SteppedClock()
+    async with (
+        peer_with(never_shake_hands) as peer,
+        upstream_of(half_open(peer), clock=clock, total_timeout_s=5.0) as upstream,
+    ):
+        late = asyncio.create_task(send(upstream))
+        await until(lambda: len(peer.talks) == 1)
+        clock.step(5.0)
+        upstream.sweep_deadlines()
+        timed_out = await late
+        aborted = asyncio.create_task(send(upstream))
+        await until(lambda: len(peer.talks) == 2)
+        upstream.abort_all()
+
+        assert timed_out.error is AttemptError.TIMEOUT_TOTAL
+        assert (await aborted).error is AttemptError.ABORTED
+        await until(lambda: all(talk.is_left for talk in peer.talks))
+
+
+async def test_cancel_while_opening_is_a_cancel() -> None:
+    async with peer_with(never_shake_hands) as peer, upstream_of(half_open(peer)) as upstream:
+        task = asyncio.create_task(upstream.send(CHAT, b"{}", idempotency_key=None))
+        await until(lambda: len(peer.talks) == 1)
+
+        upstream.abort_all()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+        await until(lambda: peer.talks[0].is_left)
+        assert upstream._openings == {}
+
+
+async def test_cancel_in_the_moment_of_opening_closes_what_was_opened() -> None:
+    async with peer_with(never_shake_hands) as peer, upstream_of(peer.url) as upstream:
+        task = asyncio.create_task(upstream.send(CHAT, b"{}", idempotency_key=None))
+        await until(lambda: any(opening.done() for opening in upstream._openings))
+
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+        await until(lambda: [talk.is_left for talk in peer.talks] == [True])
+        assert peer.requests == []
+
+
+async def test_server_that_speaks_first_is_not_talked_to() -> None:
+    async def script(talk: Talk) -> None:
+        talk.say(b"220 mail.example ESMTP\r\n")
+        await talk.gone()
+
+    async with peer_with(script) as peer, upstream_of(peer.url) as upstream:
+        attempt = await send(upstream)
+
+    assert attempt.error in {AttemptError.NOT_CONNECTED, AttemptError.BAD_PROTOCOL}
+
+
+async def test_aiohttp_below_its_session_is_as_we_know_it() -> None:
+    """The adapter stands on parts of aiohttp that may change without notice; this names what broke first."""
+    assert HttpResponseParser.__module__ == "aiohttp._http_parser", "the C parser is missing: answers cost far more CPU"
+    connector = aiohttp.TCPConnector(limit=0)
+    try:
+        async with peer_with(obliging) as peer:
+            request = aiohttp.ClientRequest("POST", URL(peer.url), loop=asyncio.get_running_loop())
+            connection = await connector.connect(request, [], aiohttp.ClientTimeout(total=None, connect=10.0))
+            protocol, transport = connection.protocol, connection.transport
+            assert protocol is not None
+            assert transport is not None
+            assert protocol.should_close is False
+            protocol.connection_lost(None)
+            transport.abort()
+            connection.close()
+            assert connection.protocol is None
+    finally:
+        await connector.close()
+
+    owner: Any = ParserOwner()
+    parser = HttpResponseParser(owner, asyncio.get_running_loop(), 65536, read_until_eof=True, auto_decompress=False)
+    messages, upgraded, tail = parser.feed_data(answer(b"12345", X="y")[:-3])
+    ((message, payload),) = messages
+    assert (message.code, message.should_close, message.headers["x"]) == (200, False, "y")
+    assert (payload.read_nowait(), payload.is_eof()) == (b"12", False)
+    assert len(parser.feed_data(b"345")[0]) == 0
+    assert (payload.read_nowait(), payload.is_eof()) == (b"345", True)
+    assert (upgraded, tail) == (False, b"")
+    assert len(parser.feed_data(answer(b""))[0]) == 1, "one parser reads all answers of a connection"
+    parser.feed_data(answer(b"12345")[:-1])
+    with pytest.raises(HttpProcessingError):
+        parser.feed_eof()
+
+
+class ParserOwner:
+    """What the parser's streams ask of the protocol that owns it."""
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self, resume_parser: bool = True) -> None: ...

@@ -71,6 +71,11 @@ class Talk:
             await self._writer.drain()
             await asyncio.sleep(0)
 
+    async def flush(self) -> None:
+        """Wait until the kernel has everything that was said."""
+        while self._writer.transport.get_write_buffer_size():  # noqa: ASYNC110 - transports have no event for it
+            await asyncio.sleep(0)
+
     def hang_up(self) -> None:
         """FIN, after what was said."""
         self._writer.close()
@@ -109,7 +114,9 @@ class Peer:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def listen(self, *, tls: ssl.SSLContext | None = None, port: int = 0) -> None:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", port, ssl=tls, limit=64 * 1024 * 1024)
+        self._server = await asyncio.start_server(
+            self._accept, "127.0.0.1", port, ssl=tls, limit=64 * 1024 * 1024, backlog=1024
+        )
         self.port = self._server.sockets[0].getsockname()[1]
         host = "localhost" if tls else "127.0.0.1"
         self.url = f"{'https' if tls else 'http'}://{host}:{self.port}/v1"

@@ -1,0 +1,73 @@
+"""The set-up of a process: measured in a process of its own, because it cannot be undone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import asyncio, gc, sys
+from batchrunner.tuning import freeze_start_up, tune_process
+if "blocked" in sys.argv:
+    sys.modules["uvloop"] = None
+factory = tune_process(use_uvloop="asyncio" not in sys.argv)
+freeze_start_up()
+async def main():
+    return type(asyncio.get_running_loop()).__module__
+with asyncio.Runner(loop_factory=factory) as runner:
+    print(runner.run(main()), gc.get_threshold(), gc.get_freeze_count() > 1000)
+"""
+
+
+def set_up(argument: str) -> str:
+    completed = subprocess.run(
+        [sys.executable, "-c", SCRIPT, argument], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert completed.stderr == ""
+    return completed.stdout.strip()
+
+
+def test_process_runs_uvloop_when_it_is_there() -> None:
+    pytest.importorskip("uvloop")
+
+    assert set_up("") == "uvloop (100000, 50, 100) True"
+
+
+@pytest.mark.parametrize("argument", ["asyncio", "blocked"])
+def test_process_runs_asyncio_otherwise(argument: str) -> None:
+    assert set_up(argument) == "asyncio.unix_events (100000, 50, 100) True"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts page faults of glibc's allocator")
+def test_read_buffers_stay_on_the_heap_after_raising_the_threshold() -> None:
+    """Reads like asyncio's: a buffer that is mapped anew each time costs at least one page fault each time."""
+    script = """
+import resource, socket, sys
+from batchrunner.tuning import raise_mmap_threshold
+is_raised = sys.argv[1] == "raised" and raise_mmap_threshold()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+ours, theirs = socket.socketpair()
+before = faults()
+for _ in range(2000):
+    theirs.send(b"x" * 600)
+    ours.recv(256 * 1024)
+print(is_raised, faults() - before)
+"""
+
+    def run(argument: str) -> tuple[str, int]:
+        completed = subprocess.run(
+            [sys.executable, "-c", script, argument], capture_output=True, text=True, timeout=60, check=True
+        )
+        is_raised, faults = completed.stdout.split()
+        return is_raised, int(faults)
+
+    is_raised, faults = run("raised")
+    if is_raised == "False":
+        pytest.skip("no glibc here")
+    _, faults_before = run("default")
+
+    assert faults_before >= 2000
+    assert faults < 500
