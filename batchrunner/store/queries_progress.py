@@ -134,7 +134,8 @@ def record(
     change["re_executed_count"] = 0 if fresh.is_repeat else progress.re_executed_count
     change["retry_count"] = 0 if fresh.is_repeat else progress.retry_count
     batch = None
-    if any(change.values()):
+    # Bytes without a result change no number, but they may let the last extent grow.
+    if fresh.extents or any(change.values()):
         values = {f"d_{name}": change[name] for name in _ADVANCE} | {"d_id": task["batch_id"]}
         batch = conn.execute(_ADVANCE_BATCH, values).mappings().one()
     if batch is not None and fresh.extents:

@@ -74,6 +74,13 @@ def translated(error: SQLAlchemyError) -> BatchrunnerError:
     return OwnError(f"the database refused a statement: {cause or type(error).__name__}")
 
 
+def _noted(error: SQLAlchemyError, availability: Availability) -> BatchrunnerError:
+    told = translated(error)
+    if isinstance(told, StoreUnavailable | DiskFull):
+        availability.failed()
+    return told
+
+
 def require_local_disk(path: Path, *, mounts: Path = _MOUNTS) -> None:
     """Refuse a folder whose file system does not keep locks or synced bytes as a local one does.
 
@@ -155,9 +162,8 @@ class Writer:
             with self._connection.begin():
                 yield self._connection
         except SQLAlchemyError as error:
-            self._availability.failed()
             self._drop()
-            raise translated(error) from error
+            raise _noted(error, self._availability) from error
         else:
             self._availability.succeeded()
         finally:
@@ -245,8 +251,7 @@ class SqliteStore(SqlStore):
             with self._readers.connect() as conn:
                 yield conn
         except SQLAlchemyError as error:
-            self.availability.failed()
-            raise translated(error) from error
+            raise _noted(error, self.availability) from error
         self.availability.succeeded()
 
     def renewer(self) -> SqliteRenewer:
