@@ -8,14 +8,16 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 import msgspec
 
-from batchrunner.models import Attempt, AttemptError, LineCode, OnUnknown, PauseReason
+from batchrunner.models import Attempt, AttemptError, LineCode, PauseReason
 
 # "Upstream not there or full": the line is not at fault, so it waits as long as the batch lives.
-FULL_STATUSES = frozenset({429, 503, 529})
+REFUSALS = frozenset({429, 503, 529})
+# The upstream died, or was not there. A truncated answer is none of these: somebody had begun to give it.
+CONNECTION_ERRORS = frozenset({AttemptError.NOT_CONNECTED, AttemptError.RESET})
 TRANSIENT_4XX = frozenset({408, 409, 425})
 MEDIA_TYPES = ("audio/", "image/", "video/", "application/octet-stream")
 # Servers that answer an unknown model with 400 name it by this code. Source: OpenAI API, error code `model_not_found`.
@@ -31,17 +33,6 @@ class RetryPolicy(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     backoff_base_s: float = 0.5
     backoff_cap_s: float = 60.0
     retry_after_max_s: float = 600.0
-    on_unknown: OnUnknown = OnUnknown.RETRY
-
-
-class LineState(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """What a line has behind it, the attempt under judgement not counted: tries used up, and repeats that used none."""
-
-    tries: int = 0
-    waits: int = 0
-
-
-FRESH = LineState()
 
 
 class Accept(msgspec.Struct, frozen=True, gc=False):
@@ -70,31 +61,39 @@ ACCEPT = Accept()
 
 def judge(
     attempt: Attempt,
-    line: LineState,
-    policy: RetryPolicy,
-    uniform: float,
     *,
+    policy: RetryPolicy,
+    tries: int,
+    waits: int,
     is_json: bool,
     has_error: bool,
+    uniform: float,
+    is_at_most_once: bool = False,
     is_death: bool = False,
 ) -> Verdict:
     """Decide what follows from an exchange.
 
-    `is_json` and `has_error` describe the body of a 2xx: is it valid JSON, and is that JSON an error object.
-    `is_death` says that the attempt went down with the whole upstream, which uses up no line's tries.
-    `uniform` from [0, 1) draws the jitter.
+    `tries` counts the line's earlier attempts that used one up, `waits` those that did not. `is_json` and `has_error`
+    describe the body of a 2xx: is it valid JSON, and is that JSON an error object. `is_death` says that the attempt
+    went down with the whole upstream, which uses up no line's tries. `uniform` from [0, 1) draws the jitter.
     """
     if attempt.error is None and 200 <= attempt.status < 300 and ((is_json and not has_error) or _is_media(attempt)):
         return ACCEPT
-    if policy.on_unknown is OnUnknown.FAIL and not _is_surely_unprocessed(attempt):
+    if is_at_most_once and not _is_surely_unprocessed(attempt):
         return _once(attempt, has_error=has_error)
+    reason, code, uses_try = _cause(attempt, has_error=has_error)
+    if not reason:
+        return GiveUp(code, _describe(attempt, has_error=has_error))
+    if attempt.error is AttemptError.ABORTED:
+        # We ended it ourselves; whether the line goes out again is for whoever did so to say.
+        return RetryAfter(0.0, False, reason)
     if is_death and attempt.error is not None:
-        return RetryAfter(_backoff_s(attempt, line.waits, policy, uniform), False, "upstream_down")
-    if attempt.status in FULL_STATUSES:
-        return RetryAfter(_backoff_s(attempt, line.waits, policy, uniform), False, f"status_{attempt.status}")
-    if attempt.error is not None:
-        return _judge_error(attempt, attempt.error, line, policy, uniform)
-    return _judge_answer(attempt, line, policy, uniform, has_error=has_error)
+        return RetryAfter(_backoff_s(attempt, waits, policy, uniform), False, "upstream_down")
+    if not uses_try:
+        return RetryAfter(_backoff_s(attempt, waits, policy, uniform), False, reason)
+    if tries + 1 >= policy.max_tries:
+        return GiveUp(code, _exhausted(attempt, tries=tries + 1, waits=waits, has_error=has_error))
+    return RetryAfter(_backoff_s(attempt, tries, policy, uniform), True, reason)
 
 
 def suspicion(attempt: Attempt) -> PauseReason | None:
@@ -158,43 +157,42 @@ def _once(attempt: Attempt, *, has_error: bool) -> GiveUp:
     return GiveUp(LineCode.OUTCOME_UNKNOWN, f"{what}; the request may have been processed and may be sent only once")
 
 
-def _judge_error(
-    attempt: Attempt, error: AttemptError, line: LineState, policy: RetryPolicy, uniform: float
-) -> Verdict:
+class _Cause(NamedTuple):
+    """Why an answer is no result. An empty `reason` means that no repeat would help; `code` is for the line's end."""
+
+    reason: str
+    code: LineCode | None
+    uses_try: bool
+
+
+def _cause(attempt: Attempt, *, has_error: bool) -> _Cause:
+    status = attempt.status
+    if status in REFUSALS:
+        return _Cause(f"status_{status}", None, uses_try=False)
+    if attempt.error is not None:
+        return _cause_of_error(attempt.error)
+    if 500 <= status < 600 or status in TRANSIENT_4XX:
+        return _Cause(f"status_{status}", None, uses_try=True)
+    if 300 <= status < 500:
+        return _Cause("", None, uses_try=True)
+    return _Cause("error_body" if has_error else "not_json", LineCode.INVALID_RESPONSE, uses_try=True)
+
+
+def _cause_of_error(error: AttemptError) -> _Cause:
     match error:
-        case AttemptError.NOT_CONNECTED:
-            return RetryAfter(_backoff_s(attempt, line.waits, policy, uniform), False, error.value)
-        case AttemptError.ABORTED:
-            # We ended it ourselves; whether the line goes out again is for whoever did so to say.
-            return RetryAfter(0.0, False, error.value)
+        case AttemptError.NOT_CONNECTED | AttemptError.ABORTED:
+            return _Cause(error.value, LineCode.CONNECTION_ERROR, uses_try=False)
+        case AttemptError.RESET:
+            return _Cause(error.value, LineCode.CONNECTION_ERROR, uses_try=True)
+        case AttemptError.TIMEOUT_TOTAL | AttemptError.TIMEOUT_IDLE:
+            return _Cause(error.value, LineCode.REQUEST_TIMEOUT, uses_try=True)
+        case AttemptError.TRUNCATED | AttemptError.BAD_ENCODING | AttemptError.BAD_PROTOCOL:
+            return _Cause(error.value, LineCode.INVALID_RESPONSE, uses_try=True)
         case AttemptError.TOO_LARGE:
             # The same prompt would be paid again for an answer of the same size.
-            return GiveUp(LineCode.INVALID_RESPONSE, _describe(attempt, has_error=False))
-        case AttemptError.RESET:
-            code = LineCode.CONNECTION_ERROR
-        case AttemptError.TIMEOUT_TOTAL | AttemptError.TIMEOUT_IDLE:
-            code = LineCode.REQUEST_TIMEOUT
-        case AttemptError.TRUNCATED | AttemptError.BAD_ENCODING | AttemptError.BAD_PROTOCOL:
-            code = LineCode.INVALID_RESPONSE
+            return _Cause("", LineCode.INVALID_RESPONSE, uses_try=True)
         case _:
             assert_never(error)
-    if line.tries + 1 >= policy.max_tries:
-        return GiveUp(code, _exhausted(attempt, line, has_error=False))
-    return RetryAfter(_backoff_s(attempt, line.tries, policy, uniform), True, error.value)
-
-
-def _judge_answer(
-    attempt: Attempt, line: LineState, policy: RetryPolicy, uniform: float, *, has_error: bool
-) -> Verdict:
-    status = attempt.status
-    if 300 <= status < 500 and status not in TRANSIENT_4XX:
-        return GiveUp(None, _describe(attempt, has_error=False))
-    is_kept = 300 <= status < 600
-    if line.tries + 1 >= policy.max_tries:
-        code = None if is_kept else LineCode.INVALID_RESPONSE
-        return GiveUp(code, _exhausted(attempt, line, has_error=has_error))
-    reason = f"status_{status}" if is_kept else "error_body" if has_error else "not_json"
-    return RetryAfter(_backoff_s(attempt, line.tries, policy, uniform), True, reason)
 
 
 def _backoff_s(attempt: Attempt, repeats: int, policy: RetryPolicy, uniform: float) -> float:
@@ -206,9 +204,8 @@ def _backoff_s(attempt: Attempt, repeats: int, policy: RetryPolicy, uniform: flo
     return max(min(asked_s, policy.retry_after_max_s) + uniform * policy.backoff_base_s, uniform * ceiling_s)
 
 
-def _exhausted(attempt: Attempt, line: LineState, *, has_error: bool) -> str:
-    tries = line.tries + 1
-    waited = f" and {line.waits} more that found it unavailable" if line.waits else ""
+def _exhausted(attempt: Attempt, *, tries: int, waits: int, has_error: bool) -> str:
+    waited = f" and {waits} more that found the upstream unavailable" if waits else ""
     noun = "try" if tries == 1 else "tries"
     return f"gave up after {tries} {noun}{waited}; the last one: {_describe(attempt, has_error=has_error)}"
 

@@ -1,0 +1,245 @@
+"""When nothing may be sent, however large the window: rate limits, a shared cooldown, and the breakers.
+
+Pure rules; all times are monotonic seconds, passed in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+from batchrunner.models import PauseReason
+
+MINUTE_S = 60.0
+# What is handed out steadily, so that with the burst on top no minute exceeds the limit.
+STEADY_SHARE = 0.98
+BURST_SHARE = 0.01
+
+COOLDOWN_MAX_S = 60.0
+# So large a part of what is in flight must ask for a pause before all pause: one odd answer stalls its own line only.
+COOLDOWN_QUORUM = 0.25
+COOLDOWN_SPAN_S = 1.0
+
+SUSPECTS_MIN = 5
+
+OUTAGE_SPAN_S = 1.0
+PROBE_FIRST_S = 0.25
+PROBE_MAX_S = 5.0
+# A line in flight at this many deaths of the upstream may be their cause: it is sent alone, and its tries count again.
+DEATHS_ALONE = 3
+
+FIRST_CONTACT_S = 10.0
+
+
+def estimate_tokens(body_size_bytes: int, max_tokens: int | None) -> int:
+    """Guess a request's cost before it is sent: a token for 4 bytes of its body, and all that it may generate."""
+    return max(1, body_size_bytes // 4 + (max_tokens or 0))
+
+
+class TokenBucket:
+    """A rate limit per minute, for requests or for tokens.
+
+    It fills at 98 % of the limit and holds 1 % of it, so that no minute exceeds the limit. An amount larger than the
+    bucket is let through when the bucket is full, and is paid off before the next.
+    """
+
+    __slots__ = ("_burst", "_level", "_per_s", "_seen_s")
+
+    def __init__(self, per_minute: float) -> None:
+        self._seen_s = -math.inf
+        self._level = 0.0
+        self._set(per_minute)
+        self._level = self._burst
+
+    def _set(self, per_minute: float) -> None:
+        self._per_s = max(per_minute, 1e-9) * STEADY_SHARE / MINUTE_S
+        self._burst = max(per_minute, 1e-9) * BURST_SHARE
+
+    def set_rate(self, per_minute: float, now_s: float) -> None:
+        """Change the limit, as when a share of it is handed out; debts stay, savings shrink to the new burst."""
+        self._fill(now_s)
+        self._set(per_minute)
+        self._level = min(self._level, self._burst)
+
+    def wait_s(self, now_s: float, amount: float) -> float:
+        """Tell how long `amount` has to wait; 0 when it may be taken now. Nothing is taken."""
+        self._fill(now_s)
+        missing = min(amount, self._burst) - self._level
+        # Rounding must not make anybody wait for a wait that is over.
+        return missing / self._per_s if missing > 1e-6 * self._burst else 0.0
+
+    def take(self, now_s: float, amount: float) -> float:
+        """Take `amount` and give 0, or give the seconds to wait and take nothing."""
+        wait_s = self.wait_s(now_s, amount)
+        if wait_s <= 0.0:
+            self._level -= amount
+        return wait_s
+
+    def settle(self, more: float) -> None:
+        """Charge what a request cost beyond what was taken for it, or give back what it did not need (negative)."""
+        self._level = min(self._level - more, self._burst)
+
+    def _fill(self, now_s: float) -> None:
+        if now_s > self._seen_s:
+            if self._seen_s > -math.inf:
+                self._level = min(self._level + (now_s - self._seen_s) * self._per_s, self._burst)
+            self._seen_s = now_s
+
+
+@dataclass(slots=True)
+class Cooldown:
+    """A pause of all sends after answers with Retry-After; extended, never shortened, and at most 60 s at a time."""
+
+    until_s: float = -math.inf
+    _asked_s: deque[float] = field(default_factory=deque)
+
+    def ask(self, now_s: float, retry_after_s: float, *, in_flight: int = 1, uniform: float = 0.0) -> None:
+        """Note that an answer asked for a pause. It holds for all once a quarter of what is in flight asks within 1 s.
+
+        `uniform` from [0, 1) spreads the resumption of several processes over a tenth of the pause, at most 1 s.
+        """
+        asked_s = self._asked_s
+        while asked_s and asked_s[0] < now_s - COOLDOWN_SPAN_S:
+            asked_s.popleft()
+        asked_s.append(now_s)
+        if not retry_after_s > 0.0 or len(asked_s) < COOLDOWN_QUORUM * in_flight:
+            return
+        pause_s = min(retry_after_s, COOLDOWN_MAX_S)
+        self.until_s = max(self.until_s, now_s + pause_s + uniform * min(1.0, 0.1 * pause_s))
+
+
+@dataclass(slots=True)
+class Breaker:
+    """Finds out whether every line would be answered that the key is refused, or that the model or route is unknown.
+
+    It trips when all answers so far gave one such reason, for 5 lines or for all there are. Any other answer ends the
+    suspicion for good: then such lines are their own failures.
+    """
+
+    _reason: PauseReason | None = None
+    _lines: set[int] = field(default_factory=set)
+    _is_cleared: bool = False
+
+    def note(self, reason: PauseReason | None, line: int) -> None:
+        """Take in an answer: what `verdict.suspicion` says of it, and a number that tells its line from others."""
+        if self._is_cleared:
+            return
+        if reason is None or (self._reason is not None and reason is not self._reason):
+            self._is_cleared = True
+            self._lines.clear()
+            return
+        self._reason = reason
+        if len(self._lines) < SUSPECTS_MIN:
+            self._lines.add(line)
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether a suspicious answer may yet be that of every line: keep such a line, do not give it up."""
+        return not self._is_cleared
+
+    def tripped(self, *, is_nothing_left: bool) -> PauseReason | None:
+        """Give the reason to stop sending. `is_nothing_left`: no other line is left to send, and none is in flight."""
+        if self._is_cleared or not self._lines:
+            return None
+        return self._reason if is_nothing_left or len(self._lines) >= SUSPECTS_MIN else None
+
+    def reset(self) -> None:
+        """Begin anew, as after a resume."""
+        self._reason = None
+        self._lines.clear()
+        self._is_cleared = False
+
+
+@dataclass(slots=True)
+class Outage:
+    """Tells the death of the upstream from failures of single requests, and lets one probe at a time through meanwhile.
+
+    The upstream is down when more than half of what was in flight fails with connection errors within 1 s, answers in
+    between counting against it.
+    """
+
+    is_down: bool = False
+    _began_s: float = -math.inf
+    _died_s: float = -math.inf
+    _ended_s: float = -math.inf
+    _spell_s: float = -math.inf
+    _spell_in_flight: int = 0
+    _failures: int = 0
+    _probe_at_s: float = 0.0
+    _probe_every_s: float = PROBE_FIRST_S
+    _is_probing: bool = False
+
+    def note_failure(self, now_s: float, in_flight: int) -> None:
+        """Take in a connection error; `in_flight` counts the exchanges under way, this one included."""
+        if self.is_down:
+            # Without a probe on its way this is a straggler from before the death.
+            if self._is_probing:
+                self._is_probing = False
+                self._probe_every_s = min(PROBE_MAX_S, 2.0 * self._probe_every_s)
+                self._probe_at_s = now_s + self._probe_every_s
+            return
+        if self._failures == 0 or now_s > self._spell_s + OUTAGE_SPAN_S:
+            self._spell_s = now_s
+            self._spell_in_flight = in_flight
+            self._failures = 0
+        self._failures += 1
+        if 2 * self._failures > self._spell_in_flight:
+            self.is_down = True
+            self._began_s = self._spell_s
+            self._died_s = now_s
+            self._ended_s = math.inf
+            self._is_probing = False
+            self._probe_every_s = PROBE_FIRST_S
+            self._probe_at_s = now_s + PROBE_FIRST_S
+
+    def note_answer(self, started_at_s: float) -> None:
+        """Take in an answer of any status to a request sent at `started_at_s`; one sent since the death ends it."""
+        if self.is_down:
+            if started_at_s > self._died_s:
+                self.is_down = False
+                self._ended_s = started_at_s
+                self._failures = 0
+        elif self._failures:
+            self._failures -= 1
+
+    def may_send(self, now_s: float) -> bool:
+        """Tell whether to send now.
+
+        While the upstream is down, true is the turn of the one probe: it is not said again until that probe has failed
+        and its backoff is over, or 5 s have passed without news of it.
+        """
+        if not self.is_down:
+            return True
+        if now_s < self._probe_at_s:
+            return False
+        self._is_probing = True
+        self._probe_at_s = now_s + PROBE_MAX_S
+        return True
+
+    def covers(self, failed_at_s: float) -> bool:
+        """Tell whether a connection error of that moment belongs to the present or the last death: it uses up no try.
+
+        The first half of the failures comes before anybody can know; ask again when the line is due.
+        """
+        return self._began_s <= failed_at_s <= self._ended_s
+
+
+@dataclass(slots=True)
+class FirstContact:
+    """Whether the upstream was ever there: before the first answer, 10 s of failures mean a wrong set-up."""
+
+    has_answered: bool = False
+    _failing_since_s: float = math.inf
+
+    def note_answer(self) -> None:
+        """Take in an answer of any status."""
+        self.has_answered = True
+
+    def note_failure(self, now_s: float) -> None:
+        """Take in a connection error."""
+        self._failing_since_s = min(self._failing_since_s, now_s)
+
+    def is_lost(self, now_s: float) -> bool:
+        """Tell whether to give up on the upstream: `UpstreamUnreachable`."""
+        return not self.has_answered and now_s - self._failing_since_s >= FIRST_CONTACT_S

@@ -1,0 +1,366 @@
+"""Rates, the shared cooldown and the breakers, on invented clocks."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from itertools import accumulate, pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchrunner.limits import Breaker, Cooldown, FirstContact, Outage, TokenBucket, estimate_tokens
+from batchrunner.models import PauseReason
+
+AUTH, MODEL = PauseReason.AUTHENTICATION, PauseReason.MODEL_UNKNOWN
+
+
+# Rates.
+
+
+def taken_at(bucket: TokenBucket, amounts: list[float], until_s: float) -> list[tuple[float, float]]:
+    """Take greedily, waiting as told; give (moment, amount) of each take."""
+    now_s, takes = 0.0, []
+    while amounts and now_s < until_s:
+        wait_s = bucket.take(now_s, amounts[0])
+        if wait_s > 0.0:
+            now_s += wait_s
+        else:
+            takes.append((now_s, amounts.pop(0)))
+    return takes
+
+
+def most_in_a_minute(takes: list[tuple[float, float]]) -> float:
+    moments = [at_s for at_s, _ in takes]
+    sums = [0.0, *accumulate(amount for _, amount in takes)]
+    return max(sums[bisect_left(moments, start + 60.0)] - sums[first] for first, start in enumerate(moments))
+
+
+@pytest.mark.parametrize("per_minute", [1, 10, 59, 600, 6000])
+def test_no_minute_exceeds_the_limit_and_little_of_it_is_left_unused(per_minute: int) -> None:
+    takes = taken_at(TokenBucket(per_minute), [1.0] * (per_minute * 4), 240.0)
+
+    assert most_in_a_minute(takes) <= max(per_minute, 1)
+    assert len(takes) >= 0.97 * per_minute * 4 - 1
+
+
+@given(st.lists(st.integers(1, 3000), min_size=50, max_size=80))
+def test_amounts_larger_than_the_burst_are_paid_off(amounts: list[int]) -> None:
+    takes = taken_at(TokenBucket(10_000), [float(each) for each in amounts], 10_000.0)
+
+    assert len(takes) == len(amounts)
+    # Each amount is let through before it is paid, so a minute may end with one that is not yet.
+    assert most_in_a_minute(takes) <= 10_000 * 0.99 + max(amounts)
+
+
+def test_taking_too_early_takes_nothing() -> None:
+    bucket = TokenBucket(60)
+    assert bucket.take(0.0, 1) == 0.0
+
+    first = bucket.take(0.0, 1)
+    second = bucket.take(0.0, 1)
+
+    assert first == second > 0.9
+    assert bucket.take(first, 1) == 0.0
+
+
+def test_settling_charges_and_gives_back_the_difference() -> None:
+    bucket = TokenBucket(6000)
+    assert bucket.take(0.0, 60) == 0.0
+    full_wait_s = bucket.wait_s(0.0, 60)
+
+    bucket.settle(98.0)
+    assert bucket.wait_s(0.0, 60) == pytest.approx(full_wait_s + 1.0)
+
+    bucket.settle(-98.0)
+    assert bucket.wait_s(0.0, 60) == pytest.approx(full_wait_s)
+
+
+def test_giving_back_never_saves_up_more_than_the_burst() -> None:
+    bucket = TokenBucket(6000)
+
+    bucket.settle(-5000.0)
+
+    assert bucket.take(0.0, 60) == 0.0
+    assert bucket.take(0.0, 60) > 0.0
+
+
+def test_a_share_changes_the_rate_and_keeps_the_debt() -> None:
+    bucket = TokenBucket(6000)
+    bucket.take(0.0, 60)
+    wait_s = bucket.wait_s(0.0, 30)
+
+    bucket.set_rate(3000, 0.0)
+
+    assert bucket.wait_s(0.0, 30) == pytest.approx(2 * wait_s)
+
+
+def test_a_clock_that_stands_or_steps_back_fills_nothing() -> None:
+    bucket = TokenBucket(60)
+    bucket.take(100.0, 1)
+    wait_s = bucket.wait_s(100.0, 1)
+
+    assert bucket.wait_s(90.0, 1) == wait_s
+    assert bucket.wait_s(100.0, 1) == wait_s
+
+
+def test_tokens_are_estimated_from_bytes_and_what_may_be_generated() -> None:
+    assert estimate_tokens(4000, 500) == 1500
+    assert estimate_tokens(4000, None) == 1000
+    assert estimate_tokens(0, None) == 1
+
+
+# Cooldown.
+
+
+def test_a_cooldown_is_extended_and_never_shortened() -> None:
+    cooldown = Cooldown()
+
+    cooldown.ask(10.0, 5.0)
+    cooldown.ask(11.0, 1.0)
+    assert cooldown.until_s == 15.0
+
+    cooldown.ask(12.0, 20.0)
+    assert cooldown.until_s == 32.0
+
+
+@pytest.mark.parametrize("hostile_s", [600.0, 1e12, float("inf")])
+def test_a_cooldown_is_at_most_a_minute(hostile_s: float) -> None:
+    cooldown = Cooldown()
+
+    cooldown.ask(0.0, hostile_s)
+
+    assert cooldown.until_s == 60.0
+
+
+@pytest.mark.parametrize("nonsense_s", [0.0, -5.0, float("nan")])
+def test_nonsense_asks_for_no_cooldown(nonsense_s: float) -> None:
+    cooldown = Cooldown()
+
+    cooldown.ask(0.0, nonsense_s)
+
+    assert cooldown.until_s < 0.0
+
+
+def test_one_odd_answer_of_many_does_not_stall_all() -> None:
+    cooldown = Cooldown()
+
+    for second in range(100):
+        cooldown.ask(2.0 * second, 60.0, in_flight=64)
+    assert cooldown.until_s < 0.0
+
+    for _ in range(16):
+        cooldown.ask(300.0, 5.0, in_flight=64)
+    assert cooldown.until_s == 305.0
+
+
+def test_processes_resume_at_different_moments() -> None:
+    moments = set()
+    for uniform in (0.0, 0.5, 0.9):
+        cooldown = Cooldown()
+        cooldown.ask(0.0, 5.0, uniform=uniform)
+        moments.add(cooldown.until_s)
+
+    assert moments == {5.0, 5.25, 5.45}
+
+
+# Suspicion.
+
+
+def test_the_breaker_trips_on_five_lines_of_one_reason() -> None:
+    breaker = Breaker()
+
+    for line in range(1, 5):
+        breaker.note(AUTH, line)
+        assert breaker.tripped(is_nothing_left=False) is None
+    breaker.note(AUTH, 5)
+
+    assert breaker.tripped(is_nothing_left=False) is AUTH
+
+
+def test_one_line_asked_five_times_is_one_line() -> None:
+    breaker = Breaker()
+
+    for _ in range(5):
+        breaker.note(MODEL, 1)
+
+    assert breaker.tripped(is_nothing_left=False) is None
+    assert breaker.tripped(is_nothing_left=True) is MODEL
+
+
+@pytest.mark.parametrize("other", [None, MODEL])
+def test_any_other_answer_ends_the_suspicion_for_good(other: PauseReason | None) -> None:
+    breaker = Breaker()
+    breaker.note(AUTH, 1)
+    assert breaker.is_undecided
+
+    breaker.note(other, 2)
+    for line in range(3, 20):
+        breaker.note(AUTH, line)
+
+    assert not breaker.is_undecided
+    assert breaker.tripped(is_nothing_left=True) is None
+
+
+def test_a_breaker_without_an_answer_does_not_trip() -> None:
+    assert Breaker().tripped(is_nothing_left=True) is None
+
+
+def test_a_reset_breaker_begins_anew() -> None:
+    breaker = Breaker()
+    for line in range(5):
+        breaker.note(AUTH, line)
+
+    breaker.reset()
+
+    assert breaker.tripped(is_nothing_left=True) is None
+    assert breaker.is_undecided
+
+
+# Outage.
+
+
+def dead_outage(at_s: float = 100.0) -> Outage:
+    outage = Outage()
+    outage.note_failure(at_s, 1)
+    assert outage.is_down
+    return outage
+
+
+def test_more_than_half_in_flight_failing_within_a_second_is_a_death() -> None:
+    outage = Outage()
+
+    for failure in range(32):
+        outage.note_failure(1.0 + failure / 100, 64 - failure)
+    assert not outage.is_down
+
+    outage.note_failure(1.9, 32)
+    assert outage.is_down
+
+
+def test_the_same_failures_spread_over_longer_are_not() -> None:
+    outage = Outage()
+
+    for failure in range(1000):
+        outage.note_failure(failure * 0.1, 64)
+
+    assert not outage.is_down
+
+
+def test_failures_between_answers_are_not() -> None:
+    outage = Outage()
+
+    for moment in range(1000):
+        outage.note_failure(moment / 1000, 16)
+        outage.note_answer(moment / 1000)
+
+    assert not outage.is_down
+
+
+def test_a_death_covers_the_failures_that_came_before_it_was_known() -> None:
+    outage = Outage()
+    for failure in range(4):
+        outage.note_failure(5.0 + failure / 10, 6)
+    outage.note_answer(9.0)
+
+    assert not outage.is_down
+    assert outage.covers(5.0)
+    assert outage.covers(8.0)
+    assert not outage.covers(4.9)
+    assert not outage.covers(9.5)
+
+
+def test_no_failure_is_covered_while_nothing_died() -> None:
+    outage = Outage()
+    outage.note_failure(5.0, 10)
+
+    assert not outage.covers(5.0)
+
+
+def test_one_probe_at_a_time_with_backoff_to_five_seconds() -> None:
+    outage = dead_outage(at_s=0.0)
+
+    probes, now_s = [], 0.0
+    while now_s < 30.0:
+        if outage.may_send(now_s):
+            probes.append(now_s)
+            assert not outage.may_send(now_s)
+            outage.note_failure(now_s, 1)
+        now_s += 0.05
+
+    gaps = [later - earlier for earlier, later in pairwise(probes)]
+    assert probes[0] == pytest.approx(0.25, abs=0.06)
+    assert gaps == pytest.approx([0.5, 1.0, 2.0, 4.0, 5.0, 5.0, 5.0, 5.0], abs=0.06)
+
+
+def test_a_probe_without_news_is_followed_by_another_after_five_seconds() -> None:
+    outage = dead_outage(at_s=0.0)
+
+    assert outage.may_send(1.0)
+    assert not outage.may_send(5.9)
+    assert outage.may_send(6.0)
+
+
+def test_stragglers_do_not_lengthen_the_backoff() -> None:
+    outage = dead_outage(at_s=0.0)
+
+    for _ in range(50):
+        outage.note_failure(0.1, 50)
+
+    assert outage.may_send(0.25)
+
+
+def test_the_first_answer_to_a_probe_ends_the_outage() -> None:
+    outage = dead_outage(at_s=0.0)
+    assert outage.may_send(0.3)
+
+    outage.note_answer(0.3)
+
+    assert not outage.is_down
+    assert outage.may_send(0.31)
+
+
+def test_an_answer_sent_for_before_the_death_proves_nothing() -> None:
+    outage = dead_outage(at_s=100.0)
+
+    outage.note_answer(99.0)
+
+    assert outage.is_down
+
+
+def test_a_second_death_starts_the_backoff_anew() -> None:
+    outage = dead_outage(at_s=0.0)
+    for moment in (1.0, 3.0, 7.0):
+        assert outage.may_send(moment)
+        outage.note_failure(moment, 1)
+    assert outage.may_send(12.0)
+    outage.note_answer(12.0)
+
+    outage.note_failure(20.0, 1)
+
+    assert outage.is_down
+    assert outage.may_send(20.25)
+
+
+# First contact.
+
+
+def test_ten_seconds_without_any_answer_lose_the_first_contact() -> None:
+    contact = FirstContact()
+    assert not contact.is_lost(1000.0)
+
+    contact.note_failure(1000.0)
+    contact.note_failure(1009.0)
+
+    assert not contact.is_lost(1009.9)
+    assert contact.is_lost(1010.0)
+
+
+def test_after_an_answer_contact_is_never_lost() -> None:
+    contact = FirstContact()
+    contact.note_failure(0.0)
+    contact.note_answer()
+
+    contact.note_failure(100.0)
+
+    assert not contact.is_lost(1e6)
