@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # Parts up to this size are joined for one write.
 _WRITE_BYTES = 1 << 20
+# A lookup in the enum would cost a tenth of a microsecond a record.
+_SUCCEEDED = RecordKind.SUCCEEDED
 
 
 @dataclass(slots=True)
@@ -84,11 +86,6 @@ class _Range:
 class _Backlog:
     """What the shards of one process have handed to the commit thread. Everything in it is guarded by `lock`."""
 
-    __slots__ = (
-        "bytes", "changed", "dirty", "fresh_bytes", "fresh_records", "hurried", "lock", "records", "stirred", "trouble",
-        "wake_bytes", "wake_records",
-    )  # fmt: skip
-
     def __init__(self, *, wake_records: int, wake_bytes: int) -> None:
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)
@@ -99,11 +96,11 @@ class _Backlog:
         self.trouble: BatchrunnerError | None = None
         self.records = 0
         self.bytes = 0
-        # Added since the commit thread last took a group: what decides whether it is woken before its tick.
-        self.fresh_records = 0
-        self.fresh_bytes = 0
         self.wake_records = wake_records
         self.wake_bytes = wake_bytes
+        # What may wait, the group being written included, before the commit thread is woken ahead of its tick.
+        self.wake_at_records = wake_records
+        self.wake_at_bytes = wake_bytes
 
     def stir(self, shard: ShardJournal) -> None:
         """Note that a shard has something to write; with the lock held."""
@@ -121,10 +118,18 @@ class _Backlog:
         shards = list(self.dirty)
         self.dirty.clear()
         self.stirred.clear()
-        self.fresh_records = self.fresh_bytes = 0
         for shard in shards:
             shard.cut_group()
+        self.wake_at_records = self.records + self.wake_records
+        self.wake_at_bytes = self.bytes + self.wake_bytes
         return shards
+
+    def settle(self, sums: _Sums) -> None:
+        """Forget what has become durable; with the lock held."""
+        self.records -= sums.count
+        self.bytes -= sums.size_bytes
+        self.wake_at_records -= sums.count
+        self.wake_at_bytes -= sums.size_bytes
 
 
 class Journal:
@@ -143,7 +148,7 @@ class Journal:
         retry_s: float = 1.0,
         records_max: int = 256,
         bytes_max: int = 8 << 20,
-        wake_records: int = 64,
+        wake_records: int = 128,
         wake_bytes: int = 1 << 20,
     ) -> None:
         self._blobs = blobs
@@ -275,18 +280,16 @@ class Journal:
 class ShardJournal:
     """The records of one shard under one epoch and session, in segments 1, 2...
 
-    No line above `durable_mark` may be handed out. `waiting_records` and `waiting_bytes` count what is not durable yet.
+    No line above `durable_mark` may be handed out.
     """
 
     __slots__ = (
         "_appender", "_backlog", "_blobs", "_length", "_lock", "_queue", "_ranges", "_reserved", "_seed", "_segment",
-        "_unsynced", "durable_mark", "is_closed", "waiting_bytes", "waiting_records",
+        "_unsynced", "durable_mark", "is_closed",
     )  # fmt: skip
 
     def __init__(self, blobs: Blobs, backlog: _Backlog, segment: SegmentRef, *, first_mark: int) -> None:
         self.durable_mark = first_mark
-        self.waiting_records = 0
-        self.waiting_bytes = 0
         self.is_closed = False
         self._blobs = blobs
         self._backlog = backlog
@@ -317,10 +320,13 @@ class ShardJournal:
         with self._lock:
             if self.is_closed:
                 raise OwnError(f"line {line_number} came after the journal of its shard was closed")
-            self._queue.parts += (head, payload)
-            sums = self._queue.sums
+            group = self._queue
+            if not group.parts:
+                backlog.stir(self)
+            group.parts += (head, payload)
+            sums = group.sums
             sums.size_bytes += size_bytes
-            if kind is RecordKind.SUCCEEDED:
+            if kind is _SUCCEEDED:
                 sums.succeeded_count += 1
             else:
                 sums.failed_count += 1
@@ -328,16 +334,22 @@ class ShardJournal:
             sums.cached_tokens += usage.cached_tokens
             sums.output_tokens += usage.output_tokens
             sums.reasoning_tokens += usage.reasoning_tokens
-            self.waiting_records += 1
-            self.waiting_bytes += size_bytes
             backlog.records += 1
             backlog.bytes += size_bytes
-            backlog.fresh_records += 1
-            backlog.fresh_bytes += size_bytes
-            if self not in backlog.dirty:
-                backlog.stir(self)
-            if backlog.fresh_records >= backlog.wake_records or backlog.fresh_bytes >= backlog.wake_bytes:
+            if backlog.records >= backlog.wake_at_records or backlog.bytes >= backlog.wake_at_bytes:
                 backlog.hurry()
+
+    @property
+    def waiting_records(self) -> int:
+        """Records that were added and are not durable."""
+        with self._lock:
+            return self._queue.sums.count + self._unsynced.sums.count
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes that were added and are not durable."""
+        with self._lock:
+            return self._queue.sums.size_bytes + self._unsynced.sums.size_bytes
 
     @property
     def wanted_mark(self) -> int:
@@ -372,7 +384,7 @@ class ShardJournal:
         backlog = self._backlog
         with self._lock:
             backlog.hurried.set()
-            backlog.changed.wait_for(lambda: backlog.trouble or not self._has_waiting())
+            backlog.changed.wait_for(lambda: backlog.trouble or self._is_durable())
             if backlog.trouble:
                 raise backlog.trouble
 
@@ -382,8 +394,8 @@ class ShardJournal:
             self.is_closed = True
             self._backlog.stir(self)
 
-    def _has_waiting(self) -> bool:
-        return self.waiting_records > 0 or self.durable_mark < self._reserved
+    def _is_durable(self) -> bool:
+        return not self._queue.parts and not self._unsynced.parts and self.durable_mark >= self._reserved
 
     def cut_group(self) -> None:
         """Commit thread, lock held: everything queued so far, and the mark, join what has to be written."""
@@ -392,7 +404,6 @@ class ShardJournal:
             self._unsynced.mark = self._reserved
             group.parts.append(header(self._seed, self._reserved, RecordKind.MARK, NO_USAGE, b""))
             group.sums.size_bytes += HEADER_BYTES
-            self.waiting_bytes += HEADER_BYTES
             self._backlog.bytes += HEADER_BYTES
         self._unsynced.parts += group.parts
         self._unsynced.sums.absorb(group.sums)
@@ -451,11 +462,8 @@ class ShardJournal:
             last.sums.absorb(sums)
             self._length += sums.size_bytes
         self.durable_mark = group.mark
-        self.waiting_records -= sums.count
-        self.waiting_bytes -= sums.size_bytes
-        self._backlog.records -= sums.count
-        self._backlog.bytes -= sums.size_bytes
-        if self.is_closed and not self.waiting_records:
+        self._backlog.settle(sums)
+        if self.is_closed and self._is_durable():
             self.let_go()
 
     def let_go(self) -> None:

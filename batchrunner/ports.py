@@ -290,8 +290,5 @@ class Upstream(Protocol):
     def sweep_deadlines(self) -> None:
         """End every exchange that is over its total or idle deadline; called about twice a second, it stands for all timers."""
 
-    def abort_all(self) -> None:
-        """End every exchange at once, as AttemptError.ABORTED."""
-
     async def close(self) -> None:
         """Close all connections."""

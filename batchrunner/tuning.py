@@ -23,16 +23,21 @@ _TRIM_THRESHOLD_BYTES = 16 * 1024 * 1024
 def tune_process(*, use_uvloop: bool = True) -> Callable[[], asyncio.AbstractEventLoop]:
     """Set thresholds and give the factory of the fastest event loop there is, for `asyncio.Runner`."""
     gc.set_threshold(*GC_THRESHOLDS)
-    if use_uvloop:
-        try:
-            import uvloop
-        except ImportError:
-            logger.debug("uvloop is not installed", extra={"action": "uvloop_missing"})
-        else:
-            factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-            return factory
-    raise_mmap_threshold()
-    return asyncio.new_event_loop
+    factory = find_loop_factory() if use_uvloop else asyncio.new_event_loop
+    if factory is asyncio.new_event_loop:
+        raise_mmap_threshold()
+    return factory
+
+
+def find_loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """Give uvloop's factory where it is installed, else asyncio's."""
+    try:
+        import uvloop
+    except ImportError:
+        logger.debug("uvloop is not installed", extra={"action": "uvloop_missing"})
+        return asyncio.new_event_loop
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
 
 
 def raise_mmap_threshold() -> bool:

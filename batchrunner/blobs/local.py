@@ -170,6 +170,10 @@ class LocalBlobs:
         except OSError as error:
             _translate(error, name)
 
+    def path(self, name: str) -> Path:
+        """Where a blob lies, for those who may read the folder themselves."""
+        return self._path(name)
+
     def _path(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
             raise OwnError(f"{name!r} is not a blob's name")

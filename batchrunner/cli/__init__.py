@@ -1,3 +1,92 @@
-"""The command line: click commands, a module each."""
+"""The command line: a module for each command, imported only when it is called, and one place where errors become exit codes."""
 
 from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from batchrunner import __version__
+from batchrunner.cli.exits import ExitCode, exit_code_of
+from batchrunner.errors import BatchrunnerError
+
+# Name -> (module, one line of help). The help stands here so that listing the commands imports none of them.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "run": ("run", "Run a file of requests and write its output and error files."),
+    "validate": ("validate", "Check a file of requests and list every problem."),
+    "verify": ("verify", "Prove that an output holds every line of its input exactly once."),
+    "errors": ("failures", "Group the failed lines of a run, with counts, samples and hints."),
+    "results": ("results", "Print the finished lines of a run, while it runs or after."),
+    "doctor": ("doctor", "Check that an upstream and this machine are ready for a run."),
+    "config": ("config", "Show the settings and where each value comes from."),
+    "demo": ("demo", "Run the sample file against a simulated upstream."),
+    "simulate": ("simulate", "Serve an OpenAI-compatible upstream that calls no model."),
+    "completion": ("completion", "Print the shell completion script."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """See click.Group."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """See click.Group."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"batchrunner.cli.{COMMANDS[cmd_name][0]}")
+        command = getattr(module, COMMANDS[cmd_name][0])
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, meaning) for name, (_, meaning) in COMMANDS.items()])
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """Name the nearest command when there is no such one."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = [name for name in COMMANDS if args and name.startswith(args[0][:2])]
+            if near:
+                raise click.UsageError(f"{error.message} Did you mean {' or '.join(near)}?", ctx) from error
+            raise
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="batchrunner")
+def cli() -> None:
+    """Run a file of LLM requests on any OpenAI-compatible server, each line exactly once.
+
+    \b
+    batchrunner run in.jsonl -o out.jsonl -u http://localhost:8000/v1
+    """
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line and end the process with the exit code of the reference page."""
+    try:
+        code = cli.main(args=arguments, prog_name="batchrunner", standalone_mode=False)
+    except click.exceptions.Exit as end:
+        code = end.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = ExitCode.USAGE if isinstance(error, click.UsageError) else ExitCode.TROUBLE
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        code = ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        # The reader of stdout has left, as `head` does; there is nobody to tell.
+        sys.stdout = None
+        code = ExitCode.TROUBLE
+    except BatchrunnerError as error:
+        click.echo(f"error: {error.message}", err=True)
+        click.echo(f"hint: {error.advice}", err=True)
+        code = exit_code_of(error)
+    sys.exit(int(code or 0))

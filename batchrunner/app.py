@@ -1,0 +1,416 @@
+"""The composition root: settings become adapters, adapters become a Runner. The only place that names concrete adapters."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import msgspec
+
+from batchrunner.blobs.local import LocalBlobs
+from batchrunner.clock import SystemClock, SystemRng
+from batchrunner.errors import BatchrunnerError, UsageError
+from batchrunner.fanout import Fanout, Gate
+from batchrunner.journal import Journal
+from batchrunner.limits import Breaker, Cooldown, FirstContact, Outage, TokenBucket
+from batchrunner.metrics import Tally
+from batchrunner.models import SessionId
+from batchrunner.pace import Window
+from batchrunner.pipeline import Pipeline
+from batchrunner.ports import Store
+from batchrunner.settings import Settings
+from batchrunner.store.sqlite import SqliteStore
+from batchrunner.supervisor import Live, Report, Share, Supervisor, encode_message
+from batchrunner.tuning import freeze_start_up, tune_process
+from batchrunner.upstream import AiohttpUpstream
+from batchrunner.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapters:
+    """What several sessions of one process share."""
+
+    store: SqliteStore
+    blobs: LocalBlobs
+    clock: SystemClock
+    rng: SystemRng
+
+
+def open_adapters(folder: Path) -> Adapters:
+    """Open the store and the blobs of a data folder, making what is missing.
+
+    Raises:
+        FolderUnsuitable: the folder lies on a network file system.
+        SchemaNewer: a newer version wrote it.
+    """
+    clock, rng = SystemClock(), SystemRng()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sessions").mkdir(exist_ok=True)
+    return Adapters(
+        store=SqliteStore.open(folder / "state.db", clock),
+        blobs=LocalBlobs(folder / "blobs"),
+        clock=clock,
+        rng=rng,
+    )
+
+
+class SessionLocks:
+    """Liveness on a host: each session holds a lock on a file of its own for life, and whoever gets that lock knows it dead."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "sessions"
+        self._held: dict[SessionId, int] = {}
+
+    def hold(self, session: SessionId) -> None:
+        """Lock the session's file until `let_go` or the end of the process."""
+        handle = os.open(self._folder / session, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._held[session] = handle
+
+    def let_go(self, session: SessionId) -> None:
+        """Give the lock up and remove the file."""
+        (self._folder / session).unlink(missing_ok=True)
+        os.close(self._held.pop(session))
+
+    def dead_sessions(self) -> list[SessionId]:
+        """The sessions whose process is gone."""
+        dead = []
+        for path in self._folder.iterdir():
+            session = SessionId(path.name)
+            if session not in self._held and self._is_dead(path):
+                dead.append(session)
+        return dead
+
+    def bury(self, session: SessionId) -> None:
+        """Forget a dead session whose leases have been released."""
+        (self._folder / session).unlink(missing_ok=True)
+
+    def _is_dead(self, path: Path) -> bool:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(handle)
+        return True
+
+
+def reap(adapters: Adapters, locks: SessionLocks) -> int:
+    """End the leases of sessions whose process is gone; gives their number. Blocks."""
+    count = 0
+    for session in locks.dead_sessions():
+        count += adapters.store.release_session(session, died=True)
+        locks.bury(session)
+    return count
+
+
+@contextlib.asynccontextmanager
+async def worker_session(
+    adapters: Adapters,
+    folder: Path,
+    settings: Settings,
+    *,
+    api_key: str | None,
+    pacer: Callable[[Fanout], None],
+) -> AsyncIterator[Worker]:
+    """Assemble one worker session; its lock, its connections and its leases end with the block."""
+    loop = asyncio.get_running_loop()
+    if settings.base_url is None:
+        raise UsageError("no upstream is named", hint="Give -u URL or set OPENAI_BASE_URL.")
+    locks = SessionLocks(folder)
+    session = SessionId(adapters.rng.token_hex(8))
+    locks.hold(session)
+    await asyncio.to_thread(adapters.store.open_session, session, host=socket.gethostname(), pid=os.getpid())
+    worker: Worker | None = None
+
+    def tell() -> None:
+        if worker is not None:
+            worker.durable()
+
+    def on_durable() -> None:
+        loop.call_soon_threadsafe(tell)
+
+    journal = Journal(
+        adapters.blobs,
+        session,
+        on_durable=on_durable,
+        tick_s=settings.journal_tick_s,
+    )
+    upstream = AiohttpUpstream(
+        settings.base_url,
+        clock=adapters.clock,
+        api_key=api_key,
+        total_timeout_s=settings.request_timeout_s,
+        idle_timeout_s=settings.idle_timeout_s,
+        connect_timeout_s=settings.connect_timeout_s,
+        reply_bytes_max=settings.reply_bytes_max,
+    )
+    fanout = Fanout(
+        upstream=upstream,
+        journal=journal,
+        clock=adapters.clock,
+        rng=adapters.rng,
+        settings=settings,
+        gate=_gate(settings),
+        on_change=lambda: worker.changed() if worker is not None else None,
+    )
+    pipeline = Pipeline(
+        store=adapters.store,
+        blobs=adapters.blobs,
+        journal=journal,
+        clock=adapters.clock,
+        settings=settings,
+    )
+    worker = Worker(
+        session=session,
+        store=adapters.store,
+        pipeline=pipeline,
+        fanout=fanout,
+        pacer=pacer,
+        reap=lambda: reap(adapters, locks),
+        clock=adapters.clock,
+        settings=settings,
+    )
+    try:
+        yield worker
+    finally:
+        await upstream.close()
+        await asyncio.to_thread(journal.close)
+        await asyncio.to_thread(adapters.store.release_session, session, died=False)
+        locks.let_go(session)
+
+
+def _gate(settings: Settings) -> Gate:
+    return Gate(
+        cooldown=Cooldown(),
+        outage=Outage(),
+        breaker=Breaker(),
+        first_contact=FirstContact(),
+        requests=TokenBucket(settings.rpm) if settings.rpm else None,
+        tokens=TokenBucket(settings.tpm) if settings.tpm else None,
+    )
+
+
+class Crew(Protocol):
+    """The workers of a run, whether they live in this process or in others."""
+
+    async def run(self) -> None:
+        """Work until `stop`."""
+
+    def stop(self, *, grace_s: float) -> None:
+        """Drain; called again it shortens the grace."""
+
+    def live(self) -> Live:
+        """How the work stands now."""
+
+
+class LocalCrew:
+    """One worker session on this process's own loop."""
+
+    def __init__(self, adapters: Adapters, folder: Path, settings: Settings, api_key: str | None) -> None:
+        self._adapters = adapters
+        self._folder = folder
+        self._settings = settings
+        self._api_key = api_key
+        self._window = Window(pinned=settings.concurrency, size_max=settings.window_max)
+        self._worker: Worker | None = None
+        self._stop_grace_s: float | None = None
+
+    async def run(self) -> None:
+        """See Crew."""
+        session = worker_session(
+            self._adapters, self._folder, self._settings, api_key=self._api_key, pacer=self._pace
+        )
+        async with session as self._worker:
+            if self._stop_grace_s is not None:
+                self._worker.stop(grace_s=self._stop_grace_s)
+            await self._worker.run()
+
+    def _pace(self, fanout: Fanout) -> None:
+        self._window.observe(fanout.take_sample())
+        fanout.window = self._window.size
+
+    def stop(self, *, grace_s: float) -> None:
+        """See Crew."""
+        self._stop_grace_s = grace_s
+        if self._worker is not None:
+            self._worker.stop(grace_s=grace_s)
+
+    def live(self) -> Live:
+        """See Crew."""
+        worker = self._worker
+        if worker is None:
+            return Live(window=self._window.size, bound_by="starting", in_flight=0, waiting=0, tally=Tally())
+        fanout = worker.fanout
+        return Live(
+            window=self._window.size,
+            bound_by=str(self._window.bound_by),
+            in_flight=fanout.in_flight_count,
+            waiting=fanout.waiting_count,
+            tally=fanout.tally,
+            trouble=worker.trouble_text,
+            lost=worker.lost_text,
+        )
+
+
+def process_crew(
+    adapters: Adapters, folder: Path, settings: Settings, api_key: str | None, worker_count: int
+) -> Supervisor:
+    """Prepare worker processes over the same folder."""
+    locks = SessionLocks(folder)
+
+    async def bury() -> None:
+        await asyncio.to_thread(reap, adapters, locks)
+
+    greeting = _Greeting(folder=str(folder), settings=settings, api_key=api_key)
+    return Supervisor(
+        command=[sys.executable, "-m", "batchrunner.app"],
+        greeting=msgspec.json.encode(greeting) + b"\n",
+        worker_count=worker_count,
+        settings=settings,
+        clock=adapters.clock,
+        bury=bury,
+    )
+
+
+class Runner:
+    """The assembled system over one data folder: what the command line and embedders hold.
+
+    `async with Runner(settings, folder) as runner` opens the store and frees what dead sessions held; `crew` starts the work.
+    """
+
+    def __init__(self, settings: Settings, folder: Path, *, api_key: str | None = None) -> None:
+        self.settings = settings
+        self.folder = folder
+        self._api_key = api_key
+        self._adapters: Adapters | None = None
+
+    async def __aenter__(self) -> Self:
+        self._adapters = await asyncio.to_thread(open_adapters, self.folder)
+        await asyncio.to_thread(reap, self._adapters, SessionLocks(self.folder))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.adapters.store.close)
+
+    @property
+    def adapters(self) -> Adapters:
+        """Store, blobs and clocks; open while the runner is."""
+        assert self._adapters is not None
+        return self._adapters
+
+    @property
+    def store(self) -> Store:
+        """The store."""
+        return self.adapters.store
+
+    def crew(self, worker_count: int) -> Crew:
+        """Prepare the workers: one in this process, more in processes of their own."""
+        if worker_count == 1:
+            return LocalCrew(self.adapters, self.folder, self.settings, self._api_key)
+        return process_crew(self.adapters, self.folder, self.settings, self._api_key, worker_count)
+
+
+# -- a worker process ----------------------------------------------------------------------------------------------------
+
+
+class _Greeting(msgspec.Struct, frozen=True, kw_only=True):
+    """The first line that a worker process reads."""
+
+    folder: str
+    settings: Settings
+    api_key: str | None
+
+
+class _PipePacer:
+    """Gives the supervisor a report at each call and applies the share that came last."""
+
+    def __init__(self, worker: Callable[[], Worker]) -> None:
+        self.share: Share | None = None
+        self._worker = worker
+
+    def __call__(self, fanout: Fanout) -> None:
+        worker = self._worker()
+        report = Report(
+            sample=fanout.take_sample(),
+            in_flight=fanout.in_flight_count,
+            waiting=fanout.waiting_count + fanout.untouched_count,
+            tally=fanout.tally.to_wire(),
+            trouble=worker.trouble_text,
+            lost=worker.lost_text,
+        )
+        try:
+            os.write(sys.stdout.fileno(), encode_message(report))
+        except BrokenPipeError:
+            # The supervisor is gone; the end of stdin says so as well and ends this process.
+            worker.stop(grace_s=0.0)
+        if self.share is not None:
+            fanout.window = self.share.window
+            fanout.set_rates(rpm=self.share.rpm, tpm=self.share.tpm)
+
+
+async def _work(greeting: _Greeting, stdin: asyncio.StreamReader) -> None:
+    adapters = open_adapters(Path(greeting.folder))
+    workers: list[Worker] = []
+    pacer = _PipePacer(lambda: workers[0])
+    session = worker_session(
+        adapters, Path(greeting.folder), greeting.settings, api_key=greeting.api_key, pacer=pacer
+    )
+    async with session as worker:
+        workers.append(worker)
+        worker.fanout.window = 0
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)
+        async with asyncio.TaskGroup() as group:
+            listening = group.create_task(_obey(worker, pacer, stdin))
+            await worker.run()
+            listening.cancel()
+    adapters.store.close()
+
+
+async def _obey(worker: Worker, pacer: _PipePacer, stdin: asyncio.StreamReader) -> None:
+    """Follow the supervisor's shares; when its pipe closes, end at once: nobody would share out limits any more."""
+    while line := await stdin.readline():
+        pacer.share = msgspec.json.decode(line, type=Share)
+        if pacer.share.stop_grace_s is not None:
+            worker.stop(grace_s=pacer.share.stop_grace_s)
+    worker.stop(grace_s=0.0)
+
+
+async def _worker_process() -> None:
+    loop = asyncio.get_running_loop()
+    stdin = asyncio.StreamReader(limit=1 << 22)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
+    greeting = msgspec.json.decode(await stdin.readline(), type=_Greeting)
+    freeze_start_up()
+    await _work(greeting, stdin)
+
+
+def worker_main() -> None:
+    """Run this process as a worker of the supervisor at the other end of its pipes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.WARNING, format="worker %(process)d: %(message)s", stream=sys.stderr)
+    with asyncio.Runner(loop_factory=tune_process()) as runner:
+        runner.run(_worker_process())
+
+
+if __name__ == "__main__":
+    worker_main()

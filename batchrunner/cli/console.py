@@ -1,0 +1,33 @@
+"""Talk goes to stderr: one line, with a time in front when nobody watches a terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+
+def say(text: str) -> None:
+    """Print a line of talk."""
+    click.echo(text, err=True)
+
+
+def is_terminal() -> bool:
+    """Whether somebody watches stderr and wants a panel."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def duration_text(seconds: float) -> str:
+    """A duration for people: 42 s, 3 min 10 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def count_text(count: float) -> str:
+    """A count for people: 950, 12,400, 3.1 M."""
+    return f"{count / 1e6:.1f} M" if count >= 1e7 else f"{round(count):,}"

@@ -1,0 +1,212 @@
+"""The end of a run: OUTPUT, errors file and manifest appear whole, and may be written again by any later run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import msgspec
+import orjson
+
+from batchrunner import __version__
+from batchrunner.app import Runner
+from batchrunner.cli.exits import ExitCode
+from batchrunner.cli.folding import Folded, fold
+from batchrunner.cli.preparing import Prepared, RunRequest
+from batchrunner.cli.run_folder import fingerprint, sync_folder, write_whole
+from batchrunner.cli.summary import ErrorGroup, Outcome, Summary, counts_of, exit_code_for, usage_of
+from batchrunner.lifecycle import TERMINAL
+from batchrunner.models import Batch
+from batchrunner.ports import TenantScope
+
+_SAMPLES = 3
+_TOP = 5
+_COPY_BYTES = 1 << 22
+
+
+class _ErrorOf(msgspec.Struct):
+    code: str | None = None
+
+
+class _ResponseOf(msgspec.Struct):
+    status_code: int = 0
+
+
+class ErrorLine(msgspec.Struct):
+    """The parts of an error line that tell why it is one."""
+
+    custom_id: str | None = None
+    error: _ErrorOf | None = None
+    response: _ResponseOf | None = None
+
+    @property
+    def code(self) -> str:
+        """The error's code, or the HTTP status where the upstream answered."""
+        if self.error is not None and self.error.code:
+            return self.error.code
+        return str(self.response.status_code) if self.response is not None else "unknown"
+
+
+read_error_line = msgspec.json.Decoder(ErrorLine).decode
+
+
+def finish(request: RunRequest, prepared: Prepared, runner: Runner, scope: TenantScope, outcome: Outcome) -> Summary:
+    """Export what a batch that has ended holds, write the manifest, remember the end. Blocks."""
+    batch = outcome.batch
+    if batch.status not in TERMINAL:
+        prepared.record.was_sent = prepared.record.was_sent or batch.total_count > 0
+        prepared.folder.save(prepared.record)
+        return _summary(request, prepared, outcome, batch, None, code=outcome.code or ExitCode.TROUBLE)
+    folded = fold(runner, scope, prepared.record.batches, prepared.folder.path)
+    batch = folded.batch
+    code = exit_code_for(batch)
+    if batch.total_count:
+        _export(request, prepared, folded)
+        _write_manifest(prepared, runner, folded)
+        prepared.record.was_sent = True
+        prepared.record.finished_exit_code = int(code)
+    summary = _summary(request, prepared, outcome, batch, folded, code=code)
+    prepared.record.summary = orjson.dumps(msgspec.to_builtins(summary)).decode()
+    prepared.folder.save(prepared.record)
+    return summary
+
+
+def is_untouched(prepared: Prepared) -> bool:
+    """Tell whether a finished run's files are still those that it wrote."""
+    wanted = prepared.record.exported
+    return bool(wanted) and all(Path(path).is_file() and fingerprint(Path(path)) == mark for path, mark in wanted.items())
+
+
+# -- files ---------------------------------------------------------------------------------------------------------------
+
+
+def _export(request: RunRequest, prepared: Prepared, folded: Folded) -> None:
+    """Put the files at their places, errors first: whoever sees OUTPUT sees the rest too."""
+    record = prepared.record
+    rows = [(folded.errors, prepared.errors_path)]
+    if not request.is_streaming:
+        rows.append((folded.output, prepared.output_path))
+    record.exported = {}
+    for source, target in rows:
+        if source is not None:
+            _place(source, target)
+            record.exported[str(target.resolve())] = fingerprint(target)
+        elif target == prepared.output_path:
+            _place_empty(target)
+            record.exported[str(target.resolve())] = fingerprint(target)
+        else:
+            target.unlink(missing_ok=True)
+
+
+def _place(source: Path, target: Path) -> None:
+    """Make `target` a file of its own with the bytes of `source`: temp, fsync, rename, fsync the folder."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    with source.open("rb") as reading, temporary.open("wb") as writing:
+        shutil.copyfileobj(reading, writing, _COPY_BYTES)
+        writing.flush()
+        os.fsync(writing.fileno())
+    temporary.replace(target)
+    sync_folder(target.parent)
+
+
+def _place_empty(target: Path) -> None:
+    write_whole(target, b"")
+
+
+def _write_manifest(prepared: Prepared, runner: Runner, folded: Folded) -> None:
+    record, batch = prepared.record, folded.batch
+    ended_at = batch.completed_at or batch.expired_at or batch.cancelled_at or batch.failed_at or batch.created_at
+    manifest = {
+        "manifest_version": 1,
+        "batchrunner_version": __version__,
+        "batch_id": batch.id,
+        "status": batch.status.value,
+        "created_at": batch.created_at.isoformat(),
+        "ended_at": ended_at.isoformat(),
+        "input": {"path": record.input, "bytes": record.input_bytes, "sha256": record.input_sha256},
+        "endpoint": record.endpoint,
+        "on_invalid": record.on_invalid,
+        "on_unknown": record.on_unknown,
+        "settings": msgspec.to_builtins(runner.settings),
+        "counts": counts_of(batch),
+        "usage": usage_of(batch),
+        "retries": batch.retry_count,
+        "re_executed": batch.re_executed_count,
+        "output": _file_entry(folded.output, prepared.output_path, batch.succeeded_count),
+        "errors": _file_entry(folded.errors, prepared.errors_path, batch.total_count - batch.succeeded_count),
+    }
+    write_whole(prepared.folder.path / "manifest.json", orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def _file_entry(source: Path | None, target: Path, lines: int) -> dict[str, object] | None:
+    if source is None:
+        return None
+    digest = hashlib.sha256()
+    with source.open("rb") as stream:
+        while chunk := stream.read(_COPY_BYTES):
+            digest.update(chunk)
+    return {"path": str(target), "bytes": source.stat().st_size, "sha256": digest.hexdigest(), "lines": lines}
+
+
+# -- summary -------------------------------------------------------------------------------------------------------------
+
+
+def _summary(
+    request: RunRequest, prepared: Prepared, outcome: Outcome, batch: Batch, folded: Folded | None, *, code: ExitCode
+) -> Summary:
+    done = max(0, batch.done_count - outcome.done_before)
+    errors = prepared.errors_path if folded is not None and folded.errors is not None else None
+    has_files = folded is not None and batch.total_count > 0
+    output = str(prepared.output_path) if has_files and not request.is_streaming else None
+    error = outcome.error
+    return Summary(
+        status=batch.status.value,
+        exit_code=int(code),
+        batch_id=batch.id,
+        counts=counts_of(batch),
+        usage=usage_of(batch),
+        elapsed_s=round(outcome.elapsed_s, 3),
+        requests_per_s=round(done / outcome.elapsed_s, 1) if outcome.elapsed_s > 0 else 0.0,
+        retries=batch.retry_count,
+        re_executed=batch.re_executed_count,
+        top_errors=_top_errors(folded.errors if folded is not None else None, outcome),
+        output=output,
+        errors=str(errors) if errors is not None else None,
+        manifest=str(prepared.folder.path / "manifest.json") if has_files else None,
+        error={"code": error.code, "message": error.message, "hint": error.advice} if error is not None else None,
+        next_command=_next_command(prepared, code),
+    )
+
+
+def _top_errors(errors: Path | None, outcome: Outcome) -> list[ErrorGroup]:
+    """Group the failed lines by code; before the end, the failed attempts so far stand in."""
+    if errors is None:
+        return [ErrorGroup(code, count, []) for code, count in outcome.live.tally.failures.most_common(_TOP)]
+    counts: Counter[str] = Counter()
+    samples: dict[str, list[str]] = defaultdict(list)
+    with errors.open("rb") as stream:
+        for raw in stream:
+            line = read_error_line(raw)
+            counts[line.code] += 1
+            if len(samples[line.code]) < _SAMPLES:
+                samples[line.code].append(line.custom_id or "(no custom_id)")
+    return [ErrorGroup(code, count, samples[code]) for code, count in counts.most_common(_TOP)]
+
+
+def _next_command(prepared: Prepared, code: ExitCode) -> str | None:
+    """What to type next, None when there is nothing to do."""
+    same = shlex.join(["batchrunner", *sys.argv[1:]])
+    match code:
+        case ExitCode.OK | ExitCode.USAGE:
+            return None
+        case ExitCode.SOME_FAILED | ExitCode.DEADLINE:
+            return f"{same} --retry-failed" if "--retry-failed" not in same else f"batchrunner errors {prepared.folder.path}"
+        case ExitCode.INPUT_INVALID:
+            return f"batchrunner validate {shlex.quote(prepared.record.input)}"
+        case _:
+            return same

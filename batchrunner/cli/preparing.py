@@ -1,0 +1,172 @@
+"""What a `run` does before it starts the engine: lock its folder, read its input once, and make sure that it is the same run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from batchrunner.cli.console import say
+from batchrunner.cli.run_folder import (
+    Fingerprint,
+    Hashed,
+    RunFolder,
+    RunRecord,
+    check_free,
+    check_same_run,
+    errors_path_for,
+    fingerprint,
+    hash_file,
+    spool,
+    unpacked,
+)
+from batchrunner.errors import NotFound, UsageError
+
+_READ_BYTES = 1 << 20
+_PACKED = (".gz", ".zst")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """What the user asked for, as typed."""
+
+    input_path: Path
+    output_path: Path
+    errors_path: Path | None
+    state_path: Path | None
+    endpoint: str | None
+    completion_window: str | None
+    order: str
+    on_invalid: str
+    on_unknown: str
+    retry_failed: str | None
+    limit: int | None
+    is_fresh: bool
+    is_json: bool
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether finished lines go to stdout."""
+        return str(self.output_path) == "-"
+
+    @property
+    def is_from_stdin(self) -> bool:
+        """Whether the input comes from stdin."""
+        return str(self.input_path) == "-"
+
+
+@dataclass(slots=True, kw_only=True)
+class Prepared:
+    """A locked folder, the record of the run, and the plain file that is sliced into shards."""
+
+    folder: RunFolder
+    record: RunRecord
+    source: Path
+    line_count_up_to: int
+    output_path: Path
+    errors_path: Path
+
+
+def prepare(request: RunRequest) -> Prepared:
+    """Lock the folder, find the input, compare identities. Blocks; the caller unlocks the folder.
+
+    Raises:
+        AlreadyRunning, RunDiffers, OutputExists, NotFound, UsageError: as their names say.
+    """
+    folder = RunFolder(_state_path(request))
+    folder.lock()
+    try:
+        if request.is_fresh:
+            kept = folder.set_aside()
+            if kept is not None:
+                say(f"starting over; the old state is kept in {kept}")
+        return _prepare_locked(request, folder)
+    except BaseException:
+        folder.unlock()
+        raise
+
+
+def _prepare_locked(request: RunRequest, folder: RunFolder) -> Prepared:
+    output, errors = _paths(request, folder)
+    old = folder.load()
+    source, hashed, mark = _source(request, folder, old)
+    new = RunRecord(
+        input=str(request.input_path if request.is_from_stdin else request.input_path.resolve()),
+        input_sha256=hashed.sha256,
+        input_bytes=hashed.size_bytes,
+        line_count_up_to=hashed.line_count_up_to,
+        fingerprint=mark,
+        output=str(output),
+        errors=str(errors),
+        endpoint=request.endpoint,
+        on_invalid=request.on_invalid,
+        on_unknown=request.on_unknown,
+    )
+    if old is not None and old.was_sent:
+        check_same_run(old, new)
+        record = old
+        record.fingerprint = mark
+        record.input = new.input
+        record.errors = new.errors
+    else:
+        if old is not None and old.batches:
+            say("nothing was sent before; starting with the input as it is now")
+        record = new
+    if not record.was_sent and not request.is_fresh:
+        for path, what in ((output, "OUTPUT"), (errors, "the errors file")):
+            if not (request.is_streaming and what == "OUTPUT"):
+                check_free(path, what=what)
+    folder.save(record)
+    return Prepared(
+        folder=folder,
+        record=record,
+        source=source,
+        line_count_up_to=hashed.line_count_up_to,
+        output_path=output,
+        errors_path=errors,
+    )
+
+
+def _state_path(request: RunRequest) -> Path:
+    if request.state_path is not None:
+        return request.state_path
+    if not request.is_streaming:
+        return request.output_path.with_name(f"{request.output_path.name}.run")
+    if request.is_from_stdin:
+        raise UsageError("a run from stdin to stdout has no place for its state", hint="Add --state DIR; it makes the run resumable.")
+    return request.input_path.with_name(f"{request.input_path.name}.run")
+
+
+def _paths(request: RunRequest, folder: RunFolder) -> tuple[Path, Path]:
+    """OUTPUT and the errors file; a run that streams keeps the latter beside its input or in its folder."""
+    if not request.is_streaming:
+        return request.output_path, request.errors_path or errors_path_for(request.output_path)
+    default = folder.path / "errors.jsonl" if request.is_from_stdin else errors_path_for(request.input_path)
+    return Path("-"), request.errors_path or default
+
+
+def _source(request: RunRequest, folder: RunFolder, old: RunRecord | None) -> tuple[Path, Hashed, Fingerprint | None]:
+    """Find the plain input file; what was hashed before and looks unchanged is not read again."""
+    spooled = folder.path / "input.jsonl"
+    if request.is_from_stdin:
+        spool(_chunks(sys.stdin.buffer), spooled)
+        return spooled, hash_file(spooled), None
+    path = request.input_path
+    if not path.is_file():
+        raise NotFound(f"INPUT {path} is not there" if not path.exists() else f"INPUT {path} is not a file")
+    mark = fingerprint(path)
+    is_known = old is not None and old.was_sent and old.fingerprint == mark
+    is_packed = path.suffix in _PACKED
+    if is_packed and not (is_known and spooled.is_file()):
+        spool(unpacked(path), spooled)
+    source = spooled if is_packed else path.resolve()
+    if is_known and old is not None:
+        return source, Hashed(old.input_sha256, old.input_bytes, old.line_count_up_to), mark
+    return source, hash_file(source), mark
+
+
+def _chunks(stream: BinaryIO) -> Iterator[bytes]:
+    while chunk := stream.read(_READ_BYTES):
+        yield chunk

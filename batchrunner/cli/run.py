@@ -1,0 +1,112 @@
+"""`batchrunner run`: the options, and what they mean for one run."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import click
+
+from batchrunner.cli.configuring import api_key_for, load_settings
+from batchrunner.cli.exits import ExitCode
+from batchrunner.errors import UsageError
+from batchrunner.settings import parse_duration
+
+_WINDOW_LEAST_S, _WINDOW_MOST_S = 60.0, 14 * 86400.0
+_PACKED = (".gz", ".zst")
+
+
+@click.command("run", short_help="Run a file of requests and write its output and error files.")
+@click.argument("input_path", metavar="INPUT", type=click.Path(allow_dash=True, path_type=Path))
+@click.option("-o", "--output", "output_path", required=True, metavar="OUTPUT", type=click.Path(allow_dash=True, path_type=Path),
+              help="Where the finished lines go when the run ends; - streams them to stdout.")
+@click.option("-u", "--base-url", metavar="URL", help="What the SDKs call base_url, such as http://localhost:8000/v1. [OPENAI_BASE_URL]")
+@click.option("--api-key-env", metavar="NAME", help="Environment variable that holds the key. [OPENAI_API_KEY]")
+@click.option("--endpoint", metavar="PATH", help="Where lines without a url go; lines with one must name it.")
+@click.option("--window", "completion_window", metavar="DURATION", help="Deadline from the first start, 1m to 14d; none by default.")
+@click.option("--concurrency", metavar="auto|N", help="Requests in flight, for all workers together; found by itself by default.")
+@click.option("--workers", metavar="auto|N", help="Worker processes; auto is one up to 10,000 lines, else one per core.")
+@click.option("--rpm", type=click.IntRange(min=1), metavar="N", help="At most N requests a minute.")
+@click.option("--tpm", type=click.IntRange(min=1), metavar="N", help="At most N tokens a minute.")
+@click.option("--max-tries", type=click.IntRange(min=1), metavar="N", help="Tries of a line that fails by itself. [5]")
+@click.option("--request-timeout", metavar="S", help="Total time of one exchange. [600s]")
+@click.option("--order", type=click.Choice(["input", "completion"]), default="input", show_default=True, help="Order of the lines in OUTPUT.")
+@click.option("--on-invalid", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
+              help="What a bad line does: end the run before it begins, or go to the errors file.")
+@click.option("--on-unknown", type=click.Choice(["retry", "fail"]), default="retry", show_default=True,
+              help="What a lost answer does: the line is sent again, or at most once and ends as outcome_unknown.")
+@click.option("--retry-failed", is_flag=False, flag_value="all", metavar="[=CODES]",
+              help="Run the failed lines of a finished run again, all or those with these codes (a,b).")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Run only the first N lines for now.")
+@click.option("--errors", "errors_path", metavar="PATH", type=click.Path(path_type=Path), help="Where failed lines go. [OUTPUT with .errors]")
+@click.option("--state", "state_path", metavar="DIR", type=click.Path(path_type=Path), help="Where the run's state lives. [OUTPUT.run]")
+@click.option("--fresh", is_flag=True, help="Start over; the old state folder is kept under another name.")
+@click.option("--json", "is_json", is_flag=True, help="Print one JSON object at the end instead of a panel and a summary.")
+def run(input_path: Path, output_path: Path, **options: object) -> None:
+    """Run INPUT, a file of requests (OpenAI Batch JSONL, .gz and .zst too, - for stdin), and write OUTPUT.
+
+    The same command again continues a run that was stopped, whatever stopped it, and pays for nothing twice.
+
+    Exit codes: 0 every line ok, 1 trouble on our side, 2 usage, 3 some lines failed, 4 key refused, 5 input invalid,
+    6 stopped on purpose, 7 deadline passed, 130 interrupted.
+    """
+    from batchrunner.cli.preparing import RunRequest
+    from batchrunner.cli.running import run_to_end
+
+    request = RunRequest(
+        input_path=input_path,
+        output_path=output_path,
+        errors_path=_path(options["errors_path"]),
+        state_path=_path(options["state_path"]),
+        endpoint=_text(options["endpoint"]),
+        completion_window=_window(_text(options["completion_window"])),
+        order=str(options["order"]),
+        on_invalid=str(options["on_invalid"]),
+        on_unknown=str(options["on_unknown"]),
+        retry_failed=_text(options["retry_failed"]),
+        limit=options["limit"] if isinstance(options["limit"], int) else None,
+        is_fresh=bool(options["fresh"]),
+        is_json=bool(options["is_json"]),
+    )
+    if output_path.suffix in _PACKED:
+        raise UsageError(f"OUTPUT {output_path}: packed output is not written", hint=f"Write {output_path.stem}, then pack it.")
+    settings, _ = load_settings(
+        {
+            "base_url": options["base_url"],
+            "api_key_env": options["api_key_env"],
+            "concurrency": options["concurrency"],
+            "workers": options["workers"],
+            "rpm": options["rpm"],
+            "tpm": options["tpm"],
+            "max_tries": options["max_tries"],
+            "request_timeout_s": options["request_timeout"],
+        }
+    )
+    if not settings.base_url:
+        raise UsageError(
+            "no upstream is named",
+            hint="Give -u URL or set OPENAI_BASE_URL; without a server, try `batchrunner simulate` in another terminal.",
+        )
+    from batchrunner.tuning import tune_process
+
+    with asyncio.Runner(loop_factory=tune_process()) as loop:
+        code = loop.run(run_to_end(request, settings, api_key_for(settings)))
+    sys.exit(int(code or ExitCode.OK))
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _path(value: object) -> Path | None:
+    return value if isinstance(value, Path) else None
+
+
+def _window(text: str | None) -> str | None:
+    """Check --window and give it back as written."""
+    if text is not None:
+        seconds = parse_duration(text, what="--window")
+        if not _WINDOW_LEAST_S <= seconds <= _WINDOW_MOST_S:
+            raise UsageError(f"--window {text}: from 1m to 14d")
+    return text

@@ -1,0 +1,236 @@
+"""The state folder of a run: who works on it, what it is a run of, and where its files lie."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import orjson
+
+from batchrunner import __version__
+from batchrunner.errors import AlreadyRunning, OutputExists, RunDiffers, UsageError
+
+_READ_BYTES = 1 << 22
+_COUNT_MAX = 10_001
+
+
+class Fingerprint(msgspec.Struct, frozen=True):
+    """What tells, without reading it, that a file is most likely the one that was hashed."""
+
+    size_bytes: int
+    modified_ns: int
+    inode: int
+
+
+class RunRecord(msgspec.Struct, kw_only=True):
+    """run.json: the identity of the run and what it has come to. The rest of the truth is in the store."""
+
+    format: int = 1
+    version: str = __version__
+    input: str
+    input_sha256: str
+    input_bytes: int
+    line_count_up_to: int
+    fingerprint: Fingerprint | None
+    output: str
+    errors: str
+    endpoint: str | None
+    on_invalid: str
+    on_unknown: str
+    batches: list[str] = []
+    was_sent: bool = False
+    finished_exit_code: int | None = None
+    exported: dict[str, Fingerprint] = {}
+    summary: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hashed:
+    """What one pass over the input tells."""
+
+    sha256: str
+    size_bytes: int
+    line_count_up_to: int
+
+
+def fingerprint(path: Path) -> Fingerprint:
+    """Look at a file without reading it."""
+    status = path.stat()
+    return Fingerprint(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def hash_file(path: Path) -> Hashed:
+    """Read a file once: sha256, size, and its lines as far as 10,001."""
+    digest, size_bytes, lines = hashlib.sha256(), 0, 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(_READ_BYTES):
+            digest.update(chunk)
+            size_bytes += len(chunk)
+            if lines < _COUNT_MAX:
+                lines += chunk.count(b"\n")
+    return Hashed(digest.hexdigest(), size_bytes, lines)
+
+
+class RunFolder:
+    """OUTPUT.run/, locked for as long as this object lives."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+
+    # -- locking ---------------------------------------------------------------------------------------------------------
+
+    def lock(self) -> None:
+        """Make the folder, and make sure that nobody else works on it.
+
+        Raises:
+            AlreadyRunning: somebody does; the message names the process.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+            os.close(handle)
+            raise AlreadyRunning(f"{self.path}: process {pid} is running this already") from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        self._lock = handle
+
+    def unlock(self) -> None:
+        """Let others in."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    # -- run.json --------------------------------------------------------------------------------------------------------
+
+    @property
+    def record_path(self) -> Path:
+        """Where the record lies."""
+        return self.path / "run.json"
+
+    def load(self) -> RunRecord | None:
+        """Read the record, None in a new folder."""
+        try:
+            return msgspec.json.decode(self.record_path.read_bytes(), type=RunRecord)
+        except FileNotFoundError:
+            return None
+        except msgspec.DecodeError as error:
+            raise RunDiffers(f"{self.record_path} cannot be read: {error}") from error
+
+    def save(self, record: RunRecord) -> None:
+        """Write the record so that it is there whole, whatever happens."""
+        write_whole(self.record_path, orjson.dumps(msgspec.to_builtins(record), option=orjson.OPT_INDENT_2) + b"\n")
+
+    def set_aside(self) -> Path | None:
+        """Rename the folder to the first free NAME.1, NAME.2...: paid results are never deleted. Ends the lock."""
+        if not any(name.name != "lock" for name in self.path.iterdir()):
+            return None
+        number = 1
+        while (target := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            number += 1
+        self.unlock()
+        self.path.rename(target)
+        self.lock()
+        return target
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file durably: temp, fsync, rename, fsync the folder."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def errors_path_for(output: Path) -> Path:
+    """Where the error file goes by default: `.errors` before the suffix."""
+    return output.with_name(f"{output.stem}.errors{output.suffix}")
+
+
+def check_same_run(record: RunRecord, wanted: RunRecord) -> None:
+    """Refuse to go on with another run's state.
+
+    Raises:
+        RunDiffers: the message lists what differs.
+    """
+    rows = (
+        ("input (sha256)", record.input_sha256[:16], wanted.input_sha256[:16]),
+        ("--endpoint", record.endpoint, wanted.endpoint),
+        ("--on-invalid", record.on_invalid, wanted.on_invalid),
+        ("--on-unknown", record.on_unknown, wanted.on_unknown),
+    )
+    different = [f"{what}: was {old}, is {new}" for what, old, new in rows if old != new]
+    if different:
+        raise RunDiffers(f"{wanted.output} belongs to another run; {'; '.join(different)}")
+
+
+def check_free(path: Path, *, what: str) -> None:
+    """Refuse to write over something that is not ours.
+
+    Raises:
+        OutputExists: there is something.
+    """
+    if path.exists():
+        raise OutputExists(f"{what} {path} exists and was not written by this run")
+
+
+def spool(chunks: Iterator[bytes], target: Path, *, progress: Callable[[int], None] | None = None) -> None:
+    """Write a stream plain into the run folder, whole or not at all; shards need offsets."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    size_bytes = 0
+    with temporary.open("wb") as stream:
+        for chunk in chunks:
+            stream.write(chunk)
+            size_bytes += len(chunk)
+            if progress is not None:
+                progress(size_bytes)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(target)
+    sync_folder(target.parent)
+
+
+def unpacked(path: Path) -> Iterator[bytes]:
+    """Give the plain bytes of a .gz or .zst file.
+
+    Raises:
+        UsageError: the file is not what its name says.
+    """
+    if path.suffix == ".gz":
+        import gzip
+
+        try:
+            with gzip.open(path, "rb") as stream:
+                while chunk := stream.read(_READ_BYTES):
+                    yield chunk
+        except (OSError, EOFError) as error:
+            raise UsageError(f"{path} cannot be unpacked: {error}") from error
+        return
+    import zstandard
+
+    try:
+        with path.open("rb") as packed, zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True) as stream:
+            while chunk := stream.read(_READ_BYTES):
+                yield chunk
+    except zstandard.ZstdError as error:
+        raise UsageError(f"{path} cannot be unpacked: {error}") from error

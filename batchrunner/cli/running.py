@@ -1,0 +1,235 @@
+"""One `run` from its first line on stderr to its exit code: prepare, start or resume, watch, export, sum up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import click
+
+from batchrunner.app import Crew, Runner
+from batchrunner.cli import export
+from batchrunner.cli.choosing import choose_failed
+from batchrunner.cli.exits import MEANINGS, ExitCode
+from batchrunner.cli.console import say
+from batchrunner.cli.panel import Panel
+from batchrunner.cli.preparing import Prepared, RunRequest, prepare
+from batchrunner.cli.streaming import LineStream
+from batchrunner.cli.summary import Outcome, Summary, report
+from batchrunner.errors import BatchrunnerError, TaskParked, UpstreamUnreachable
+from batchrunner.lifecycle import TERMINAL, BatchStatus
+from batchrunner.models import LOCAL_TENANT, Batch, BatchId, NewBatch, OnInvalid, OnUnknown, Order, PauseReason
+from batchrunner.ports import TenantScope
+from batchrunner.settings import Settings, parse_duration
+from batchrunner.supervisor import Live
+
+_LOOK_S = 0.2
+_AUTO_LINES = 10_000
+
+
+async def run_to_end(request: RunRequest, settings: Settings, api_key: str | None) -> ExitCode:
+    """Do everything that one invocation of `run` does; gives its exit code.
+
+    Raises:
+        BatchrunnerError: whatever keeps the run from starting or going on; its state is kept.
+    """
+    prepared = await asyncio.to_thread(prepare, request)
+    try:
+        if prepared.record.finished_exit_code is not None and request.retry_failed is None:
+            if export.is_untouched(prepared):
+                return _already_done(request, prepared)
+            say("the files of this finished run are missing or changed; writing them again")
+        return await _Run(request, prepared, settings, api_key).run()
+    finally:
+        prepared.folder.unlock()
+
+
+@dataclass(slots=True)
+class _Stop:
+    """Whether and why the run ends before its batch does."""
+
+    code: ExitCode | None = None
+    reason: str = ""
+    error: BatchrunnerError | None = None
+
+
+class _Run:
+    """One invocation that has work to do."""
+
+    def __init__(self, request: RunRequest, prepared: Prepared, settings: Settings, api_key: str | None) -> None:
+        self._request = request
+        self._prepared = prepared
+        self._settings = settings
+        self._api_key = api_key
+        self._stop = _Stop()
+        self._interrupts = 0
+        self._crew: Crew | None = None
+
+    async def run(self) -> ExitCode:
+        """Start or resume the batch, watch it to an end, write its files, sum up."""
+        folder = self._prepared.folder
+        async with Runner(self._settings, folder.path, api_key=self._api_key) as runner:
+            scope = runner.store.scope(LOCAL_TENANT)
+            await asyncio.to_thread(runner.adapters.blobs.adopt, "input", self._prepared.source)
+            batch = await asyncio.to_thread(self._start_or_resume, runner, scope)
+            self._crew = runner.crew(self._worker_count())
+            stream = LineStream(runner.adapters.blobs, scope) if self._request.is_streaming else None
+            began_s = runner.adapters.clock.monotonic_s()
+            say(self._opening(batch))
+            done_before = batch.done_count
+            if batch.status not in TERMINAL:
+                with Panel(is_json=self._request.is_json) as panel:
+                    batch = await self._watch(runner, scope, batch.id, panel, stream)
+            if stream is not None:
+                await stream.advance(batch.id)
+            outcome = Outcome(
+                batch=batch,
+                live=self._crew.live(),
+                elapsed_s=runner.adapters.clock.monotonic_s() - began_s,
+                done_before=done_before,
+                code=self._stop.code,
+                reason=self._stop.reason,
+                error=self._stop.error,
+            )
+            summary = await asyncio.to_thread(export.finish, self._request, self._prepared, runner, scope, outcome)
+        report(summary, batch=batch, reason=self._stop.reason, is_json=self._request.is_json)
+        if self._stop.error is not None and batch.status not in TERMINAL and not self._request.is_json:
+            raise self._stop.error
+        return ExitCode(summary.exit_code)
+
+    # -- start -----------------------------------------------------------------------------------------------------------
+
+    def _start_or_resume(self, runner: Runner, scope: TenantScope) -> Batch:
+        record, request = self._prepared.record, self._request
+        if record.batches and (request.retry_failed is None or record.finished_exit_code is None):
+            batch = scope.batch(BatchId(record.batches[-1]))
+            scope.resume(batch.id)
+            scope.hold(batch.id, request.limit)
+            return scope.batch(batch.id)
+        new = self._new_batch(runner)
+        if request.retry_failed is not None:
+            chosen = choose_failed(runner, scope, self._prepared, request.retry_failed)
+            new = replace(new, parent_id=BatchId(record.batches[-1]), chosen_blob=chosen)
+        batch = scope.create_batch(new)
+        record.batches.append(batch.id)
+        record.finished_exit_code = None
+        self._prepared.folder.save(record)
+        return batch
+
+    def _new_batch(self, runner: Runner) -> NewBatch:
+        request, now = self._request, runner.adapters.clock.now()
+        window = request.completion_window
+        return NewBatch(
+            id=BatchId(f"batch_{runner.adapters.rng.token_hex(16)}"),
+            tenant=LOCAL_TENANT,
+            dialect="run",
+            endpoint=request.endpoint,
+            input_file_id=None,
+            source="input",
+            completion_window=window,
+            deadline_at=now + timedelta(seconds=parse_duration(window, what="--window")) if window else None,
+            on_invalid=OnInvalid(request.on_invalid),
+            on_unknown=OnUnknown(request.on_unknown),
+            order=Order(request.order),
+            hold_at=request.limit,
+        )
+
+    def _worker_count(self) -> int:
+        wanted = self._settings.workers
+        if wanted is None:
+            wanted = 1 if self._prepared.line_count_up_to <= _AUTO_LINES else len(os.sched_getaffinity(0))
+        if self._settings.concurrency is not None:
+            wanted = min(wanted, self._settings.concurrency)
+        return wanted
+
+    def _opening(self, batch: Batch) -> str:
+        done = f"continuing with {batch.done_count:,} of {batch.total_count:,} lines done" if batch.total_count else "starting"
+        folder = self._prepared.folder.path
+        return f"{done}; finished lines until the end: batchrunner results {folder}"
+
+    # -- watch -----------------------------------------------------------------------------------------------------------
+
+    async def _watch(
+        self, runner: Runner, scope: TenantScope, batch_id: BatchId, panel: Panel, stream: LineStream | None
+    ) -> Batch:
+        """Follow the batch until it has ended or the run has to stop; then drain the crew."""
+        assert self._crew is not None
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._interrupt, number)
+        working = asyncio.create_task(self._crew.run())
+        try:
+            while not working.done():
+                batch = await asyncio.to_thread(scope.batch, batch_id)
+                live = self._crew.live()
+                panel.show(batch, live)
+                if stream is not None:
+                    await stream.advance(batch_id)
+                if batch.status in TERMINAL or self._stops_now(batch, live):
+                    self._crew.stop(grace_s=0.0 if self._stop.error else self._settings.drain_grace_s)
+                await asyncio.wait([working], timeout=_LOOK_S)
+            await working
+        finally:
+            working.cancel()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+        batch = await asyncio.to_thread(scope.batch, batch_id)
+        panel.show(batch, self._crew.live())
+        return batch
+
+    def _interrupt(self, number: int) -> None:
+        assert self._crew is not None
+        self._interrupts += 1
+        self._stop = _Stop(ExitCode.INTERRUPTED, "interrupted")
+        live = self._crew.live()
+        if self._interrupts == 1:
+            grace_s = self._settings.drain_grace_s
+            word = signal.Signals(number).name
+            say(f"{word}: waiting up to {grace_s:.0f} s for {live.in_flight} requests in flight; again to stop at once")
+            self._crew.stop(grace_s=grace_s)
+        else:
+            self._crew.stop(grace_s=0.0)
+
+    def _stops_now(self, batch: Batch, live: Live) -> bool:
+        """Whether the run has to end although its batch has not."""
+        if self._stop.code is not None:
+            return self._interrupts == 0
+        if live.lost:
+            self._stop = _Stop(ExitCode.TROUBLE, "upstream unreachable", UpstreamUnreachable(live.lost))
+        elif batch.paused_reason is not None:
+            self._stop = _pause_stop(batch.paused_reason)
+        elif batch.blocked_by is not None and batch.blocked_by != "disk_full":
+            self._stop = _Stop(ExitCode.TROUBLE, "parked", TaskParked(f"a task failed too often: {batch.blocked_by}"))
+        elif batch.hold_at is not None and batch.status is BatchStatus.IN_PROGRESS and _is_held(batch):
+            self._stop = _Stop(ExitCode.STOPPED, f"stopped after --limit {batch.hold_at}")
+        return self._stop.code is not None
+
+
+def _already_done(request: RunRequest, prepared: Prepared) -> ExitCode:
+    """Answer a finished run without doing anything."""
+    code = ExitCode(prepared.record.finished_exit_code or 0)
+    if request.is_json and prepared.record.summary is not None:
+        click.echo(prepared.record.summary)
+    else:
+        say(f"already done: {prepared.output_path} ({MEANINGS[code]}); --fresh starts over")
+    return code
+
+
+def _is_held(batch: Batch) -> bool:
+    assert batch.hold_at is not None
+    return batch.succeeded_count + batch.failed_count - batch.refused_count >= batch.hold_at
+
+
+def _pause_stop(reason: str) -> _Stop:
+    match reason:
+        case PauseReason.AUTHENTICATION:
+            return _Stop(ExitCode.AUTHENTICATION, "the upstream refused the key for every line")
+        case PauseReason.MODEL_UNKNOWN:
+            return _Stop(ExitCode.STOPPED, "the upstream knows neither model nor route of any line")
+        case PauseReason.INPUT_CHANGED:
+            return _Stop(ExitCode.INPUT_INVALID, "the input is not the one that was validated")
+        case _:
+            return _Stop(ExitCode.STOPPED, f"paused: {reason}")

@@ -1,0 +1,126 @@
+"""What a run ends with: totals, rate, retries, tokens, top errors, files and the next command; or one JSON object."""
+
+from __future__ import annotations
+
+import msgspec
+import orjson
+
+import click
+
+from batchrunner.cli.console import count_text, duration_text, say
+from batchrunner.cli.exits import ExitCode
+from batchrunner.errors import BatchrunnerError
+from batchrunner.lifecycle import TERMINAL, BatchStatus
+from batchrunner.models import Batch
+from batchrunner.supervisor import Live
+
+_TOP_ERRORS = 5
+
+
+class ErrorGroup(msgspec.Struct, frozen=True):
+    """Failed lines of one code, with a few of their ids."""
+
+    code: str
+    count: int
+    custom_ids: list[str]
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """How an invocation ended; `code` is set when it ended before its batch."""
+
+    batch: Batch
+    live: Live
+    elapsed_s: float
+    done_before: int
+    code: ExitCode | None
+    reason: str
+    error: BatchrunnerError | None = None
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """The object that --json prints. Its shape is published as schemas/summary.json."""
+
+    status: str
+    exit_code: int
+    batch_id: str | None
+    counts: dict[str, int]
+    usage: dict[str, int]
+    elapsed_s: float
+    requests_per_s: float
+    retries: int
+    re_executed: int
+    top_errors: list[ErrorGroup]
+    output: str | None
+    errors: str | None
+    manifest: str | None
+    error: dict[str, str] | None
+    next_command: str | None
+
+
+def exit_code_for(batch: Batch) -> ExitCode:
+    """The exit code that a finished batch stands for."""
+    if batch.status is BatchStatus.FAILED:
+        return ExitCode.INPUT_INVALID if batch.problem_count else ExitCode.TROUBLE
+    if batch.status is BatchStatus.EXPIRED:
+        return ExitCode.DEADLINE
+    if batch.failed_count or batch.cancelled_count:
+        return ExitCode.SOME_FAILED
+    return ExitCode.OK
+
+
+def counts_of(batch: Batch) -> dict[str, int]:
+    """Lines by how they ended; the parts sum to the total."""
+    return {
+        "total": batch.total_count,
+        "succeeded": batch.succeeded_count,
+        "failed": batch.failed_count - batch.refused_count,
+        "refused": batch.refused_count,
+        "expired": batch.expired_count,
+        "cancelled": batch.cancelled_count,
+        "pending": batch.pending_count,
+    }
+
+
+def usage_of(batch: Batch) -> dict[str, int]:
+    """Tokens as the upstream reported them."""
+    usage = batch.usage
+    return {
+        "input_tokens": usage.input_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "output_tokens": usage.output_tokens,
+        "reasoning_tokens": usage.reasoning_tokens,
+        "total_tokens": usage.total_tokens,
+    }
+
+
+def report(summary: Summary, *, batch: Batch | None, reason: str, is_json: bool) -> None:
+    """Print the summary: JSON on stdout, or a few lines on stderr."""
+    if is_json:
+        click.echo(orjson.dumps(msgspec.to_builtins(summary)).decode())
+        return
+    counts, usage = summary.counts, summary.usage
+    if batch is not None and batch.status is BatchStatus.FAILED:
+        _say_problems(batch)
+    is_over = summary.status in set(TERMINAL)
+    head = summary.status if is_over else f"stopped: {reason}"
+    parts = [f"{count:,} {word}" for word, count in counts.items() if count and word != "total"]
+    say(f"{head}: {counts['total']:,} lines, {', '.join(parts) or 'none done'}")
+    say(
+        f"  {duration_text(summary.elapsed_s)}, {summary.requests_per_s:.1f} lines/s, {summary.retries:,} retries, "
+        f"{count_text(usage['total_tokens'])} tokens ({count_text(usage['output_tokens'])} out)"
+    )
+    if summary.re_executed:
+        say(f"  re-executed: at most {summary.re_executed:,} lines (sent again after a process died)")
+    for group in summary.top_errors:
+        say(f"  {group.code}: {group.count:,} lines, such as {', '.join(group.custom_ids)}")
+    for word, path in (("output", summary.output), ("errors", summary.errors), ("manifest", summary.manifest)):
+        if path is not None:
+            say(f"  {word}: {path}")
+    if summary.next_command is not None:
+        say(f"  next: {summary.next_command}")
+
+
+def _say_problems(batch: Batch) -> None:
+    for problem in batch.problems:
+        where = f"line {problem.line_number}: " if problem.line_number is not None else ""
+        say(f"{where}{problem.code}: {problem.message}")

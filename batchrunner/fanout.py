@@ -1,0 +1,579 @@
+"""Drain claimed shards: take a line, send it, judge the answer, retry or journal it. Nothing here touches a disk or a database.
+
+A pool of long-lived coroutines, as many as the window allows, pulls lines straight from the shards; there is no task, queue
+item, lock or timer per line. One tick, twenty times a second, stands for all timers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import assert_never
+
+from batchrunner.journal import Journal
+from batchrunner.metrics import Tally
+from batchrunner.models import NO_USAGE, Attempt, BatchId, PauseReason, RecordKind, RequestLine, Usage
+from batchrunner.pace import Bound, Sample
+from batchrunner.limits import DEATHS_ALONE, OUTAGE_SPAN_S, Breaker, Cooldown, FirstContact, Outage, TokenBucket, estimate_tokens
+from batchrunner.ports import Clock, Rng, Upstream
+from batchrunner.results import ReplyFacts, reply_facts
+from batchrunner.shards import ShardRun
+from batchrunner.settings import Settings
+from batchrunner.verdict import (
+    CONNECTION_ERRORS,
+    REFUSALS,
+    Accept,
+    GiveUp,
+    RetryAfter,
+    RetryPolicy,
+    judge,
+    suspicion,
+)
+
+TICK_S = 0.05
+_TICKS_PER_SWEEP = 10
+# Waiting retries hold their lines in memory and tell that the upstream has trouble: beyond this many times the window no
+# fresh line is sent.
+_WAITING_PER_WINDOW = 2
+_REPLY_BYTES_LEAST = 64 * 1024
+# A line answered 401, 403 or "no such model" is asked again after this time, until the breaker knows more.
+_UNDECIDED_WAIT_S = 1.0
+
+
+
+class Work:
+    """One line on its way and what it has been through. Tries are per holder, not durable.
+
+    `failed_at_s` is the moment of a connection error that has not been counted yet: whether it was the line's own or part of
+    the upstream's death shows only a moment later, so it is counted when the line is due again. `last` is then the verdict
+    that stands if it was the line's own.
+    """
+
+    __slots__ = ("deaths", "failed_at_s", "generation", "is_aborted", "last", "line", "run", "task", "tries", "waits")
+
+    def __init__(self, run: ShardRun, line: RequestLine) -> None:
+        self.run = run
+        self.line = line
+        self.tries = 0
+        self.waits = 0
+        self.generation = 0
+        self.deaths = 0
+        self.failed_at_s: float | None = None
+        self.last: tuple[Attempt, GiveUp] | None = None
+        self.is_aborted = False
+        self.task: asyncio.Task[None] | None = None
+
+
+class Lane:
+    """The shards of one batch that this process holds, in line order; lanes take turns line by line."""
+
+    __slots__ = ("batch_id", "runs")
+
+    def __init__(self, batch_id: BatchId) -> None:
+        self.batch_id = batch_id
+        self.runs: list[ShardRun] = []
+
+    def next_work(self) -> Work | None:
+        """Give the next fresh line of the first shard that has one to give."""
+        for run in self.runs:
+            line = run.next_line()
+            if line is not None:
+                if run.is_exhausted:
+                    self.runs.remove(run)
+                run.in_flight_count += 1
+                return Work(run, line)
+        return None
+
+
+@dataclass(slots=True)
+class Gate:
+    """All that may forbid the next send, besides the window."""
+
+    cooldown: Cooldown
+    outage: Outage
+    breaker: Breaker
+    first_contact: FirstContact
+    requests: TokenBucket | None = None
+    tokens: TokenBucket | None = None
+
+
+class Fanout:
+    """The pool of one process. `window` is set from outside; everything else follows from the shards that are added.
+
+    `on_change` is called (on the loop) when a shard was finished, exhausted or needs an intent registered, and when the pool
+    paused itself; it must be cheap.
+    """
+
+    def __init__(
+        self,
+        *,
+        upstream: Upstream,
+        journal: Journal,
+        clock: Clock,
+        rng: Rng,
+        settings: Settings,
+        gate: Gate,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.tally = Tally()
+        self.window = 1
+        self.stop_sends_at_s = 0.0
+        self.pause_reason: PauseReason | None = None
+        self.gate = gate
+        self._upstream = upstream
+        self._journal = journal
+        self._clock = clock
+        self._rng = rng
+        self._policy = RetryPolicy(max_tries=settings.max_tries, retry_after_max_s=settings.retry_after_max_s)
+        self._memory_bytes_max = settings.memory_bytes_max
+        self._on_change = on_change
+        self._lanes: deque[Lane] = deque()
+        self._lane_of: dict[BatchId, Lane] = {}
+        self._waiting: list[tuple[float, int, Work]] = []
+        self._waiting_serial = 0
+        self._alone: list[Work] = []
+        self._allowed = 0
+        # Places that were refused since the last tick: they stay empty until the window was asked again, or an upstream
+        # that refuses at once would be asked a thousand times a second by each place too many.
+        self._refused_places = 0
+        self._parked: list[asyncio.Future[None]] = []
+        self._slot_count = 0
+        self._in_flight: set[Work] = set()
+        self._is_closed = False
+        self._contact_message = ""
+        self._reply_bytes_high = float(_REPLY_BYTES_LEAST)
+        self._sampler = _Sampler(clock.monotonic_s())
+
+    # -- what the worker calls -------------------------------------------------------------------------------------------
+
+    @property
+    def in_flight_count(self) -> int:
+        """Exchanges under way."""
+        return len(self._in_flight)
+
+    @property
+    def waiting_count(self) -> int:
+        """Lines that wait for their next try."""
+        return len(self._waiting)
+
+    @property
+    def untouched_count(self) -> int:
+        """Lines in hand that were not handed out yet and may be."""
+        return sum(run.untouched_count for lane in self._lanes for run in lane.runs if not (run.is_held or run.is_stopped))
+
+    def add(self, run: ShardRun) -> None:
+        """Take a loaded shard into the rotation."""
+        lane = self._lane_of.get(run.batch.id)
+        if lane is None:
+            lane = self._lane_of[run.batch.id] = Lane(run.batch.id)
+            self._lanes.append(lane)
+        lane.runs.append(run)
+        lane.runs.sort(key=lambda held: held.shard.first_line)
+        self.wake()
+
+    def stop(self, run: ShardRun) -> None:
+        """Hand out nothing more of a shard and forget its waiting retries; exchanges under way go on."""
+        run.is_stopped = True
+        lane = self._lane_of.get(run.batch.id)
+        if lane is not None and run in lane.runs:
+            lane.runs.remove(run)
+        kept = [entry for entry in self._waiting if entry[2].run is not run]
+        run.in_flight_count -= len(self._waiting) - len(kept)
+        heapq.heapify(kept)
+        self._waiting = kept
+
+    def forget(self, run: ShardRun) -> None:
+        """Drop a shard that is settled or given back."""
+        self.stop(run)
+        lane = self._lane_of.get(run.batch.id)
+        if lane is not None and not lane.runs:
+            del self._lane_of[run.batch.id]
+            self._lanes.remove(lane)
+
+    def abort(self, run: ShardRun) -> None:
+        """End the exchanges of a shard that are under way; their lines stay without a record."""
+        for work in self._in_flight:
+            if work.run is run and work.task is not None:
+                work.is_aborted = True
+                work.task.cancel()
+
+    def wake(self) -> None:
+        """Let a parked coroutine look for work again; it wakes the next one if it found some."""
+        while self._parked:
+            waiter = self._parked.pop()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+
+    def take_sample(self) -> Sample:
+        """Give what happened since the last sample, for the window's controller."""
+        return self._sampler.take(self._clock.monotonic_s(), self.effective_window, self._short_of())
+
+    def _short_of(self) -> Bound:
+        """What keeps the window from being full, if anything does."""
+        if self.effective_window < self.window:
+            return Bound.MEMORY
+        if self.gate.requests is not None or self.gate.tokens is not None:
+            return Bound.RATE
+        return Bound.INPUT
+
+    @property
+    def lost_text(self) -> str | None:
+        """Why the upstream counts as unreachable from the start, None while there is hope or contact."""
+        if self.gate.first_contact.is_lost(self._clock.monotonic_s()):
+            return self._contact_message
+        return None
+
+    def set_rates(self, *, rpm: float | None, tpm: float | None) -> None:
+        """Take a new share of the rate limits."""
+        now_s = self._clock.monotonic_s()
+        for bucket, rate in ((self.gate.requests, rpm), (self.gate.tokens, tpm)):
+            if bucket is not None and rate is not None:
+                bucket.set_rate(rate, now_s)
+
+    @property
+    def effective_window(self) -> int:
+        """The window, or less where the memory budget would not hold that many answers."""
+        held = sum(run.buffer_bytes for lane in self._lanes for run in lane.runs) + self._journal.waiting_bytes
+        budget = max(1, int((self._memory_bytes_max - held) / self._reply_bytes_high))
+        return min(self.window, budget)
+
+    async def run(self) -> None:
+        """Work until `close`; then return when no exchange is under way."""
+        async with asyncio.TaskGroup() as group:
+            ticks = 0
+            while not (self._is_closed and not self._in_flight):
+                self._tick(group)
+                ticks += 1
+                if ticks % _TICKS_PER_SWEEP == 0:
+                    self._upstream.sweep_deadlines()
+                    self._reply_bytes_high = max(float(_REPLY_BYTES_LEAST), self._reply_bytes_high * 0.98)
+                await self._clock.sleep(TICK_S)
+            for waiter in self._parked:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    def close(self) -> None:
+        """Hand out nothing more; `run` returns when the last exchange has ended."""
+        self._is_closed = True
+
+    # -- the pool --------------------------------------------------------------------------------------------------------
+
+    def _tick(self, group: asyncio.TaskGroup) -> None:
+        now_s = self._clock.monotonic_s()
+        self._sampler.note_in_flight(now_s, len(self._in_flight))
+        if self._is_closed:
+            return
+        self._allowed = self.effective_window
+        self._refused_places = 0
+        while self._slot_count < self._allowed:
+            self._slot_count += 1
+            group.create_task(self._slot())
+        self._check_breaker(now_s)
+        self.wake()
+
+    async def _slot(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while not self._is_closed and self._slot_count <= self._allowed:
+                work = self._take()
+                if work is None:
+                    waiter = loop.create_future()
+                    self._parked.append(waiter)
+                    await waiter
+                    continue
+                if self._parked:
+                    self.wake()
+                await self._send(work)
+        finally:
+            self._slot_count -= 1
+
+    def _take(self) -> Work | None:
+        """Give what is to be sent next, None if nothing may be sent now. Due retries go before fresh lines."""
+        now_s = self._clock.monotonic_s()
+        gate = self.gate
+        if now_s >= self.stop_sends_at_s or self.pause_reason is not None or self._is_closed:
+            return None
+        if now_s < gate.cooldown.until_s or len(self._in_flight) + self._refused_places >= self._allowed:
+            return None
+        if gate.requests is not None and gate.requests.wait_s(now_s, 1) > 0:
+            return None
+        if gate.outage.is_down:
+            return self._probe(now_s)
+        waiting = self._waiting
+        if waiting and waiting[0][0] <= now_s:
+            work = self._due(now_s)
+        elif self._journal.is_full or len(waiting) > _WAITING_PER_WINDOW * self.window:
+            return None
+        else:
+            work = self._fresh() or self._lonely()
+        return self._admit(work, now_s) if work is not None else None
+
+    def _probe(self, now_s: float) -> Work | None:
+        """While the upstream is down, one line at a time finds out whether it is back: the one that waits longest, or a fresh one."""
+        if not self._waiting and not self.untouched_count:
+            return self._lonely()
+        if not self.gate.outage.may_send(now_s):
+            return None
+        if self._waiting:
+            return heapq.heappop(self._waiting)[2]
+        return self._fresh()
+
+    def _due(self, now_s: float) -> Work | None:
+        """Take the retry that is due longest, and count its last connection error if that was its own."""
+        work = heapq.heappop(self._waiting)[2]
+        failed_at_s, last = work.failed_at_s, work.last
+        work.failed_at_s = work.last = None
+        if failed_at_s is None:
+            return work
+        if self.gate.outage.covers(failed_at_s):
+            work.deaths += 1
+            if work.deaths == DEATHS_ALONE:
+                self._alone.append(work)
+                return None
+            return work
+        if last is not None:
+            self._give_up(work, *last, now_s, is_final=True)
+            return None
+        work.tries += 1
+        return work
+
+    def _lonely(self) -> Work | None:
+        """A line that was in flight at several deaths of the upstream may be their cause: it goes alone, after the others."""
+        if self._alone and not self._in_flight and not self._waiting:
+            return self._alone.pop()
+        return None
+
+    def _admit(self, work: Work, now_s: float) -> Work | None:
+        """Charge the rate limits with one attempt; without tokens for it the line waits."""
+        gate = self.gate
+        if gate.tokens is not None:
+            wait_s = gate.tokens.take(now_s, estimate_tokens(len(work.line.body), None))
+            if wait_s > 0:
+                self._put_back(work, now_s + wait_s)
+                return None
+        if gate.requests is not None:
+            gate.requests.take(now_s, 1)
+        return work
+
+    def _fresh(self) -> Work | None:
+        lanes = self._lanes
+        for _ in range(len(lanes)):
+            work = lanes[0].next_work()
+            lanes.rotate(-1)
+            if work is not None:
+                if work.run.is_exhausted:
+                    self._on_change()
+                return work
+        return None
+
+    async def _send(self, work: Work) -> None:
+        line = work.line
+        key = f"{work.run.batch.id}-{line.line_number}-{work.generation}"
+        self._in_flight.add(work)
+        work.task = asyncio.current_task()
+        self.tally.attempts += 1
+        try:
+            attempt = await self._upstream.send(line.url, line.body, idempotency_key=key)
+        except asyncio.CancelledError:
+            if not work.is_aborted or work.task is None:
+                raise
+            work.task.uncancel()
+            attempt = None
+        finally:
+            work.task = None
+            self._in_flight.discard(work)
+        if attempt is None:
+            work.run.in_flight_count -= 1
+            self._on_change()
+        else:
+            self._settle(work, attempt)
+
+    # -- the outcome -----------------------------------------------------------------------------------------------------
+
+    def _settle(self, work: Work, attempt: Attempt) -> None:
+        facts: ReplyFacts | None = None
+        if attempt.error is None:
+            self.gate.outage.note_answer(attempt.started_at_s)
+            self.gate.first_contact.note_answer()
+            if 200 <= attempt.status < 300:
+                facts = reply_facts(attempt.body)
+                if facts is not None and not facts.has_error:
+                    self._accept(work, attempt, facts)
+                    return
+        self._judge(work, attempt, facts)
+
+    def _accept(self, work: Work, attempt: Attempt, facts: ReplyFacts) -> None:
+        run, line, usage, tally = work.run, work.line, facts.usage, self.tally
+        self._sampler.note_answer(attempt.elapsed_s)
+        self.gate.breaker.note(None, line.line_number)
+        if len(attempt.body) > self._reply_bytes_high:
+            self._reply_bytes_high = float(len(attempt.body))
+        payload = run.results.answered(line.line_number, line.custom_id, attempt.status, attempt.request_id, attempt.body)
+        tally.succeeded += 1
+        tally.tokens_in += usage.input_tokens
+        tally.tokens_out += usage.output_tokens
+        tally.latencies.add(attempt.elapsed_s)
+        if self.gate.tokens is not None:
+            self.gate.tokens.settle(usage.total_tokens - estimate_tokens(len(line.body), None))
+        self._finish(work, RecordKind.SUCCEEDED, payload, usage)
+
+    def _finish(self, work: Work, kind: RecordKind, payload: bytes, usage: Usage) -> None:
+        run = work.run
+        run.record(work.line.line_number, kind, payload, usage)
+        run.in_flight_count -= 1
+        if run.is_finished:
+            self._on_change()
+
+    def _judge(self, work: Work, attempt: Attempt, facts: ReplyFacts | None) -> None:
+        now_s = self._clock.monotonic_s()
+        self._note_failure(work, attempt, now_s)
+        verdict = judge(
+            attempt,
+            policy=self._policy,
+            tries=work.tries,
+            waits=work.waits,
+            is_json=facts is not None,
+            has_error=facts is not None and facts.has_error,
+            uniform=self._rng.uniform(),
+            is_at_most_once=work.run.is_at_most_once,
+        )
+        match verdict:
+            case Accept():
+                self._accept(work, attempt, facts or ReplyFacts())
+            case RetryAfter():
+                self._retry(work, attempt, verdict, now_s)
+            case GiveUp():
+                self._give_up(work, attempt, verdict, now_s)
+            case _:
+                assert_never(verdict)
+
+    def _note_failure(self, work: Work, attempt: Attempt, now_s: float) -> None:
+        gate, error = self.gate, attempt.error
+        self.tally.failures[str(error or attempt.status)] += 1
+        if error in CONNECTION_ERRORS:
+            gate.outage.note_failure(now_s, len(self._in_flight) + 1)
+            gate.first_contact.note_failure(now_s)
+            if not gate.first_contact.has_answered:
+                self._contact_message = attempt.message
+            self._sampler.broken += 1
+        elif error is not None:
+            self._sampler.broken += 1
+        elif attempt.status in REFUSALS:
+            self._sampler.refused += 1
+            self._refused_places += 1
+            if attempt.retry_after_s is not None:
+                in_flight = len(self._in_flight) + 1
+                gate.cooldown.ask(now_s, attempt.retry_after_s, in_flight=in_flight, uniform=self._rng.uniform())
+        else:
+            self._sampler.note_answer(attempt.elapsed_s)
+            gate.breaker.note(suspicion(attempt), work.line.line_number)
+
+    def _retry(self, work: Work, attempt: Attempt, verdict: RetryAfter, now_s: float) -> None:
+        """Put a line back with its due time; it leaves its slot meanwhile."""
+        if attempt.error in CONNECTION_ERRORS and verdict.uses_try:
+            work.failed_at_s = now_s
+        elif verdict.uses_try:
+            work.tries += 1
+        else:
+            work.waits += 1
+        if attempt.error is None and not 200 <= attempt.status < 300:
+            work.generation += 1
+        self.tally.retries += 1
+        work.run.retry_count += 1
+        self._put_back(work, now_s + verdict.wait_s)
+
+    def _put_back(self, work: Work, due_s: float) -> None:
+        if work.run.is_stopped:
+            work.run.in_flight_count -= 1
+            self._on_change()
+            return
+        self._waiting_serial += 1
+        heapq.heappush(self._waiting, (due_s, self._waiting_serial, work))
+
+    def _give_up(
+        self, work: Work, attempt: Attempt, verdict: GiveUp, now_s: float, *, is_final: bool = False
+    ) -> None:
+        """Journal the error line, unless the breaker still has to find out whether every line would end like this."""
+        if suspicion(attempt) is not None and self.gate.breaker.is_undecided:
+            self._put_back(work, now_s + _UNDECIDED_WAIT_S)
+            return
+        if attempt.error in CONNECTION_ERRORS and work.last is None and work.failed_at_s is None and not is_final:
+            work.failed_at_s, work.last = now_s, (attempt, verdict)
+            self._put_back(work, now_s + OUTAGE_SPAN_S)
+            return
+        run, line = work.run, work.line
+        payload = run.results.failed(
+            line.line_number,
+            line.custom_id,
+            code=verdict.code,
+            message=verdict.message,
+            status=attempt.status if attempt.error is None else None,
+            request_id=attempt.request_id,
+            body=attempt.body,
+        )
+        self.tally.failed += 1
+        self._finish(work, RecordKind.FAILED, payload, NO_USAGE)
+
+    def _check_breaker(self, now_s: float) -> None:
+        """Stop sending when every line so far was answered that the key or the model is wrong."""
+        breaker = self.gate.breaker
+        is_all = not self._in_flight and self.untouched_count == 0
+        reason = breaker.tripped(is_nothing_left=is_all)
+        if reason is not None and self.pause_reason is None:
+            self.pause_reason = reason
+            self._on_change()
+
+
+class _Sampler:
+    """Gathers what the window's controller wants to know about the last moments."""
+
+    __slots__ = ("_area", "_began_s", "_in_flight", "_noted_s", "answered", "broken", "latency_sum_s", "refused")
+
+    def __init__(self, now_s: float) -> None:
+        self._began_s = now_s
+        self._noted_s = now_s
+        self._in_flight = 0
+        self._area = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self.answered = 0
+        self.refused = 0
+        self.broken = 0
+        self.latency_sum_s = 0.0
+
+    def note_answer(self, elapsed_s: float) -> None:
+        """Count one answered exchange."""
+        self.answered += 1
+        self.latency_sum_s += elapsed_s
+
+    def note_in_flight(self, now_s: float, count: int) -> None:
+        """Integrate the number in flight over time."""
+        self._area += self._in_flight * (now_s - self._noted_s)
+        self._in_flight = count
+        self._noted_s = now_s
+
+    def take(self, now_s: float, window: int, short_of: Bound) -> Sample:
+        """Give the sample and begin the next one."""
+        self.note_in_flight(now_s, self._in_flight)
+        span_s = max(1e-6, now_s - self._began_s)
+        mean = self._area / span_s
+        sample = Sample(
+            at_s=now_s,
+            span_s=span_s,
+            answered=self.answered,
+            refused=self.refused,
+            broken=self.broken,
+            latency_sum_s=self.latency_sum_s,
+            in_flight_mean=mean,
+            was_full=min(1.0, mean / max(1, window)),
+            short_of=short_of,
+        )
+        self._began_s = now_s
+        self._area = 0.0
+        self._reset()
+        return sample

@@ -1,0 +1,210 @@
+"""The walk of the data, in the order in which it happens. Read this first.
+
+accept      a byte stream becomes a File
+create      a File becomes a Batch, with a task that validates it
+validate    one pass over the input cuts it into shards, or finds what is wrong with it
+run_shard   a worker loads a shard and hands its lines to the fan-out, which journals each result
+seal        when the last shard is settled, its results become an output and an error file
+notify      whoever asked for it is told
+
+Each step has one durable effect, in one transaction at its end. A process may die anywhere: the task's lease ends, and the
+step begins again from the last durable effect. Everything here blocks and runs in a worker's threads; what is asynchronous,
+the sending, lives in `fanout`, and which step runs when is the worker's business.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from array import array
+from collections.abc import Callable, Iterator
+from typing import assert_never
+
+import msgspec
+
+from batchrunner.errors import OwnError
+from batchrunner.journal import Journal
+from batchrunner.lines import LineRules, ProblemCode
+from batchrunner.models import (
+    AcceptedInput,
+    Batch,
+    Claim,
+    LineProblem,
+    NewBatch,
+    OnInvalid,
+    RejectedInput,
+    TaskKind,
+)
+from batchrunner.ports import Blobs, BlobWriter, Clock, Store, TenantScope
+from batchrunner.seal import Sealing, read_problems
+from batchrunner.settings import Settings
+from batchrunner.shards import ShardRun, load
+from batchrunner.validation import Validator
+
+logger = logging.getLogger(__name__)
+
+_READ_BYTES = 1 << 20
+_encode = msgspec.json.Encoder().encode
+
+
+def create(scope: TenantScope, new: NewBatch) -> Batch:
+    """Make a batch and the task that validates it, in one transaction. Its source is in Blobs already."""
+    return scope.create_batch(new)
+
+
+class Pipeline:
+    """The steps of one worker session over its store, blobs and journal."""
+
+    def __init__(self, *, store: Store, blobs: Blobs, journal: Journal, clock: Clock, settings: Settings) -> None:
+        self.journal = journal
+        self._store = store
+        self._blobs = blobs
+        self._clock = clock
+        self._settings = settings
+
+    def run_step(self, claim: Claim, beat: Callable[[], None]) -> None:
+        """Run a task that is one blocking step. `beat` is called while it moves on.
+
+        Raises:
+            Fenced: a newer holder has the task.
+            OwnError: the task is no such step.
+        """
+        match claim.kind:
+            case TaskKind.VALIDATE:
+                self.validate(claim, beat)
+            case TaskKind.SEAL:
+                self.seal(claim, beat)
+            case TaskKind.SHARD | TaskKind.NOTIFY:
+                raise OwnError(f"task {claim.ref.task_id} is a {claim.kind}, not a blocking step")
+            case _:
+                assert_never(claim.kind)
+
+    def validate(self, claim: Claim, beat: Callable[[], None]) -> None:
+        """Judge the whole input in one pass; then shards and `input_accepted`, or problems and `input_rejected`, at once."""
+        batch, settings = claim.batch, self._settings
+        report = _ProblemReport(self._blobs, f"reports/{batch.id}/{claim.ref.epoch}-{claim.session}")
+        validator = Validator(
+            self.rules(batch),
+            batch.on_invalid,
+            lines_max=settings.lines_max,
+            bytes_max=settings.input_bytes_max,
+            problems_max=settings.problems_max,
+            shard_lines_max=settings.shard_lines_max,
+            shard_bytes_max=settings.shard_bytes_max,
+            chosen=self._chosen(batch),
+            on_problem=report.add,
+        )
+        for chunk in read_blob(self._blobs, batch.source):
+            validator.feed(chunk)
+            beat()
+        while looks := validator.candidates():
+            for look in looks:
+                validator.confirm(look, self._blobs.read(batch.source, look.byte_start, look.byte_end))
+                beat()
+        found = validator.finish()
+        problems_blob = report.finish()
+        if found.is_rejected:
+            rejected = RejectedInput(
+                problems=found.problems,
+                problem_count=found.problem_count,
+                problems_blob=problems_blob,
+                input_sha256=found.sha256,
+            )
+            self._store.reject_input(claim.ref, rejected)
+            return
+        accepted = AcceptedInput(
+            shards=found.shards,
+            total_count=found.total_count,
+            refused_count=found.refused_count,
+            problems_blob=problems_blob,
+            problem_count=found.problem_count,
+            problems=found.problems if batch.on_invalid is OnInvalid.SKIP else (),
+            input_sha256=found.sha256,
+            model=found.model,
+        )
+        self._store.accept_input(claim.ref, accepted)
+
+    def load_shard(self, claim: Claim) -> ShardRun:
+        """Make a claimed shard ready for the fan-out. Raises as `shards.load` does."""
+        return load(self._blobs, self.journal, claim, self.rules(claim.batch))
+
+    def seal(self, claim: Claim, beat: Callable[[], None]) -> Batch:
+        """Write and publish the files of a batch that has ended. Raises as `Sealing.run` does."""
+        sealing = Sealing(
+            claim,
+            store=self._store,
+            blobs=self._blobs,
+            journal=self.journal,
+            clock=self._clock,
+            rules=self.rules(claim.batch),
+            beat=beat,
+        )
+        return sealing.run()
+
+    def rules(self, batch: Batch) -> LineRules:
+        """What the lines of a batch must keep to."""
+        settings = self._settings
+        return LineRules(
+            endpoint=batch.endpoint,
+            endpoints=settings.endpoints,
+            custom_id_chars_max=settings.custom_id_chars_max,
+            line_bytes_max=settings.line_bytes_max,
+        )
+
+    def _chosen(self, batch: Batch) -> array[int] | None:
+        """The only lines that a linked batch runs."""
+        if batch.chosen_blob is None:
+            return None
+        chosen = array("Q")
+        for chunk in read_blob(self._blobs, batch.chosen_blob):
+            chosen.frombytes(chunk)
+        return chosen
+
+
+def read_blob(blobs: Blobs, name: str) -> Iterator[bytes]:
+    """Give a blob's bytes, a piece at a time."""
+    start = 0
+    while chunk := blobs.read(name, start, start + _READ_BYTES):
+        yield chunk
+        start += len(chunk)
+
+
+class _ProblemReport:
+    """All problems of a validation as a blob of JSON lines in line order.
+
+    Duplicates are known last, so they go to a part of their own and the two are merged at the end.
+    """
+
+    def __init__(self, blobs: Blobs, stem: str) -> None:
+        self._blobs = blobs
+        self._stem = stem
+        self._parts: dict[str, BlobWriter] = {}
+
+    def add(self, problem: LineProblem) -> None:
+        """Take one problem."""
+        part = "duplicates" if problem.code == ProblemCode.DUPLICATE_CUSTOM_ID else "lines"
+        self._writer(part).write(_encode(problem) + b"\n")
+
+    def finish(self) -> str | None:
+        """Give the blob's name, None if there was no problem."""
+        for writer in self._parts.values():
+            writer.commit()
+        names = [f"{self._stem}-{part}.jsonl" for part in self._parts]
+        if len(names) < 2:
+            return names[0] if names else None
+        merged = self._writer("all")
+        for problem in heapq.merge(*(read_problems(self._blobs, name) for name in names), key=_line_of):
+            merged.write(_encode(problem) + b"\n")
+        merged.commit()
+        for name in names:
+            self._blobs.delete(name)
+        return f"{self._stem}-all.jsonl"
+
+    def _writer(self, part: str) -> BlobWriter:
+        if part not in self._parts:
+            self._parts[part] = self._blobs.writer(f"{self._stem}-{part}.jsonl")
+        return self._parts[part]
+
+
+def _line_of(problem: LineProblem) -> int:
+    return problem.line_number or 0

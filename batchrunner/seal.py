@@ -1,0 +1,385 @@
+"""Turn the records of a finished batch into its output and error files, in input order, with flat memory, and prove the ledger.
+
+The bytes are a function of the input, the extents, `ended_by` and the batch's settings alone: no clock and no random id, so
+that sealing again gives the same files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import msgspec
+
+from batchrunner.errors import DiskFull, JournalCorrupt, ReconciliationError
+from batchrunner.frames import Damage, Record, read_records, salvage, segment_of
+from batchrunner.journal import Journal, copy_salvaged
+from batchrunner.lifecycle import EndedBy
+from batchrunner.lines import LineRules
+from batchrunner.models import (
+    Batch,
+    Claim,
+    Extent,
+    File,
+    FileId,
+    LineCode,
+    LineProblem,
+    Order,
+    Progress,
+    Publication,
+    RecordKind,
+    SegmentRef,
+    TaskId,
+)
+from batchrunner.ports import Blobs, BlobWriter, Clock, Store
+from batchrunner.results import ResultLines
+from batchrunner.shards import iter_lines, read_checked
+
+logger = logging.getLogger(__name__)
+
+_COPY_BYTES = 1 << 20
+# Ranges of a shard up to this size are read at one go; larger ones are read record by record.
+_WHOLE_BYTES = 16 << 20
+_EXTENTS_PAGE = 1000
+
+_UNFINISHED = {
+    EndedBy.DEADLINE: (
+        LineCode.BATCH_EXPIRED,
+        "This request could not be executed before the completion window expired.",
+    ),
+    EndedBy.CANCEL: (LineCode.BATCH_CANCELLED, "This request was not executed because the batch was cancelled."),
+}
+
+
+class _Sink:
+    """One file on its way: bytes, hash and number of lines. The blob is opened with the first line."""
+
+    def __init__(self, blobs: Blobs, name: str) -> None:
+        self.name = name
+        self.line_count = 0
+        self.size_bytes = 0
+        self._blobs = blobs
+        self._writer: BlobWriter | None = None
+        self._sha256 = hashlib.sha256()
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+
+    def add(self, line: bytes) -> None:
+        """Write one finished line."""
+        self.line_count += 1
+        self.write(line)
+
+    def write(self, chunk: bytes) -> None:
+        """Write a part of a line."""
+        self._held.append(chunk)
+        self._held_bytes += len(chunk)
+        if self._held_bytes >= _COPY_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._held:
+            return
+        chunk = b"".join(self._held)
+        self._held, self._held_bytes = [], 0
+        if self._writer is None:
+            self._writer = self._blobs.writer(self.name)
+        self._writer.write(chunk)
+        self._sha256.update(chunk)
+        self.size_bytes += len(chunk)
+
+    def commit(self) -> None:
+        """Make the file durable, if it has any line."""
+        self._flush()
+        if self._writer is not None:
+            self._writer.commit()
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        if self._writer is not None:
+            self._writer.abort()
+
+    @property
+    def sha256(self) -> str:
+        """Of all bytes written."""
+        return self._sha256.hexdigest()
+
+
+@dataclass(slots=True)
+class _Ledger:
+    """What was written, by line number, so that a line twice or missing cannot go unseen."""
+
+    succeeded: int = 0
+    failed: int = 0
+    refused: int = 0
+    unfinished: int = 0
+
+
+class Sealing:
+    """One sealing of one batch, under one epoch of its seal task. Blocks; `beat` is called as it moves on."""
+
+    def __init__(
+        self,
+        claim: Claim,
+        *,
+        store: Store,
+        blobs: Blobs,
+        journal: Journal,
+        clock: Clock,
+        rules: LineRules,
+        beat: Callable[[], None],
+    ) -> None:
+        self._claim = claim
+        self._batch = claim.batch
+        self._store = store
+        self._blobs = blobs
+        self._journal = journal
+        self._clock = clock
+        self._rules = rules
+        self._beat = beat
+        self._results = ResultLines(claim.batch.id)
+        self._ledger = _Ledger()
+        stem = f"files/{claim.batch.id}/{claim.ref.epoch}-{claim.session}"
+        self._output = _Sink(blobs, f"{stem}-output.jsonl")
+        self._errors = _Sink(blobs, f"{stem}-errors.jsonl")
+
+    def run(self) -> Batch:
+        """Fence, salvage, copy, prove, publish.
+
+        Raises:
+            DiskFull: there is less space than the files need; nothing was written.
+            ReconciliationError: the ledger does not hold; all data is kept.
+            JournalCorrupt: registered bytes are damaged; all data is kept.
+            Fenced: a newer sealer is at work.
+        """
+        shards = self._store.fence(self._claim.ref)
+        for shard in shards:
+            self._salvage_tail(shard)
+        scope = self._store.scope(self._batch.tenant)
+        self._batch = scope.batch(self._batch.id)
+        extents = self._extents()
+        self._check_space(extents)
+        try:
+            if self._batch.order is Order.COMPLETION:
+                self._copy_in_sequence(extents)
+            self._copy_shards(shards, extents)
+            self._prove()
+            self._output.commit()
+            self._errors.commit()
+        except BaseException:
+            self._output.abort()
+            self._errors.abort()
+            raise
+        return self._store.publish(self._claim.ref, self._publication())
+
+    # -- before reading --------------------------------------------------------------------------------------------------
+
+    def _salvage_tail(self, shard: Claim) -> None:
+        """Register what a fenced holder made durable without registering it."""
+        assert shard.shard is not None
+        self._beat()
+        progress = Progress()
+        registered = sum(extent.count for extent in shard.extents)
+        if registered < shard.shard.line_count and shard.earlier:
+            found = salvage(self._blobs, shard, lines=self._lines_of(shard))
+            if found.records:
+                own = self._journal.open(self._batch.id, shard.ref, first_mark=0)
+                copy_salvaged(self._blobs, found.records, own)
+                progress = Progress(extents=own.take_registrable())
+                own.close()
+        self._store.salvage_sealed(self._claim.ref, shard.ref, progress)
+
+    def _lines_of(self, shard: Claim) -> range:
+        """The line numbers that a shard still has; a holder frozen before a split may have answered others."""
+        assert shard.shard is not None
+        count = read_checked(self._blobs, shard).count(b"\n")
+        return range(shard.shard.first_line, shard.shard.first_line + count + 1)
+
+    def _extents(self) -> list[Extent]:
+        scope = self._store.scope(self._batch.tenant)
+        extents: list[Extent] = []
+        while True:
+            after = extents[-1].sequence_from + extents[-1].count - 1 if extents else 0
+            page = scope.extents(self._batch.id, after=after, limit=_EXTENTS_PAGE)
+            extents += page
+            if len(page) < _EXTENTS_PAGE:
+                return extents
+
+    def _check_space(self, extents: list[Extent]) -> None:
+        needed = sum(extent.byte_end - extent.byte_start for extent in extents)
+        free = self._blobs.free_bytes()
+        if free is not None and free < needed:
+            message = f"sealing needs {needed} bytes, {free} are free"
+            self._store.block(self._claim.ref, DiskFull.code)
+            raise DiskFull(message)
+
+    # -- copying ---------------------------------------------------------------------------------------------------------
+
+    def _copy_in_sequence(self, extents: list[Extent]) -> None:
+        for extent in extents:
+            self._beat()
+            ranges = _Ranges(self._blobs, [extent])
+            for record in ranges.records():
+                self._put(record, ranges)
+
+    def _copy_shards(self, shards: list[Claim], extents: list[Extent]) -> None:
+        of_task: dict[TaskId, list[Extent]] = defaultdict(list)
+        for extent in extents:
+            of_task[extent.task_id].append(extent)
+        refused = read_problems(self._blobs, self._batch.problems_blob)
+        pending = next(refused, None)
+        for shard in shards:
+            self._beat()
+            row = shard.shard
+            assert row is not None
+            ranges = _Ranges(self._blobs, of_task.get(row.task_id, []))
+            records = {}
+            for record in ranges.records():
+                if record.line_number in records:
+                    raise ReconciliationError(f"line {record.line_number} has two results")
+                records[record.line_number] = record
+            missing = self._missing(shard, records) if len(records) < row.line_count else {}
+            for number in sorted([*records, *missing]):
+                while pending is not None and (pending.line_number or 0) < number:
+                    pending = self._put_refused(pending, refused)
+                if number in missing:
+                    self._put_unfinished(number, missing[number])
+                elif self._batch.order is Order.INPUT:
+                    self._put(records[number], ranges)
+        while pending is not None:
+            pending = self._put_refused(pending, refused)
+
+    def _put(self, record: Record, ranges: _Ranges) -> None:
+        """Copy one finished line into the file that its kind names."""
+        if record.kind is RecordKind.SUCCEEDED:
+            sink = self._output
+            self._ledger.succeeded += 1
+        else:
+            sink = self._errors
+            self._ledger.failed += 1
+        sink.line_count += 1
+        for piece in ranges.payload(record):
+            sink.write(piece)
+
+    def _put_unfinished(self, number: int, custom_id: str | None) -> None:
+        ended_by = self._batch.ended_by
+        if ended_by not in _UNFINISHED:
+            raise ReconciliationError(f"line {number} has no result although every shard was settled")
+        code, message = _UNFINISHED[ended_by]
+        self._ledger.unfinished += 1
+        self._errors.add(self._results.failed(number, custom_id, code=code, message=message))
+
+    def _put_refused(self, problem: LineProblem, rest: Iterator[LineProblem]) -> LineProblem | None:
+        self._ledger.refused += 1
+        line = self._results.failed(problem.line_number or 0, problem.custom_id, code=problem.code, message=problem.message)
+        self._errors.add(line)
+        return next(rest, None)
+
+    def _missing(self, shard: Claim, records: dict[int, Record]) -> dict[int, str | None]:
+        """The lines of a shard without a record, with their custom_ids where the input can still be read."""
+        row = shard.shard
+        assert row is not None
+        buffer = read_checked(self._blobs, shard)
+        lines = iter_lines(buffer, row.first_line, row.skipped, self._rules)
+        return {line.line_number: line.custom_id for line in lines if line.line_number not in records}
+
+    # -- the end ---------------------------------------------------------------------------------------------------------
+
+    def _prove(self) -> None:
+        """Hold what was written against what the store counts.
+
+        Raises:
+            ReconciliationError: they differ.
+        """
+        batch, ledger = self._batch, self._ledger
+        rows = (
+            ("output lines", self._output.line_count, batch.succeeded_count),
+            ("failed lines", ledger.failed + ledger.refused, batch.failed_count),
+            ("lines altogether", self._output.line_count + self._errors.line_count, batch.total_count),
+        )
+        for what, written, counted in rows:
+            if written != counted:
+                raise ReconciliationError(f"batch {batch.id}: {written} {what} were written, {counted} are in the ledger")
+
+    def _publication(self) -> Publication:
+        is_cancel = self._batch.ended_by is EndedBy.CANCEL
+        return Publication(
+            output=self._file(self._output, "output"),
+            error=self._file(self._errors, "error"),
+            expired_count=0 if is_cancel else self._ledger.unfinished,
+            cancelled_count=self._ledger.unfinished if is_cancel else 0,
+        )
+
+    def _file(self, sink: _Sink, word: str) -> File | None:
+        if sink.line_count == 0:
+            return None
+        return File(
+            id=FileId(f"file-{hashlib.sha256(sink.name.encode()).hexdigest()[:24]}"),
+            tenant=self._batch.tenant,
+            purpose="batch_output",
+            filename=f"{self._batch.id}_{word}.jsonl",
+            size_bytes=sink.size_bytes,
+            sha256=sink.sha256,
+            blob=sink.name,
+            created_at=self._clock.now(),
+        )
+
+
+class _Ranges:
+    """The registered bytes of some extents: small ones held in memory, large ones read a piece at a time."""
+
+    def __init__(self, blobs: Blobs, extents: list[Extent]) -> None:
+        self._blobs = blobs
+        self._extents = extents
+        self._held: dict[tuple[SegmentRef, int, int], bytes] = {}
+        self._is_small = sum(extent.byte_end - extent.byte_start for extent in extents) <= _WHOLE_BYTES
+
+    def records(self) -> Iterator[Record]:
+        """Give the result records of all extents, in sequence order.
+
+        Raises:
+            JournalCorrupt: registered bytes are damaged.
+        """
+        for extent in self._extents:
+            segment = segment_of(extent)
+            for record in read_records(self._blobs, segment, extent.byte_start, extent.byte_end):
+                if isinstance(record, Damage):
+                    raise JournalCorrupt(f"{segment.blob}: bytes {record.start} to {record.end} are damaged")
+                if record.kind is not RecordKind.MARK:
+                    yield record
+
+    def payload(self, record: Record) -> Iterator[bytes]:
+        """Give a record's finished line in pieces."""
+        start = record.payload_offset
+        if self._is_small:
+            for (segment, low, high), held in self._whole().items():
+                if segment == record.segment and low <= start < high:
+                    yield held[start - low : start - low + record.payload_length]
+                    return
+        while start < record.end:
+            end = min(record.end, start + _COPY_BYTES)
+            yield self._blobs.read(record.segment.blob, start, end)
+            start = end
+
+    def _whole(self) -> dict[tuple[SegmentRef, int, int], bytes]:
+        if not self._held:
+            for extent in self._extents:
+                segment = segment_of(extent)
+                held = self._blobs.read(segment.blob, extent.byte_start, extent.byte_end)
+                self._held[segment, extent.byte_start, extent.byte_end] = held
+        return self._held
+
+
+def read_problems(blobs: Blobs, name: str | None) -> Iterator[LineProblem]:
+    """Read a report of problems, which stands in line order; none without a report."""
+    if name is None:
+        return
+    rest, start, size = b"", 0, blobs.size_bytes(name)
+    while start < size:
+        chunk = blobs.read(name, start, start + _COPY_BYTES)
+        start += len(chunk)
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield msgspec.json.decode(line, type=LineProblem)

@@ -1,0 +1,303 @@
+"""A claimed shard in memory: its bytes, which of its lines are still to do, and the journal that takes their results.
+
+Everything a takeover must know is worked out here, off the event loop, before the first line is handed out. Sending is
+somebody else's business.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Container, Iterator
+from itertools import takewhile
+
+from batchrunner.errors import InputChanged, ReconciliationError
+from batchrunner.frames import Salvaged, salvage
+from batchrunner.journal import Journal, ShardJournal, copy_salvaged
+from batchrunner.lines import LineRules, is_blank, reparse
+from batchrunner.models import (
+    NO_USAGE,
+    Batch,
+    Claim,
+    LineCode,
+    NewExtent,
+    OnUnknown,
+    RecordKind,
+    RequestLine,
+    ShardCut,
+    Usage,
+)
+from batchrunner.ports import Blobs
+from batchrunner.results import ResultLines
+
+# Lines that a mark reserves ahead of the one handed out. A takeover counts every line up to the mark as possibly sent, so a
+# longer reservation makes that bound looser, a shorter one makes hand-out wait for the disk more often.
+_AHEAD_MIN, _AHEAD_MAX = 16, 256
+
+# A line that was open at this many deaths of its quarantined holder is given up.
+_POISON_DEATHS = 2
+
+_UNKNOWN = "The worker died while this request was under way; it may have been processed and may be sent only once."
+_POISON = "The worker died each time this request was under way; it is not sent again."
+
+
+class ShardRun:
+    """One claimed shard: hands out its lines in order, and knows when the last one has its record.
+
+    Used by the event loop only, once `load` has returned. Lines are handed out up to the durable mark of the journal, up to
+    the batch's hold, and in a quarantined or at-most-once shard up to the registered intent mark.
+    """
+
+    def __init__(self, claim: Claim, buffer: bytes, rules: LineRules, journal: ShardJournal, done: set[int]) -> None:
+        assert claim.shard is not None
+        self.claim = claim
+        self.batch: Batch = claim.batch
+        self.shard = claim.shard
+        self.journal = journal
+        self.results = ResultLines(claim.batch.id)
+        self.is_at_most_once = claim.batch.on_unknown is OnUnknown.FAIL
+        self.is_quarantined = claim.shard.is_quarantined
+        self.intent_mark: int | None = None
+        self.intent_wanted = 0
+        if self.is_at_most_once or self.is_quarantined:
+            self.intent_mark = claim.shard.intent_mark
+        self.re_executed_count = 0
+        self.retry_count = 0
+        self.in_flight_count = 0
+        self.is_stopped = False
+        # The keeper's own notes: when it last registered, what it still has to, and until when the shard may be left.
+        self.registered_at_s = 0.0
+        self.unregistered: list[NewExtent] = []
+        self.leave_by_s: float | None = None
+        self._buffer = buffer
+        self._rules = rules
+        self._done = done
+        self._skipped = frozenset(claim.shard.skipped)
+        self._position = 0
+        self._end = len(buffer)
+        self._line_number = claim.shard.first_line - 1
+        self._index = claim.shard.first_index
+        self._left_count = claim.shard.line_count - len(done)
+        self._untouched_count = self._left_count
+        self._hold_at = claim.batch.hold_at
+
+    @property
+    def untouched_count(self) -> int:
+        """Lines not handed out yet."""
+        return self._untouched_count
+
+    @property
+    def is_touched(self) -> bool:
+        """Whether any line was handed out under this claim."""
+        return self._line_number >= self.shard.first_line
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether there is nothing more to hand out."""
+        return self._untouched_count == 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every line has its record, durable or not."""
+        return self._left_count == 0
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the next line lies beyond the batch's hold."""
+        return self._hold_at is not None and self._index >= self._hold_at and self._untouched_count > 0
+
+    @property
+    def last_line(self) -> int:
+        """The last line number that an intent may cover; beyond the shard it is harmless."""
+        return self.shard.first_line + self.shard.line_count + len(self.shard.skipped)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory that the shard's bytes take."""
+        return len(self._buffer)
+
+    def set_hold(self, hold_at: int | None) -> None:
+        """Follow a change of the batch's hold."""
+        self._hold_at = hold_at
+
+    def next_line(self) -> RequestLine | None:
+        """Give the next line, or None when there is none, or none may be handed out now."""
+        if self._untouched_count == 0 or self.is_stopped:
+            return None
+        while True:
+            start = self._position
+            if start >= self._end:
+                raise ReconciliationError(f"shard {self.shard.task_id}: {self._untouched_count} lines fewer than were validated")
+            number = self._line_number + 1
+            if not self._may_send(number):
+                return None
+            end = self._buffer.find(b"\n", start, self._end)
+            if end < 0:
+                end = self._end
+            self._position, self._line_number = end + 1, number
+            raw = self._buffer[start:end]
+            if number in self._skipped or is_blank(raw):
+                continue
+            self._index += 1
+            if number in self._done:
+                continue
+            self._untouched_count -= 1
+            line = reparse(raw, number, self._rules)
+            if self._untouched_count == 0:
+                self._buffer = b""
+            return line
+
+    def _may_send(self, number: int) -> bool:
+        if self._hold_at is not None and self._index >= self._hold_at:
+            return False
+        if self.intent_mark is not None and number > self.intent_mark:
+            # In quarantine one line at a time: the next intent is asked for when the line before has its record.
+            if not (self.is_quarantined and self.in_flight_count):
+                self.intent_wanted = number
+            return False
+        if number > self.journal.durable_mark:
+            self.journal.reserve(number + min(_AHEAD_MAX, max(_AHEAD_MIN, 2 * self.in_flight_count)))
+            return False
+        return True
+
+    def record(self, line_number: int, kind: RecordKind, payload: bytes, usage: Usage) -> None:
+        """Journal the final result of a line; it is durable after the next group commit."""
+        self.journal.add(line_number, kind, usage, payload)
+        self._left_count -= 1
+
+    def take_over(self, records: Salvaged, blobs: Blobs) -> None:
+        """Copy what earlier holders left durable and unregistered into this claim's own journal. Blocks."""
+        copy_salvaged(blobs, records.records, self.journal)
+        numbers = {record.line_number for record in records.records}
+        self._done |= numbers
+        self._left_count -= len(numbers)
+        self._untouched_count -= len(numbers)
+
+    def end_open_line(self, line: RequestLine, code: LineCode, message: str) -> None:
+        """Record the error of a line that is not handed out again."""
+        payload = self.results.failed(line.line_number, line.custom_id, code=code, message=message)
+        self.record(line.line_number, RecordKind.FAILED, payload, NO_USAGE)
+        self._done.add(line.line_number)
+        self._untouched_count -= 1
+
+    def open_lines(self, mark: int) -> list[RequestLine]:
+        """The lines up to `mark` that have no record: those that an earlier holder may have sent."""
+        lines = iter_lines(self._buffer, self.shard.first_line, self._skipped, self._rules)
+        return [line for line in takewhile(lambda line: line.line_number <= mark, lines) if line.line_number not in self._done]
+
+    def cut_tail(self, *, keep_lines: int) -> tuple[ShardCut, ShardCut] | None:
+        """Work out a split that leaves this holder `keep_lines` more untouched lines, None if too little would be left for either side.
+
+        Lines beyond the split are not handed out from here on; `take_back_tail` undoes that.
+        """
+        if self._untouched_count - keep_lines < 1 or self._done or self.is_stopped:
+            return None
+        position, number, index, untouched = self._position, self._line_number, self._index, self._untouched_count
+        kept = 0
+        while kept < keep_lines or number < self.journal.wanted_mark:
+            if position >= self._end:
+                return None
+            end = self._buffer.find(b"\n", position, self._end)
+            end = self._end if end < 0 else end
+            number += 1
+            if number not in self._skipped and not is_blank(self._buffer[position:end]):
+                kept += 1
+                index += 1
+            position = end + 1
+        tail_lines = untouched - kept
+        if tail_lines < 1 or position >= self._end:
+            return None
+        return self._cut_at(position, number, index, tail_lines)
+
+    def _cut_at(self, position: int, number: int, index: int, tail_lines: int) -> tuple[ShardCut, ShardCut]:
+        shard = self.shard
+        split = shard.byte_start + position
+        head = ShardCut(
+            byte_start=shard.byte_start,
+            byte_end=split,
+            first_line=shard.first_line,
+            first_index=shard.first_index,
+            line_count=shard.line_count - tail_lines,
+            checksum=zlib.crc32(memoryview(self._buffer)[:position]),
+            skipped=tuple(skipped for skipped in shard.skipped if skipped <= number),
+        )
+        tail = ShardCut(
+            byte_start=split,
+            byte_end=shard.byte_end,
+            first_line=number + 1,
+            first_index=index,
+            line_count=tail_lines,
+            checksum=zlib.crc32(memoryview(self._buffer)[position : self._end]),
+            skipped=tuple(skipped for skipped in shard.skipped if skipped > number),
+        )
+        return head, tail
+
+    def drop_tail(self, tail: ShardCut) -> None:
+        """Forget the lines that a split gave away."""
+        self._end -= tail.byte_end - tail.byte_start
+        self._left_count -= tail.line_count
+        self._untouched_count -= tail.line_count
+
+
+def iter_lines(
+    buffer: bytes, first_line: int, skipped: Container[int], rules: LineRules
+) -> Iterator[RequestLine]:
+    """Give the requests of a shard's bytes in order: neither blank lines nor refused ones."""
+    position, number = 0, first_line - 1
+    while position < len(buffer):
+        end = buffer.find(b"\n", position)
+        end = len(buffer) if end < 0 else end
+        number += 1
+        raw = buffer[position:end]
+        position = end + 1
+        if number not in skipped and not is_blank(raw):
+            yield reparse(raw, number, rules)
+
+
+def load(blobs: Blobs, journal: Journal, claim: Claim, rules: LineRules) -> ShardRun:
+    """Read a claimed shard, check its bytes, take over what earlier holders left. Blocks.
+
+    Successes that earlier epochs made durable without registering them are copied into this claim's own segment. In a batch
+    with at-most-once lines, a line with an intent and no record becomes `outcome_unknown`; in a quarantined shard, the line
+    that was open at two deaths becomes `poison_request`.
+
+    Raises:
+        InputChanged: the source's bytes are not those that were validated.
+        ReconciliationError: a line has two registered records.
+    """
+    shard = claim.shard
+    assert shard is not None
+    buffer = read_checked(blobs, claim)
+    first_mark = shard.first_line - 1
+    if not claim.earlier:
+        own = journal.open(claim.batch.id, claim.ref, first_mark=first_mark)
+        return ShardRun(claim, buffer, rules, own, set())
+    # A holder that was frozen before a split may have answered lines that this shard no longer has.
+    lines = range(shard.first_line, shard.first_line + buffer.count(b"\n") + 1)
+    is_at_most_once = claim.batch.on_unknown is OnUnknown.FAIL
+    found = salvage(blobs, claim, lines=lines, keep_failures=is_at_most_once)
+    own = journal.open(claim.batch.id, claim.ref, first_mark=first_mark)
+    run = ShardRun(claim, buffer, rules, own, set(found.registered))
+    run.take_over(found, blobs)
+    if is_at_most_once:
+        for line in run.open_lines(shard.intent_mark):
+            run.end_open_line(line, LineCode.OUTCOME_UNKNOWN, _UNKNOWN)
+    else:
+        run.re_executed_count = len(run.open_lines(max(found.mark, shard.intent_mark)))
+    if shard.is_quarantined and shard.deaths >= _POISON_DEATHS:
+        for line in run.open_lines(shard.intent_mark)[:1]:
+            run.end_open_line(line, LineCode.POISON_REQUEST, _POISON)
+    return run
+
+
+def read_checked(blobs: Blobs, claim: Claim) -> bytes:
+    """Read a shard's bytes from the source and compare them with the checksum that validation stored.
+
+    Raises:
+        InputChanged: they differ.
+    """
+    shard = claim.shard
+    assert shard is not None
+    buffer = blobs.read(claim.batch.source, shard.byte_start, shard.byte_end)
+    if len(buffer) != shard.byte_end - shard.byte_start or zlib.crc32(buffer) != shard.checksum:
+        raise InputChanged(f"lines {shard.first_line} and on: the input is not the one that was validated")
+    return buffer

@@ -1,0 +1,403 @@
+"""Judges a whole input in one streaming pass: every problem, every duplicate custom_id, and the shards.
+
+It is fed bytes and never reads; how they are chunked makes no difference to what comes out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+
+import msgspec
+
+from batchrunner.cutting import Block, Cutter, LongLine, split_lines
+from batchrunner.errors import InputChanged
+from batchrunner.lines import (
+    LineRules,
+    ProblemCode,
+    is_blank,
+    model_of,
+    parse_line,
+    quoted,
+    sound_lines,
+    too_long_message,
+)
+from batchrunner.models import LineProblem, OnInvalid, RequestLine, ShardCut
+
+# Real ids are held for this many hashes at a time while hits are confirmed, so that memory stays bounded in a file that
+# was appended to itself.
+_CONFIRMED_AT_ONCE = 1 << 18
+_HASHES_PER_TURN = 2_000_000
+_BUCKETS = 256
+
+
+class Validation(msgspec.Struct, frozen=True, kw_only=True):
+    """What one pass over the input found.
+
+    `shards` are in file order, without those that hold no request to run; none when the batch is rejected.
+    `total_count` counts requests, refused ones included. `problems` is in line order and capped, `problem_count` is
+    not. `model` is the one that every accepted line names, None if they differ.
+    """
+
+    is_rejected: bool
+    shards: tuple[ShardCut, ...]
+    total_count: int
+    refused_count: int
+    problems: tuple[LineProblem, ...]
+    problem_count: int
+    sha256: str
+    model: str | None
+
+
+class Look(msgspec.Struct, frozen=True):
+    """A byte range of the input that may hold a duplicate: to be read again and handed to `confirm`."""
+
+    byte_start: int
+    byte_end: int
+    place: int
+
+
+class _Cut(msgspec.Struct, gc=False):
+    """What is remembered of a block: its place, and 8 bytes for each custom_id. It is a shard if any line is to run."""
+
+    byte_start: int
+    byte_end: int
+    first_line: int
+    checksum: int
+    line_count: int
+    hashes: array[int]
+    skipped: list[int]
+
+
+class Validator:
+    """One validation: `feed` everything; confirm what `candidates` asks for until it asks for nothing; `finish`.
+
+        while looks := validator.candidates():
+            for look in looks:
+                validator.confirm(look, read(look.byte_start, look.byte_end))
+
+    A file without duplicates has no candidates. Memory: 8 bytes a line while feeding, 8 more up to 2,000,000 lines when
+    the ids are compared, one block with its parsed lines; the numbers of refused lines too when these are skipped.
+    """
+
+    def __init__(
+        self,
+        rules: LineRules,
+        on_invalid: OnInvalid,
+        *,
+        lines_max: int,
+        bytes_max: int,
+        problems_max: int = 1000,
+        shard_lines_max: int = 1000,
+        shard_bytes_max: int = 8 * 1024 * 1024,
+        chosen: Sequence[int] | None = None,
+        on_problem: Callable[[LineProblem], None] | None = None,
+    ) -> None:
+        """Begin. `chosen` are the only physical lines that count, ascending; None means all.
+
+        `on_problem` gets every problem: those of single lines in line order, then the duplicates, which are known last.
+        """
+        self._rules = rules
+        self._on_invalid = on_invalid
+        self._lines_max = lines_max
+        self._bytes_max = bytes_max
+        self._chosen = chosen
+        self._cutter = Cutter(lines_max=shard_lines_max, bytes_max=shard_bytes_max, line_bytes_max=rules.line_bytes_max)
+        self._problems = _Problems(problems_max, on_problem)
+        self._sha256 = hashlib.sha256()
+        self._fed_bytes = 0
+        self._has_ended = False
+        self._total_count = 0
+        self._refused_count = 0
+        self._cuts: list[_Cut] = []
+        self._models: set[str | None] = set()
+        self._repeated: array[int] = array("q")
+        self._confirmed_count = 0
+        self._confirming: set[int] = set()
+        self._seen: set[str] = set()
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes of the input."""
+        self._sha256.update(chunk)
+        if self._has_ended:
+            return
+        room = self._bytes_max - self._fed_bytes
+        self._fed_bytes += len(chunk)
+        for cut in self._cutter.feed(chunk if len(chunk) <= room else chunk[:room]):
+            self._take(cut)
+        if len(chunk) > room:
+            self._end_early(
+                ProblemCode.FILE_TOO_LARGE,
+                f"The batch input file is larger than the {self._bytes_max} maximum. "
+                "Please try again with a smaller batch.",
+            )
+
+    def candidates(self) -> tuple[Look, ...]:
+        """Give the ranges to read again and confirm, in this order; empty when nothing is left. Ends the feeding."""
+        self._end()
+        hashes = self._repeated[self._confirmed_count : self._confirmed_count + _CONFIRMED_AT_ONCE]
+        self._confirmed_count += len(hashes)
+        self._confirming = set(hashes)
+        self._seen = set()
+        return tuple(
+            Look(cut.byte_start, cut.byte_end, place)
+            for place, cut in enumerate(self._cuts)
+            if hashes and not self._confirming.isdisjoint(cut.hashes)
+        )
+
+    def confirm(self, look: Look, content: bytes) -> None:
+        """Compare the real ids of a range of the input.
+
+        Raises:
+            InputChanged: these are not the bytes that were fed.
+        """
+        cut = self._cuts[look.place]
+        if zlib.crc32(content) != cut.checksum:
+            raise InputChanged(f"the input changed between its bytes {look.byte_start} and {look.byte_end}")
+        for line_number, raw in self._requests(content, cut.first_line):
+            found = parse_line(raw, line_number, self._rules)
+            custom_id = found.custom_id
+            if custom_id is None or hash(custom_id) not in self._confirming:
+                continue
+            if custom_id not in self._seen:
+                self._seen.add(custom_id)
+            elif isinstance(found, RequestLine):
+                # A line refused for another reason keeps that: one problem a line.
+                self._refuse_duplicate(cut, line_number, custom_id)
+
+    def finish(self) -> Validation:
+        """Give what was found.
+
+        Raises:
+            ValueError: there are candidates left to confirm.
+        """
+        self._end()
+        if self._confirmed_count < len(self._repeated):
+            raise ValueError("candidates() has to be called, and its ranges confirmed, until it gives none")
+        is_fatal = self._refused_count > 0 and self._on_invalid is OnInvalid.FAIL
+        is_rejected = is_fatal or self._problems.has_any_of_file
+        return Validation(
+            is_rejected=is_rejected,
+            shards=() if is_rejected else tuple(self._shards()),
+            total_count=self._total_count,
+            refused_count=self._refused_count,
+            problems=self._problems.listed(),
+            problem_count=self._problems.count,
+            sha256=self._sha256.hexdigest(),
+            model=next(iter(self._models)) if len(self._models) == 1 else None,
+        )
+
+    def _end(self) -> None:
+        if self._has_ended:
+            return
+        for cut in self._cutter.finish():
+            self._take(cut)
+        if not self._total_count:
+            message = "The input file is empty. Please ensure that the batch contains at least one request."
+            self._problems.add_of_file(ProblemCode.EMPTY_FILE, message)
+        self._close()
+
+    def _end_early(self, code: ProblemCode, message: str) -> None:
+        """Refuse the whole file at its first limit; what was found so far is still told."""
+        if not self._has_ended:
+            self._problems.add_of_file(code, message)
+            self._close()
+
+    def _close(self) -> None:
+        if not self._has_ended:
+            self._has_ended = True
+            self._repeated = repeated_hashes([cut.hashes for cut in self._cuts])
+
+    def _take(self, cut: Block | LongLine) -> None:
+        if self._has_ended:
+            return
+        if isinstance(cut, LongLine):
+            if self._is_chosen(cut.line_number):
+                message = too_long_message(self._rules, cut.size_bytes)
+                self._total_count += 1
+                self._refuse(LineProblem(ProblemCode.LINE_TOO_LONG, message, None, cut.line_number))
+        elif not (cut.is_plain and self._take_sound(cut)):
+            self._take_one_by_one(cut)
+        if self._total_count > self._lines_max:
+            self._end_early(
+                ProblemCode.TOO_MANY_TASKS,
+                f"The batch input file holds more than the {self._lines_max} requests maximum. "
+                "Please try again with a smaller batch.",
+            )
+
+    def _take_sound(self, block: Block) -> bool:
+        """Take a block whose lines are all plain and sound; False if it has to be looked at line by line."""
+        if self._chosen is not None or not self._rules.is_settled:
+            return False
+        sound = sound_lines(block.content, block.line_count, self._rules)
+        if sound is None:
+            return False
+        self._total_count += block.line_count
+        self._note_models(sound.models)
+        self._remember(block, block.line_count, array("q", map(hash, sound.custom_ids)), [])
+        return True
+
+    def _take_one_by_one(self, block: Block) -> None:
+        hashes = array("q")
+        skipped = []
+        line_count = 0
+        for line_number, raw in self._requests(block.content, block.first_line):
+            self._total_count += 1
+            self._rules = self._rules.learn_url(raw)
+            found = parse_line(raw, line_number, self._rules)
+            if found.custom_id is not None:
+                hashes.append(hash(found.custom_id))
+            if isinstance(found, RequestLine):
+                line_count += 1
+                self._rules = self._rules.learn_model(found)
+                if len(self._models) < 2:
+                    self._note_models({model_of(found)})
+            else:
+                self._refuse(found)
+                skipped.append(line_number)
+        self._remember(block, line_count, hashes, skipped)
+
+    def _requests(self, content: bytes, first_line: int) -> Iterator[tuple[int, bytes]]:
+        """Give the lines that count: not blank, and chosen."""
+        wanted = self._chosen_of(first_line, content)
+        for line_number, raw in split_lines(content, first_line):
+            if (wanted is None or line_number in wanted) and not is_blank(raw):
+                yield line_number, raw
+
+    def _chosen_of(self, first_line: int, content: bytes) -> frozenset[int] | None:
+        chosen = self._chosen
+        if chosen is None:
+            return None
+        last_line = first_line + content.count(b"\n")
+        return frozenset(chosen[bisect_left(chosen, first_line) : bisect_left(chosen, last_line + 1)])
+
+    def _is_chosen(self, line_number: int) -> bool:
+        chosen = self._chosen
+        if chosen is None:
+            return True
+        place = bisect_left(chosen, line_number)
+        return place < len(chosen) and chosen[place] == line_number
+
+    def _note_models(self, models: set[str | None]) -> None:
+        # Two are enough to know that there is not one.
+        if len(self._models) < 2:
+            self._models |= models
+
+    def _remember(self, block: Block, line_count: int, hashes: array[int], skipped: list[int]) -> None:
+        if hashes or line_count:
+            # Numbers of refused lines are for shards, and a batch that fails has none.
+            kept = skipped if self._on_invalid is OnInvalid.SKIP else []
+            checksum = zlib.crc32(block.content)
+            cut = _Cut(block.byte_start, block.byte_end, block.first_line, checksum, line_count, hashes, kept)
+            self._cuts.append(cut)
+
+    def _refuse(self, problem: LineProblem) -> None:
+        self._refused_count += 1
+        self._problems.add(problem)
+
+    def _refuse_duplicate(self, cut: _Cut, line_number: int, custom_id: str) -> None:
+        message = (
+            f"The custom_id {quoted(custom_id)} for this request is a duplicate of another request. "
+            "The custom_id parameter must be unique for each request in a batch."
+        )
+        self._refused_count += 1
+        self._problems.add_late(
+            LineProblem(ProblemCode.DUPLICATE_CUSTOM_ID, message, "custom_id", line_number, custom_id)
+        )
+        cut.line_count -= 1
+        if self._on_invalid is OnInvalid.SKIP:
+            cut.skipped.append(line_number)
+
+    def _shards(self) -> Iterator[ShardCut]:
+        first_index = 0
+        for cut in self._cuts:
+            if cut.line_count:
+                yield ShardCut(
+                    cut.byte_start,
+                    cut.byte_end,
+                    cut.first_line,
+                    first_index,
+                    cut.line_count,
+                    cut.checksum,
+                    tuple(sorted(cut.skipped)),
+                )
+                first_index += cut.line_count
+
+
+def repeated_hashes(hashes: Sequence[array[int]]) -> array[int]:
+    """Give each hash that occurs more than once, in no particular order.
+
+    Each bucket of equal low bits is looked at alone, and above 2,000,000 hashes they are filled in several turns, so
+    that this takes 8 bytes a hash and never more than 16 MiB or so.
+    """
+    repeated = array("q")
+    turns = 1 + sum(map(len, hashes)) // _HASHES_PER_TURN
+    for turn in range(turns):
+        buckets = [array("q") for _ in range(_BUCKETS)]
+        appends = [bucket.append for bucket in buckets]
+        for each in hashes:
+            for value in each if turns == 1 else [value for value in each if (value >> 8) % turns == turn]:
+                appends[value & 255](value)
+        for bucket in buckets:
+            if len(set(bucket)) < len(bucket):
+                once: set[int] = set()
+                twice = {value for value in bucket if value in once or once.add(value)}  # type: ignore[func-returns-value]
+                repeated.extend(twice)
+    return repeated
+
+
+class _Problems:
+    """Counts all problems, hands each on, and keeps the first ones for the batch object."""
+
+    def __init__(self, kept_max: int, on_problem: Callable[[LineProblem], None] | None) -> None:
+        self.count = 0
+        self._kept_max = kept_max
+        self._on_problem = on_problem
+        self._of_file: list[LineProblem] = []
+        self._kept: list[LineProblem] = []
+        self._late: list[LineProblem] = []
+
+    @property
+    def has_any_of_file(self) -> bool:
+        """Tell whether the file as a whole was refused."""
+        return bool(self._of_file)
+
+    def add_of_file(self, code: ProblemCode, message: str) -> None:
+        """Take a problem of the whole file; these are listed first, whatever the cap."""
+        problem = LineProblem(code, message, None, None)
+        self._hand_on(problem)
+        self._of_file.append(problem)
+
+    def add(self, problem: LineProblem) -> None:
+        """Take the next problem in line order."""
+        self._hand_on(problem)
+        if len(self._kept) < self._kept_max:
+            self._kept.append(problem)
+
+    def add_late(self, problem: LineProblem) -> None:
+        """Take a problem of any line."""
+        self._hand_on(problem)
+        self._late.append(problem)
+        if len(self._late) > 2 * self._kept_max:
+            self._late = sorted(self._late, key=_line_of)[: self._kept_max]
+
+    def listed(self) -> tuple[LineProblem, ...]:
+        """Give the first problems, and a last one that tells how many there are when these are not all."""
+        kept = sorted(self._kept + self._late, key=_line_of)[: self._kept_max]
+        problems = self._of_file + kept
+        if len(problems) < self.count:
+            message = f"There are {self.count} problems in all; this list holds the first {len(problems)}."
+            problems.append(LineProblem(ProblemCode.TOO_MANY_ERRORS, message, None, None))
+        return tuple(problems)
+
+    def _hand_on(self, problem: LineProblem) -> None:
+        self.count += 1
+        if self._on_problem is not None:
+            self._on_problem(problem)
+
+
+def _line_of(problem: LineProblem) -> int:
+    return problem.line_number or 0

@@ -1,0 +1,455 @@
+"""A worker session: claim tasks under a lease, keep the lease alive, run each task's step, register what is durable, let go.
+
+One coroutine, the keeper, does all bookkeeping of the shards in hand, so that no two store calls of a session race. Renewals
+run on a thread of their own and stop when the work shows no life.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar, assert_never
+
+from batchrunner.errors import BatchrunnerError, DiskFull, Fenced, InputChanged, StoreUnavailable
+from batchrunner.fanout import Fanout
+from batchrunner.lifecycle import BatchStatus
+from batchrunner.models import Claim, Held, PauseReason, Progress, SessionId, TaskKind
+from batchrunner.pipeline import Pipeline
+from batchrunner.ports import Clock, Renewer, Store
+from batchrunner.settings import Settings
+from batchrunner.shards import ShardRun
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+_LOOP_SILENCE_S = 5.0
+_STEP_SILENCE_S = 60.0
+# A sender must have stopped before anybody else may own the lease.
+_LEASE_MARGIN_S = 3.0
+_QUARANTINE_DEATHS = 3
+_IDLE_CLAIM_S = 0.2
+_KEEP_S = 0.1
+
+
+class Renewals:
+    """The thread that keeps the session's leases alive, only while the work proves that it lives."""
+
+    def __init__(self, store: Store, session: SessionId, settings: Settings, clock: Clock) -> None:
+        self.renewed_at_s = clock.monotonic_s()
+        self._store = store
+        self._session = session
+        self._settings = settings
+        self._clock = clock
+        self._loop_at_s = clock.monotonic_s()
+        self._steps: dict[int, float] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="renewals", daemon=True)
+
+    def start(self) -> None:
+        """Begin renewing."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        self._thread.join()
+
+    def loop_ticked(self) -> None:
+        """Proof of life of the event loop."""
+        self._loop_at_s = self._clock.monotonic_s()
+
+    def step_moved(self, task_id: int) -> None:
+        """Proof of life of a validating or sealing step."""
+        self._steps[task_id] = self._clock.monotonic_s()
+
+    def step_ended(self, task_id: int) -> None:
+        """The step needs no proof any more."""
+        self._steps.pop(task_id, None)
+
+    def _is_alive(self) -> bool:
+        now_s = self._clock.monotonic_s()
+        if now_s - self._loop_at_s > _LOOP_SILENCE_S:
+            return False
+        return all(now_s - moved_s <= _STEP_SILENCE_S for moved_s in list(self._steps.values()))
+
+    def _run(self) -> None:
+        renewer: Renewer | None = None
+        while not self._ended.wait(self._settings.renew_s):
+            if not self._is_alive():
+                logger.error("leases not renewed: the work shows no life", extra={"action": "renewal_withheld"})
+                continue
+            began_s = self._clock.monotonic_s()
+            try:
+                renewer = renewer or self._store.renewer()
+                renewer.renew(self._session, self._settings.lease_s)
+                self.renewed_at_s = began_s
+            except StoreUnavailable as error:
+                logger.warning("leases not renewed: %s", error, extra={"action": "renewal_failed"})
+        if renewer is not None:
+            renewer.close()
+
+
+class Worker:
+    """One session. `run` returns after `stop`, when everything in hand has been given back.
+
+    `fanout` must call `changed` when a shard needs the keeper. `pacer` is called every 100 ms with what happened since and
+    sets the fan-out's window and shares.
+    """
+
+    def __init__(
+        self,
+        *,
+        session: SessionId,
+        store: Store,
+        pipeline: Pipeline,
+        fanout: Fanout,
+        pacer: Callable[[Fanout], None],
+        reap: Callable[[], int],
+        clock: Clock,
+        settings: Settings,
+    ) -> None:
+        self.session = session
+        self.fanout = fanout
+        self.step_done = asyncio.Event()
+        self.trouble: BatchrunnerError | None = None
+        self._store = store
+        self._pipeline = pipeline
+        self._pacer = pacer
+        self._reap = reap
+        self._clock = clock
+        self._settings = settings
+        self._renewals = Renewals(store, session, settings, clock)
+        self._threads = ThreadPoolExecutor(max_workers=3, thread_name_prefix="worker")
+        self._runs: dict[int, ShardRun] = {}
+        self._changed = asyncio.Event()
+        self._is_stopping = False
+        self._stop_by_s = 0.0
+        self._is_hungry = False
+        self._step_count = 0
+        self._claim_at_s = 0.0
+        self._watch_at_s = 0.0
+        self._sweep_at_s = 0.0
+
+    def changed(self) -> None:
+        """Ask the keeper to look at its shards soon."""
+        self._changed.set()
+
+    def durable(self) -> None:
+        """Results have become durable: lines that waited for that may go out, and a finished shard may be settled."""
+        self.fanout.wake()
+        if any(run.is_finished or run.leave_by_s is not None for run in self._runs.values()):
+            self._changed.set()
+
+    @property
+    def trouble_text(self) -> str | None:
+        """Why the work stands still, None while it goes on."""
+        trouble = self.trouble or self._pipeline.journal.trouble
+        return f"{trouble.code}: {trouble}" if trouble is not None else None
+
+    @property
+    def lost_text(self) -> str | None:
+        """Why the upstream counts as unreachable from the start, None while there is hope or contact."""
+        return self.fanout.lost_text
+
+    def stop(self, *, grace_s: float | None = None) -> None:
+        """Claim nothing more, let what is in flight end within the grace, give everything back."""
+        grace_s = self._settings.drain_grace_s if grace_s is None else grace_s
+        stop_by_s = self._clock.monotonic_s() + grace_s
+        self._stop_by_s = min(self._stop_by_s, stop_by_s) if self._is_stopping else stop_by_s
+        self._is_stopping = True
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Work until `stop`. Shards that could not be given back are left to their leases."""
+        self._renewals.start()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.fanout.run())
+                group.create_task(self._pace())
+                await self._keep(group)
+                self.fanout.close()
+        finally:
+            self._renewals.stop()
+            self._threads.shutdown(wait=True)
+
+    # -- the keeper ------------------------------------------------------------------------------------------------------
+
+    async def _pace(self) -> None:
+        while not (self._is_stopping and not self._runs):
+            self._renewals.loop_ticked()
+            self.fanout.stop_sends_at_s = self._renewals.renewed_at_s + self._settings.lease_s - _LEASE_MARGIN_S
+            self._pacer(self.fanout)
+            await self._clock.sleep(_KEEP_S)
+
+    async def _keep(self, group: asyncio.TaskGroup) -> None:
+        while not (self._is_stopping and not self._runs and self._step_count == 0):
+            try:
+                await self._keep_once(group)
+                self.trouble = None
+            except (StoreUnavailable, DiskFull) as error:
+                self._note_trouble(error)
+                await self._clock.sleep(1.0)
+            await self._pause_between_rounds()
+
+    async def _pause_between_rounds(self) -> None:
+        try:
+            async with asyncio.timeout(_KEEP_S):
+                await self._changed.wait()
+        except TimeoutError:
+            pass
+        self._changed.clear()
+
+    def _note_trouble(self, error: BatchrunnerError) -> None:
+        if self.trouble is None:
+            logger.warning("waiting: %s", error, extra={"action": "worker_waits", "code": error.code})
+        self.trouble = error
+
+    async def _keep_once(self, group: asyncio.TaskGroup) -> None:
+        now_s = self._clock.monotonic_s()
+        if self._is_stopping:
+            self._leave_all()
+        if now_s >= self._watch_at_s:
+            self._watch_at_s = now_s + self._settings.poll_s
+            await self._watch()
+        if now_s >= self._sweep_at_s:
+            self._sweep_at_s = now_s + self._settings.sweep_s
+            await self._call(self._store.sweep)
+        for run in list(self._runs.values()):
+            await self._tend(run)
+        await self._pause_if_broken()
+        while not self._is_stopping and self._wants_more() and await self._claim(group):
+            pass
+
+    async def _call(self, function: Callable[..., _T], *arguments: object) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    # -- shards in hand --------------------------------------------------------------------------------------------------
+
+    async def _tend(self, run: ShardRun) -> None:
+        """Do for one shard what is due: register, settle, give back, split at the hold, register an intent."""
+        try:
+            if run.leave_by_s is not None:
+                await self._lead_out(run)
+            elif run.is_finished:
+                await self._settle_if_durable(run)
+            elif run.intent_mark is not None and run.intent_wanted > run.intent_mark:
+                await self._register_intent(run)
+            elif run.is_held:
+                await self._split(run, keep_lines=0)
+            elif self._clock.monotonic_s() - run.registered_at_s >= self._settings.register_s:
+                await self._register(run)
+        except Fenced:
+            logger.warning("shard lost to a newer holder", extra={"action": "shard_fenced", "task_id": run.shard.task_id})
+            self._drop(run)
+
+    def _progress(self, run: ShardRun, *, intent_mark: int | None = None) -> Progress:
+        run.unregistered.extend(run.journal.take_registrable())
+        return Progress(
+            extents=tuple(run.unregistered),
+            intent_mark=intent_mark,
+            re_executed_count=run.re_executed_count,
+            retry_count=run.retry_count,
+        )
+
+    def _registered(self, run: ShardRun, progress: Progress) -> None:
+        del run.unregistered[: len(progress.extents)]
+        run.re_executed_count -= progress.re_executed_count
+        run.retry_count -= progress.retry_count
+        run.registered_at_s = self._clock.monotonic_s()
+
+    async def _register(self, run: ShardRun, *, intent_mark: int | None = None) -> None:
+        progress = self._progress(run, intent_mark=intent_mark)
+        if progress == Progress():
+            return
+        await self._call(self._store.register, run.claim.ref, progress)
+        self._registered(run, progress)
+
+    async def _register_intent(self, run: ShardRun) -> None:
+        ahead = 0 if run.is_quarantined else max(0, self.fanout.window - run.in_flight_count - 1)
+        mark = min(run.intent_wanted + ahead, run.last_line)
+        await self._register(run, intent_mark=mark)
+        run.intent_mark = mark
+        self.fanout.wake()
+
+    async def _settle_if_durable(self, run: ShardRun) -> None:
+        if run.journal.waiting_records:
+            self._pipeline.journal.request_sync()
+            return
+        await self._call(self._store.settle, run.claim.ref, self._progress(run))
+        self._drop(run)
+        self.step_done.set()
+
+    async def _lead_out(self, run: ShardRun) -> None:
+        """Give a shard back once its exchanges have ended or its grace is over, and what they brought is durable."""
+        self.fanout.stop(run)
+        if run.in_flight_count > 0:
+            if self._clock.monotonic_s() >= (run.leave_by_s or 0.0):
+                self.fanout.abort(run)
+            return
+        if run.is_finished:
+            await self._settle_if_durable(run)
+            return
+        if run.journal.waiting_records and self._pipeline.journal.trouble is None:
+            self._pipeline.journal.request_sync()
+            return
+        await self._call(self._store.give_back, run.claim.ref, self._progress(run))
+        self._drop(run)
+
+    def _drop(self, run: ShardRun) -> None:
+        self.fanout.forget(run)
+        self._runs.pop(run.shard.task_id, None)
+        run.journal.close()
+
+    def _leave(self, run: ShardRun, *, by_s: float) -> None:
+        if run.leave_by_s is None or by_s < run.leave_by_s:
+            run.leave_by_s = by_s
+            self.fanout.stop(run)
+
+    def _leave_all(self) -> None:
+        for run in self._runs.values():
+            self._leave(run, by_s=self._stop_by_s)
+
+    async def _split(self, run: ShardRun, *, keep_lines: int) -> None:
+        cut = run.cut_tail(keep_lines=keep_lines)
+        if cut is None:
+            return
+        head, tail = cut
+        run.drop_tail(tail)
+        await self._call(self._store.split, run.claim.ref, head, tail)
+
+    # -- what others want ------------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """Ask how the tasks in hand stand; follow cancel, deadline, pause, hold and loss; share with the hungry."""
+        watch = await self._call(self._store.watch, self.session)
+        now_s = self._clock.monotonic_s()
+        for held in watch.held:
+            run = self._runs.get(held.task_id)
+            if run is not None:
+                self._follow(run, held, now_s)
+        if watch.is_anyone_hungry and not self._is_stopping:
+            await self._share()
+
+    def _follow(self, run: ShardRun, held: Held, now_s: float) -> None:
+        if not held.is_mine:
+            self._drop(run)
+        elif held.status is not BatchStatus.IN_PROGRESS:
+            self._leave(run, by_s=now_s + self._settings.cancel_grace_s)
+        elif held.is_paused:
+            self._leave(run, by_s=float("inf"))
+        else:
+            run.set_hold(held.hold_at)
+
+    async def _share(self) -> None:
+        """Cut the shard with the most untouched lines in two, so that a hungry session finds something."""
+        runs = [run for run in self._runs.values() if run.leave_by_s is None and not run.is_quarantined]
+        run = max(runs, key=lambda held: held.untouched_count, default=None)
+        if run is not None and run.untouched_count > max(1, self.fanout.window // 4):
+            try:
+                await self._split(run, keep_lines=run.untouched_count // 2)
+            except Fenced:
+                self._drop(run)
+
+    async def _pause_if_broken(self) -> None:
+        reason = self.fanout.pause_reason
+        if reason is None:
+            return
+        batches = {run.batch.id: run.batch for run in self._runs.values()}
+        for batch in batches.values():
+            await self._call(self._store.scope(batch.tenant).pause, batch.id, reason.value)
+        for run in self._runs.values():
+            self._leave(run, by_s=float("inf"))
+
+    # -- claims ----------------------------------------------------------------------------------------------------------
+
+    def _wants_more(self) -> bool:
+        if self.fanout.pause_reason is not None or self._clock.monotonic_s() < self._claim_at_s:
+            return False
+        if any(run.is_quarantined for run in self._runs.values()):
+            return False
+        if self._pipeline.journal.trouble is not None:
+            return False
+        return self.fanout.untouched_count < max(self.fanout.window, 1) or all(run.is_touched for run in self._runs.values())
+
+    async def _claim(self, group: asyncio.TaskGroup) -> bool:
+        """Claim and start one task; False when there was none."""
+        claim = await self._call(self._claim_next)
+        if claim is None:
+            self._claim_at_s = self._clock.monotonic_s() + _IDLE_CLAIM_S
+            await self._call(self._reap)
+        is_hungry = claim is None and self.fanout.untouched_count == 0 and self._step_count == 0
+        if is_hungry != self._is_hungry:
+            self._is_hungry = is_hungry
+            await self._call(lambda: self._store.set_hungry(self.session, is_hungry=is_hungry))
+        if claim is None:
+            return False
+        match claim.kind:
+            case TaskKind.SHARD:
+                await self._take_shard(claim)
+            case TaskKind.VALIDATE | TaskKind.SEAL | TaskKind.NOTIFY:
+                self._step_count += 1
+                group.create_task(self._run_step(claim))
+            case _:
+                assert_never(claim.kind)
+        return True
+
+    def _claim_next(self) -> Claim | None:
+        kinds = (TaskKind.SEAL, TaskKind.VALIDATE, TaskKind.SHARD) if self._step_count == 0 else (TaskKind.SHARD,)
+        claim = self._store.claim(self.session, lease_s=self._settings.lease_s, kinds=kinds)
+        if claim is None and not self._runs and self._step_count == 0:
+            claim = self._store.claim(self.session, lease_s=self._settings.lease_s, kinds=(TaskKind.SHARD,), quarantined=True)
+        return claim
+
+    async def _take_shard(self, claim: Claim) -> None:
+        assert claim.shard is not None
+        try:
+            if claim.shard.deaths >= _QUARANTINE_DEATHS and not claim.shard.is_quarantined:
+                await self._call(self._store.quarantine, claim.ref)
+                return
+            run = await self._call(self._pipeline.load_shard, claim)
+        except Fenced:
+            return
+        except InputChanged as error:
+            logger.error("%s", error, extra={"action": "input_changed", "batch_id": claim.batch.id})
+            scope = self._store.scope(claim.batch.tenant)
+            await self._call(scope.pause, claim.batch.id, PauseReason.INPUT_CHANGED.value)
+            await self._call(self._store.give_back, claim.ref, Progress())
+            return
+        except (StoreUnavailable, DiskFull):
+            raise
+        except Exception as error:
+            await self._fail(claim, error)
+            return
+        run.registered_at_s = self._clock.monotonic_s()
+        self._runs[claim.ref.task_id] = run
+        self.fanout.add(run)
+
+    async def _run_step(self, claim: Claim) -> None:
+        """Validate or seal in a thread, with its own proof of life."""
+        task_id = claim.ref.task_id
+        self._renewals.step_moved(task_id)
+        try:
+            await self._call(self._pipeline.run_step, claim, lambda: self._renewals.step_moved(task_id))
+        except Fenced:
+            logger.warning("step lost to a newer holder", extra={"action": "step_fenced", "task_id": task_id})
+        except Exception as error:
+            await self._fail(claim, error)
+        finally:
+            self._renewals.step_ended(task_id)
+            self._step_count -= 1
+            self._claim_at_s = 0.0
+            self.step_done.set()
+            self.changed()
+
+    async def _fail(self, claim: Claim, error: Exception) -> None:
+        """Log a task's failure with its traceback and put the task back with backoff."""
+        logger.exception("task failed", exc_info=error, extra={"action": "task_failed", "task_id": claim.ref.task_id, "kind": claim.kind})
+        code = error.code if isinstance(error, BatchrunnerError) else type(error).__name__
+        try:
+            await self._call(lambda: self._store.fail_task(claim.ref, f"{code}: {error}", progressed=False))
+        except (Fenced, StoreUnavailable) as lost:
+            logger.warning("task left to its lease: %s", lost, extra={"action": "task_left", "task_id": claim.ref.task_id})
