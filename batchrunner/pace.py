@@ -20,10 +20,10 @@ WINDOW_MAX = 4096
 # Growing from w to w*k pays when throughput grows by at least k**PRICE. A queue gives k**0 and free slots give k**1; a
 # batching server whose latency is base*(1 + w/48) stops paying at w = 48*(1/PRICE - 1) = 272, with 85 % of its maximum.
 PRICE = 0.15
-# Below this latency a place in the window costs nobody anything, so any real gain is taken.
+# Below this latency a place in the window costs nobody anything: any real gain is taken, and the first places are free.
 CHEAP_LATENCY_S = 0.05
 CHEAP_PRICE = 0.04
-CHEAP_SIZE = 64
+CHEAP_SIZE = 32
 # A smaller window is taken when it costs less throughput than this.
 LOSS_TOLERATED = 0.03
 # At the same window, less than this share of the known throughput means that the upstream has changed.
@@ -204,7 +204,7 @@ class Window:
         self.size = self.pinned if self.pinned is not None else min(self.start, self.size_max)
         self._trial = _Trial(_Aim.HOLD, self.size, -math.inf)
         self._refusals = Trouble(tolerated=0.0, habit_max=0.2, shrinks_max=4, block=50)
-        self._breakages = Trouble(tolerated=0.1, habit_max=0.6, shrinks_max=2, block=20)
+        self._breakages = Trouble(tolerated=0.1, habit_max=0.6, shrinks_max=2, block=20, is_late=True)
         if self.pinned is not None:
             self.bound_by = Bound.PINNED
 
@@ -276,11 +276,7 @@ class Window:
         gain = level.gain_over(known)
         doubt = level.doubt_against(known)
         if gain < -max(CHANGE, SURPRISING * doubt):
-            # What was measured straddles the change; the next measurement says how much is left.
-            self._has_fallen = True
-            self._ceiling = math.inf
-            self._probe_every_s = PROBE_FIRST_S
-            self._restart(level.size, at_s)
+            self._note_fall(at_s)
             return
         if gain > max(CHANGE / 2, SURPRISING * doubt):
             self._known = level
@@ -294,12 +290,17 @@ class Window:
         self._go_on(at_s)
 
     def _weigh_up(self, level: _Level, known: _Level, at_s: float) -> None:
-        price = PRICE if level.latency_s >= CHEAP_LATENCY_S else CHEAP_PRICE
+        is_cheap = level.latency_s < CHEAP_LATENCY_S
         steps = math.log(level.size / known.size)
         gain = level.gain_over(known)
+        due = (CHEAP_PRICE if is_cheap else PRICE) * steps
         # Just below a ceiling steps are too small to be measured; that nothing was refused is the gain.
-        due = price * steps if steps > 0.1 else -LOSS_TOLERATED
+        if steps < 0.1 or (is_cheap and level.size <= CHEAP_SIZE):
+            due = -LOSS_TOLERATED
         if not self._is_clear(gain - due, level, known):
+            return
+        if gain < -max(CHANGE, SURPRISING * level.doubt_against(known)):
+            self._note_fall(at_s)
             return
         if gain < due + 1.0 * level.doubt_against(known):
             self._is_climbing = False
@@ -321,10 +322,15 @@ class Window:
         loss = -level.gain_over(known)
         if not self._is_clear(loss - LOSS_TOLERATED, level, known):
             return
+        steps = math.log(known.size / level.size)
+        if loss > steps + max(CHANGE, SURPRISING * level.doubt_against(known)):
+            # A smaller window costs its own share at most.
+            self._note_fall(at_s)
+            return
         if loss > max(LOSS_TOLERATED, 1.0 * level.doubt_against(known)):
             self._floor = level.size
             self._floor_at_s = at_s
-            if loss > max(0.6 * math.log(known.size / level.size), SURPRISING * level.doubt_against(known)):
+            if loss > max(0.6 * steps, SURPRISING * level.doubt_against(known)):
                 # Throughput fell with the window, so no request was waiting: this is what one costs alone.
                 self._base_latency_s = level.latency_s
                 self._is_base_sure = True
@@ -334,6 +340,14 @@ class Window:
         self._known = level
         self._base_latency_s = min(self._base_latency_s, level.latency_s)
         self._go_on(at_s)
+
+    def _note_fall(self, at_s: float) -> None:
+        """Measure anew: the upstream gives less than it did, and what was measured straddles the change."""
+        size = self._known.size if self._known is not None else self.size
+        self._has_fallen = True
+        self._ceiling = math.inf
+        self._probe_every_s = PROBE_FIRST_S
+        self._restart(size, at_s)
 
     def _is_clear(self, margin: float, level: _Level, known: _Level) -> bool:
         if abs(margin) >= CERTAIN * level.doubt_against(known):
@@ -421,7 +435,7 @@ class Window:
         self._is_climbing = False
         self._probe_at_s = at_s + 1.0
         self._restart(max(1, size), at_s)
-        self._patient_until_s = self._trial.from_s
+        self._patient_until_s = self._trial.from_s + (1.0 if bound is Bound.FAILURES else 0.0)
         self._name_bound()
 
     def _restore(self, size: int, at_s: float) -> None:
@@ -439,7 +453,7 @@ class Window:
     def _name_bound(self) -> None:
         if self._trial.size >= self.size_max:
             self.bound_by = Bound.MAXIMUM
-        elif self._ceiling < self.size * 1.3:
+        elif self._ceiling <= max(1.3 * self.size, self.size + 2) or (self._known is None and self._ceiling < math.inf):
             self.bound_by = self._ceiling_bound
         else:
             self.bound_by = Bound.GROWING if self._is_climbing else Bound.THROUGHPUT

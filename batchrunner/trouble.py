@@ -29,12 +29,14 @@ class Trouble:
     """Attempts that failed in one way, and the share of them that shrinking does not cure: the upstream's habit.
 
     `tolerated` is the share that never counts, `block` how many attempts make a judgement once that share is not 0.
+    `is_late`: a failure tells of the moment when the attempt began, so that even many at once have to be waited out.
     """
 
     tolerated: float
     habit_max: float
     shrinks_max: int
     block: int
+    is_late: bool = False
     habit: float = 0.0
     habit_at_s: float = 0.0
     shrinks: int = 0
@@ -46,7 +48,7 @@ class Trouble:
     clean: int = 0
 
     def note(self, failed: int, succeeded: int, *, size: int, at_s: float, is_patient: bool) -> Advice:
-        """Judge what one span brought. While `is_patient`, only what is bad beyond all habit counts."""
+        """Judge what one span brought. While `is_patient`, only what is bad beyond all habit counts, unless late."""
         if not failed and not self.failed:
             self.clean += succeeded
             self.attempts_before += succeeded if self.shrinks else 0
@@ -60,7 +62,7 @@ class Trouble:
             return Advice.NOTHING
         share = self.failed / self.attempts
         is_heavy = share > self.habit_max and self.failed >= HEAVY_LEAST
-        if is_patient and not is_heavy:
+        if is_patient and (self.is_late or not is_heavy):
             return Advice.NOTHING
         if self.failed <= limit * self.attempts + CERTAIN * math.sqrt(limit * self.attempts):
             if self.attempts > CURED_AFTER:
