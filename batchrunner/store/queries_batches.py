@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 import msgspec
-from sqlalchemy import Connection, RowMapping, and_, bindparam, exists, func, insert, literal, or_, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, exists, func, insert, literal, or_, select, update
 
 from batchrunner.errors import NameTaken, NotFound
 from batchrunner.lifecycle import ENDED_BY, SEALING, TERMINAL, BatchEvent, BatchStatus, next_status
@@ -118,6 +118,13 @@ def add_task(conn: Connection, batch_id: BatchId, kind: TaskKind) -> bool:
     return conn.execute(insert(tasks).from_select(list(row), values)).rowcount == 1
 
 
+_MOVE = update(batches).where(
+    batches.c.id == bindparam("b_id"),
+    batches.c.status == bindparam("b_status"),
+    batches.c.version == bindparam("b_version"),
+)
+
+
 def move(conn: Connection, batch: RowMapping, event: BatchEvent, moment: Moment) -> BatchStatus | None:
     """Move a batch by compare-and-set on the status and version of `batch`; None when somebody else was first.
 
@@ -132,8 +139,8 @@ def move(conn: Connection, batch: RowMapping, event: BatchEvent, moment: Moment)
     # What blocks a seal still blocks it when only the word changes.
     if not (seen in SEALING and target in SEALING):
         values["blocked_by"] = None
-    mine = and_(batches.c.id == batch["id"], batches.c.status == seen, batches.c.version == batch["version"])
-    if conn.execute(update(batches).where(mine).values(values)).rowcount != 1:
+    mine = {"b_id": batch["id"], "b_status": seen, "b_version": batch["version"]}
+    if conn.execute(_MOVE, values | mine).rowcount != 1:
         return None
     if target in SEALING:
         add_task(conn, batch["id"], TaskKind.SEAL)

@@ -49,6 +49,15 @@ def guard_held(conn: Connection, ref: TaskRef) -> RowMapping:
     return row
 
 
+# Named values become SET by themselves, and the statement is compiled once for each set of names.
+_WRITE_TASK = update(tasks).where(tasks.c.id == bindparam("w_id"))
+
+
+def write_task(conn: Connection, task: RowMapping, values: Mapping[str, object]) -> None:
+    """Write how a task stands; guarded by the lock that `guard` took."""
+    conn.execute(_WRITE_TASK, dict(values) | {"w_id": task["id"]})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Fresh:
     """What of a progress is not registered yet, and the last row of each segment that it goes on from."""
@@ -147,8 +156,13 @@ def record(
     if progress.intent_mark is not None:
         values["intent_mark"] = max(task["intent_mark"], progress.intent_mark)
     if values:
-        conn.execute(update(tasks).where(tasks.c.id == task["id"]).values(values))
+        write_task(conn, task, values)
     return batch
+
+
+_GROW_EXTENT = update(extents).where(
+    extents.c.batch_id == bindparam("w_batch_id"), extents.c.sequence_from == bindparam("w_sequence_from")
+)
 
 
 def _write_extents(conn: Connection, task: RowMapping, fresh: _Fresh, *, sequence_from: int) -> None:
@@ -177,10 +191,8 @@ def _write_extents(conn: Connection, task: RowMapping, fresh: _Fresh, *, sequenc
             rows.append(row)
         sequence_from += new.count
     if grown is not None:
-        key = (extents.c.batch_id == grown["batch_id"], extents.c.sequence_from == grown["sequence_from"])
-        conn.execute(
-            update(extents).where(*key).values({name: grown[name] for name in ("byte_end", "count", *_COUNTS)})
-        )
+        key = {"w_batch_id": grown["batch_id"], "w_sequence_from": grown["sequence_from"]}
+        conn.execute(_GROW_EXTENT, key | {name: grown[name] for name in ("byte_end", "count", *_COUNTS)})
     if rows:
         conn.execute(insert(extents), rows)
 
@@ -225,7 +237,7 @@ def settle(conn: Connection, ref: TaskRef, progress: Progress, moment: Moment) -
 def end_task(conn: Connection, task: RowMapping) -> None:
     """Settle a task that is no shard, after its guard."""
     ends = _LET_GO | {"state": TaskState.SETTLED, "not_before": None}
-    conn.execute(update(tasks).where(tasks.c.id == task["id"]).values(ends))
+    write_task(conn, task, ends)
 
 
 def give_back(conn: Connection, ref: TaskRef, progress: Progress) -> None:
@@ -247,7 +259,7 @@ def fail_task(conn: Connection, ref: TaskRef, message: str, moment: Moment, *, p
         "not_before": moment.boot_s + min(_BACKOFF_MAX_S, 2.0 ** (attempts - 1)),
         "boot_id": moment.boot_id,
     }
-    conn.execute(update(tasks).where(tasks.c.id == task["id"]).values(values))
+    write_task(conn, task, values)
     if is_parked:
         set_blocked(conn, task["batch_id"], message)
     return is_parked
@@ -265,7 +277,7 @@ def quarantine(conn: Connection, ref: TaskRef) -> None:
     ends = _LET_GO | {"state": TaskState.QUEUED, "not_before": None, "is_quarantined": True}
     if not task["is_quarantined"]:
         ends |= {"deaths": 0}
-    conn.execute(update(tasks).where(tasks.c.id == task["id"]).values(ends))
+    write_task(conn, task, ends)
 
 
 def split(conn: Connection, ref: TaskRef, head: ShardCut, tail: ShardCut) -> None:
@@ -275,7 +287,7 @@ def split(conn: Connection, ref: TaskRef, head: ShardCut, tail: ShardCut) -> Non
         return
     _require_whole(task, head, tail)
     values = {"byte_end": head.byte_end, "line_count": head.line_count, "checksum": head.checksum}
-    conn.execute(update(tasks).where(tasks.c.id == task["id"]).values(values | {"skipped": head.skipped}))
+    write_task(conn, task, values | {"skipped": head.skipped})
     lock_batch(conn, task["batch_id"])
     conn.execute(update(batches).where(batches.c.id == task["batch_id"]).values(open_shards=batches.c.open_shards + 1))
     add_shards(conn, task["batch_id"], (tail,))
