@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 
 STEADY_AFTER_S = 5.0
 _SLEPT_S = 1.0
+_WAITED_S = 1.0
 _WALL_JUMP_S = 300.0
 
 
@@ -46,6 +47,15 @@ class Availability:
     def failed(self) -> None:
         """Note that the database did not answer."""
         self._since_s = None
+
+    def asked_s(self) -> float:
+        """Read the time at which a transaction asks for its turn."""
+        return self._clock.monotonic_s()
+
+    def answered(self, asked_s: float) -> None:
+        """Note how long the turn took: who waited may have kept others from renewing too, or have been kept with them."""
+        if self._clock.monotonic_s() - asked_s > _WAITED_S:
+            self.failed()
 
     def is_steady(self) -> bool:
         """Tell whether leases that ran out may be taken."""

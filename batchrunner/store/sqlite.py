@@ -159,7 +159,9 @@ class Writer:
         try:
             if self._connection is None:
                 self._connection = self._engine.connect()
+            asked_s = self._availability.asked_s()
             with self._connection.begin():
+                self._availability.answered(asked_s)
                 yield self._connection
         except SQLAlchemyError as error:
             self._drop()

@@ -270,6 +270,34 @@ def test_outage_starts_the_wait_for_lost_leases_anew(path: Path, monkeypatch: py
     store.close()
 
 
+class SteppingClock(SystemClock):
+    """The machine's clock, some seconds on."""
+
+    ahead_s = 0.0
+
+    def monotonic_s(self) -> float:
+        return super().monotonic_s() + self.ahead_s
+
+    def boot_s(self) -> float:
+        return super().boot_s() + self.ahead_s
+
+
+@pytest.mark.parametrize(("wait_s", "is_steady"), [(0.0, True), (2.0, False)])
+def test_long_wait_for_the_file_counts_as_an_outage(path: Path, wait_s: float, is_steady: bool) -> None:
+    """Whoever waited so long may find leases that ran out only because their holders waited too."""
+    clock = SteppingClock()
+    store = SqliteStore.open(path, clock)
+    clock.ahead_s += 6.0
+
+    def wait(_conn: Any) -> None:
+        clock.ahead_s += wait_s
+
+    event.listen(store._writer._engine, "begin", wait)
+    with store.writing():
+        assert store.availability.is_steady() is is_steady
+    store.close()
+
+
 def test_refused_words_never_reach_a_row(path: Path) -> None:
     store = SqliteStore.open(path, SystemClock())
     make_batch(store)
