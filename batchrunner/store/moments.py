@@ -53,7 +53,7 @@ class Availability:
         return self._clock.monotonic_s()
 
     def answered(self, asked_s: float) -> None:
-        """Note how long the turn took: who waited may have kept others from renewing too, or have been kept with them."""
+        """Note how long the turn took: while somebody waited long, others may not have been able to renew."""
         if self._clock.monotonic_s() - asked_s > _WAITED_S:
             self.failed()
 
