@@ -415,9 +415,6 @@ class ShardJournal:
             try:
                 self._write_once()
                 return None
-            except NameTaken as taken:
-                error = taken
-                self._segment = replace(self._segment, number=self._segment.number + 1)
             except BatchrunnerError as failed:
                 error = failed
                 self._end_segment(failed)
@@ -426,8 +423,11 @@ class ShardJournal:
     def _write_once(self) -> None:
         if not self._unsynced.parts:
             return
-        if self._appender is None:
-            self._appender = self._blobs.create_segment(self._segment.blob)
+        while self._appender is None:
+            try:
+                self._appender = self._blobs.create_segment(self._segment.blob)
+            except NameTaken:
+                self._segment = replace(self._segment, number=self._segment.number + 1)
         for chunk in _chunks(self._unsynced.parts):
             self._appender.append(chunk)
         self._appender.sync()
@@ -437,18 +437,15 @@ class ShardJournal:
         name, length = self._segment.blob, self._length
         logger.warning("segment %s ended at byte %d: %s", name, length, error, extra={"action": "segment_ended"})
         self.let_go()
-        if length or not self._is_deleted():
+        if length:
             self._segment = replace(self._segment, number=self._segment.number + 1)
-        self._length = 0
-
-    def _is_deleted(self) -> bool:
-        """Remove a segment without a durable byte: its number is free again, a full disk leaves no litter."""
+            self._length = 0
+            return
+        # Without a durable byte it goes, its number is free again: no litter, no gap that hides others from salvage.
         try:
-            self._blobs.delete(self._segment.blob)
-        except BatchrunnerError as error:
-            logger.warning("segment %s stays: %s", self._segment.blob, error, extra={"action": "segment_stays"})
-            return False
-        return True
+            self._blobs.delete(name)
+        except BatchrunnerError as stays:
+            logger.warning("segment %s stays: %s", name, stays, extra={"action": "segment_stays"})
 
     def acknowledge(self) -> None:
         """Commit thread, lock held, after the sync: the group is durable."""

@@ -185,7 +185,11 @@ class LocalBlobs:
             return
         if self._root in folder.parents or not folder.parent.is_dir():
             self._make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError as error:
+            # A file stands where the folder has to be; that is no name of ours that is taken.
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
         # Another process may have made it just now and not synced it yet.
         _sync_folder(folder.parent)
         self._durable_folders.add(folder)
