@@ -382,8 +382,8 @@ class Window:
     def _larger(self, known: _Level, at_s: float) -> int | None:
         stretch = self._stretch if self._is_climbing else 1.25 if known.rate > COARSE_RATE else 1.5
         target = min(max(known.size + 1, int(known.size * stretch)), self.size_max)
-        if target >= self._ceiling:
-            room = self._ceiling - known.size
+        room = self._ceiling - known.size
+        if target > known.size + room / 2:
             if room > max(1.0, 0.03 * known.size):
                 target = known.size + int(room / 2)
             elif at_s >= self._ceiling_retry_at_s:
@@ -434,7 +434,11 @@ class Window:
         self._ceiling_retry_s = min(CEILING_RETRY_MAX_S, 1.5 * self._ceiling_retry_s)
         self._is_climbing = False
         self._probe_at_s = at_s + 1.0
-        self._restart(max(1, size), at_s)
+        if self._trial.aim is _Aim.UP and self._known is not None and bound is Bound.REFUSALS:
+            # What was known before the step up holds still.
+            self._enter(_Aim.HOLD, self._known.size, at_s)
+        else:
+            self._restart(max(1, size), at_s)
         self._patient_until_s = self._trial.from_s + (1.0 if bound is Bound.FAILURES else 0.0)
         self._name_bound()
 
