@@ -460,6 +460,8 @@ def test_gave_up_ends_every_task_and_fences_its_holders(world: World) -> None:
     before = world.backend.dump()
     with pytest.raises(Fenced):
         world.store.register(held.ref, progress(held, 0, 10))
+    with pytest.raises(Fenced):
+        world.store.settle(held.ref, Progress())
     assert world.claims_nothing(TWO)
     assert world.backend.dump() == before
     assert [held.is_mine for held in world.store.watch(ONE).held] == [False]
@@ -1223,6 +1225,8 @@ def test_fence_of_a_next_sealer_shuts_the_former_out(world: World) -> None:
     world.store.salvage_sealed(seal.ref, old[0].ref, Progress())
     world.clock.advance(LEASE_S + 1)
     after = world.claim(TWO, kinds=ANY)
+    with pytest.raises(Fenced):
+        world.store.salvage_sealed(after.ref, old[1].ref, Progress())
 
     new = world.store.fence(after.ref)
 
