@@ -214,8 +214,11 @@ class Fanout:
 
     def _short_of(self) -> Bound:
         """What keeps the window from being full, if anything does."""
+        now_s = self._clock.monotonic_s()
         if self.effective_window < self.window:
             return Bound.MEMORY
+        if now_s < self.gate.cooldown.until_s:
+            return Bound.REFUSALS
         if self.gate.requests is not None or self.gate.tokens is not None:
             return Bound.RATE
         return Bound.INPUT
@@ -377,7 +380,9 @@ class Fanout:
         work.task = asyncio.current_task()
         self.tally.attempts += 1
         try:
-            attempt = await self._upstream.send(line.url, line.body, idempotency_key=key)
+            attempt = await self._upstream.send(
+                line.url, line.body, idempotency_key=key, is_at_most_once=work.run.is_at_most_once
+            )
         except asyncio.CancelledError:
             if not work.is_aborted or work.task is None:
                 raise

@@ -282,7 +282,9 @@ class Store(Protocol):
 class Upstream(Protocol):
     """The server that answers lines."""
 
-    async def send(self, url: str, body: bytes, *, idempotency_key: str | None) -> Attempt:
+    async def send(
+        self, url: str, body: bytes, *, idempotency_key: str | None, is_at_most_once: bool = False
+    ) -> Attempt:
         """POST a line's body to `url` (as in the line, with its leading /v1) and read the whole answer, within the deadlines and the cap on
         decoded bytes. Never raises for what the peer or the network does: that is an Attempt with `error`. Redirects are not followed.
         Cancelling the call closes its connection."""

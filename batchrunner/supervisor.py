@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _LINE_BYTES_MAX = 1 << 20
 _PACE_S = 0.1
+# A worker that is slow to report is waited for so many rounds.
+_ROUNDS_MAX = 3
 # A worker that dies this often within the time below, without a line done in between, is not started again.
 _DEATHS_MAX = 5
 _DEATHS_WITHIN_S = 60.0
@@ -80,7 +82,7 @@ class _Child:
         self.number = number
         self.process: asyncio.subprocess.Process | None = None
         self.report: Report | None = None
-        self.fresh: Report | None = None
+        self.fresh: list[Sample] = []
         self.deaths: list[float] = []
         self.past = Tally()
         self.grants = (0, 0)
@@ -172,7 +174,8 @@ class Supervisor:
             code = await self._listen(child)
             if child.report is not None:
                 child.past.add(tally_from_wire(child.report.tally))
-            child.process = child.report = child.fresh = None
+            child.process = child.report = None
+            child.fresh.clear()
             child.grants = (0, 0)
             await self._bury()
             if self._stop_grace_s is not None:
@@ -195,7 +198,8 @@ class Supervisor:
         assert process is not None
         assert process.stdout is not None
         while line := await process.stdout.readline():
-            child.report = child.fresh = _REPORT.decode(line)
+            child.report = _REPORT.decode(line)
+            child.fresh.append(child.report.sample)
         return await process.wait()
 
     def _note_death(self, child: _Child, code: int) -> None:
@@ -210,15 +214,26 @@ class Supervisor:
     # -- shares ----------------------------------------------------------------------------------------------------------
 
     async def _pace(self) -> None:
+        rounds = 0
         while True:
-            fresh = [child.fresh.sample for child in self._children if child.fresh is not None]
-            if fresh:
-                self.window.observe(merged(fresh))
-                for child in self._children:
-                    child.fresh = None
+            rounds += 1
+            if self._all_have_reported() or rounds >= _ROUNDS_MAX:
+                rounds = 0
+                self._observe()
             self._hand_out()
             self._end_late_workers()
             await self._clock.sleep(_PACE_S)
+
+    def _all_have_reported(self) -> bool:
+        return all(child.fresh for child in self._children if child.process is not None)
+
+    def _observe(self) -> None:
+        """Show the window's controller all that came since the last time, each sample once."""
+        samples = [sample for child in self._children for sample in child.fresh]
+        for child in self._children:
+            child.fresh.clear()
+        if samples:
+            self.window.observe(merged(samples))
 
     def _hand_out(self) -> None:
         """Split the window over the workers, an idle one keeping a place to begin with.

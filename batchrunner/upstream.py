@@ -33,6 +33,8 @@ _RETRY_AFTER_MS = istr("retry-after-ms")
 _LABEL_CHARACTERS_MAX = 256
 _GZIP_MEMBERS_MAX = 16
 _HEADS_MAX = 256
+# A peer that had closed an idle connection says so at once; a later reset comes from somebody who was at work.
+_STALE_WITHIN_S = 1.0
 
 
 def join_url(base_url: str, line_url: str) -> URL:
@@ -74,8 +76,9 @@ class AiohttpUpstream:
 
     `total_timeout_s` runs from `send` to the last byte, connecting included; `idle_timeout_s` is the longest silence
     inside an answer that has begun. A connection that was idle for `keepalive_s` is not used again: many servers close
-    theirs after 5 s. `resend_on_stale` allows one silent repeat when a used connection turns out to be closed before
-    any byte of an answer came; without it that is AttemptError.RESET, as an at-most-once line needs.
+    theirs after 5 s. A request on a used connection that turns out
+    to be closed before any byte of an answer came is sent again at once, but for a line that is at most once: for it that is
+    AttemptError.RESET.
 
     Raises:
         UsageError: the base URL, a header, the key or the CA bundle does not fit.
@@ -93,7 +96,6 @@ class AiohttpUpstream:
         connect_timeout_s: float = 10.0,
         keepalive_s: float = 4.0,
         reply_bytes_max: int = 32 * 1024 * 1024,
-        resend_on_stale: bool = True,
         ca_bundle: Path | None = None,
     ) -> None:
         base = _parse_base(base_url)
@@ -103,7 +105,6 @@ class AiohttpUpstream:
         self._idle_timeout_s = idle_timeout_s
         self._keepalive_s = keepalive_s
         self._reply_bytes_max = reply_bytes_max
-        self._resend_on_stale = resend_on_stale
         self._shared_head = _shared_head(base, api_key, headers or {})
         self._dialer = Dialer(
             base, connect_timeout_s=connect_timeout_s, reply_bytes_max=reply_bytes_max, ca_bundle=ca_bundle
@@ -115,7 +116,9 @@ class AiohttpUpstream:
         self._openings: dict[asyncio.Task[Wire | Failure], _Opening] = {}
         self._is_closed = False
 
-    async def send(self, url: str, body: bytes, *, idempotency_key: str | None) -> Attempt:
+    async def send(
+        self, url: str, body: bytes, *, idempotency_key: str | None, is_at_most_once: bool = False
+    ) -> Attempt:
         """See Upstream.
 
         Raises:
@@ -128,7 +131,8 @@ class AiohttpUpstream:
         if wire is not None:
             outcome = await self._exchange(wire, head, body, started_at_s)
             is_stale = isinstance(outcome, Failure) and outcome.error is AttemptError.RESET and not wire.has_heard
-            if is_stale and self._resend_on_stale:
+            is_stale = is_stale and self._clock.monotonic_s() - started_at_s < _STALE_WITHIN_S
+            if is_stale and not is_at_most_once:
                 outcome = await self._exchange_anew(head, body, started_at_s)
         else:
             outcome = await self._exchange_anew(head, body, started_at_s)

@@ -23,5 +23,13 @@ async def upstream_of(url: str, **settings: Any) -> AsyncIterator[AiohttpUpstrea
         await upstream.close()
 
 
-async def send(upstream: AiohttpUpstream, body: bytes = b'{"n":1}', url: str = CHAT, key: str | None = None) -> Attempt:
-    return await asyncio.wait_for(upstream.send(url, body, idempotency_key=key), LIMIT_S)
+async def send(
+    upstream: AiohttpUpstream,
+    body: bytes = b'{"n":1}',
+    url: str = CHAT,
+    key: str | None = None,
+    *,
+    is_at_most_once: bool = False,
+) -> Attempt:
+    sending = upstream.send(url, body, idempotency_key=key, is_at_most_once=is_at_most_once)
+    return await asyncio.wait_for(sending, LIMIT_S)

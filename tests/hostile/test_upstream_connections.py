@@ -27,10 +27,10 @@ async def close_after_each_answer(talk: Talk) -> None:
 
 
 async def test_connection_closed_while_idle_is_noticed_before_sending() -> None:
-    async with peer_with(close_after_each_answer) as peer, upstream_of(peer.url, resend_on_stale=False) as upstream:
-        first = await send(upstream)
+    async with peer_with(close_after_each_answer) as peer, upstream_of(peer.url) as upstream:
+        first = await send(upstream, is_at_most_once=True)
         await until(lambda: not any(wire.is_open for wire in upstream._idle))
-        second = await send(upstream)
+        second = await send(upstream, is_at_most_once=True)
 
     assert [first.status, second.status] == [200, 200]
     assert [len(talk.requests) for talk in peer.talks] == [1, 1]
@@ -54,9 +54,9 @@ async def test_connection_that_dies_without_a_byte_is_replaced_once() -> None:
 async def test_at_most_once_is_not_sent_again_on_a_fresh_connection() -> None:
     async with (
         peer_with(close_instead_of_second_answer) as peer,
-        upstream_of(peer.url, resend_on_stale=False) as upstream,
+        upstream_of(peer.url) as upstream,
     ):
-        attempts = [await send(upstream), await send(upstream)]
+        attempts = [await send(upstream), await send(upstream, is_at_most_once=True)]
 
     assert [attempt.error for attempt in attempts] == [None, AttemptError.RESET]
     assert [len(talk.requests) for talk in peer.talks] == [2]
