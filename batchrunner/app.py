@@ -18,6 +18,7 @@ from typing import Protocol, Self
 
 import msgspec
 
+from batchrunner import crash
 from batchrunner.blobs.local import LocalBlobs
 from batchrunner.clock import SystemClock, SystemRng
 from batchrunner.errors import BatchrunnerError, UsageError
@@ -235,9 +236,7 @@ class LocalCrew:
 
     async def run(self) -> None:
         """See Crew."""
-        session = worker_session(
-            self._adapters, self._folder, self._settings, api_key=self._api_key, pacer=self._pace
-        )
+        session = worker_session(self._adapters, self._folder, self._settings, api_key=self._api_key, pacer=self._pace)
         async with session as self._worker:
             if self._stop_grace_s is not None:
                 self._worker.stop(grace_s=self._stop_grace_s)
@@ -330,6 +329,15 @@ class Runner:
         return process_crew(self.adapters, self.folder, self.settings, self._api_key, worker_count)
 
 
+def arm_crash_point() -> None:
+    """Have this process kill itself at the point that BATCHRUNNER_CRASH_AT names, so that tests can prove what survives.
+
+    Raises:
+        UsageError: there is no such point.
+    """
+    crash.arm(os.environ.get("BATCHRUNNER_CRASH_AT", ""), lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
 # -- a worker process ----------------------------------------------------------------------------------------------------
 
 
@@ -372,9 +380,7 @@ async def _work(greeting: _Greeting, stdin: asyncio.StreamReader) -> None:
     adapters = open_adapters(Path(greeting.folder))
     workers: list[Worker] = []
     pacer = _PipePacer(lambda: workers[0])
-    session = worker_session(
-        adapters, Path(greeting.folder), greeting.settings, api_key=greeting.api_key, pacer=pacer
-    )
+    session = worker_session(adapters, Path(greeting.folder), greeting.settings, api_key=greeting.api_key, pacer=pacer)
     async with session as worker:
         workers.append(worker)
         worker.fanout.window = 0
@@ -407,6 +413,7 @@ async def _worker_process() -> None:
 def worker_main() -> None:
     """Run this process as a worker of the supervisor at the other end of its pipes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    arm_crash_point()
     logging.basicConfig(level=logging.WARNING, format="worker %(process)d: %(message)s", stream=sys.stderr)
     with asyncio.Runner(loop_factory=tune_process()) as runner:
         runner.run(_worker_process())

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+from batchrunner import crash
 from batchrunner.errors import BatchrunnerError, DiskFull, NameTaken, OwnError
 from batchrunner.frames import HEADER_BYTES, Record, clipped, header, read_payload, seed
 from batchrunner.models import NO_USAGE, BatchId, NewExtent, RecordKind, SegmentRef, SessionId, TaskRef, Usage
@@ -241,6 +242,7 @@ class Journal:
         trouble = None
         for shard in shards:
             error = shard.write_group(tries=1 if self.trouble else 2)
+            crash.point("journal.synced")
             with backlog.lock:
                 if error is None:
                     shard.acknowledge()

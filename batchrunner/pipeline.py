@@ -22,6 +22,7 @@ from typing import assert_never
 
 import msgspec
 
+from batchrunner import crash
 from batchrunner.errors import OwnError
 from batchrunner.journal import Journal
 from batchrunner.lines import LineRules, ProblemCode
@@ -122,7 +123,9 @@ class Pipeline:
             input_sha256=found.sha256,
             model=found.model,
         )
+        crash.point("validate.before_accept")
         self._store.accept_input(claim.ref, accepted)
+        crash.point("validate.accepted")
 
     def load_shard(self, claim: Claim) -> ShardRun:
         """Make a claimed shard ready for the fan-out. Raises as `shards.load` does."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from batchrunner import crash
 from batchrunner.errors import DiskFull, JournalCorrupt, ReconciliationError
 from batchrunner.frames import Damage, Record, read_records, salvage, segment_of
 from batchrunner.journal import Journal, copy_salvaged
@@ -155,6 +156,7 @@ class Sealing:
             Fenced: a newer sealer is at work.
         """
         shards = self._store.fence(self._claim.ref)
+        crash.point("seal.fenced")
         for shard in shards:
             self._salvage_tail(shard)
         scope = self._store.scope(self._batch.tenant)
@@ -172,7 +174,10 @@ class Sealing:
             self._output.abort()
             self._errors.abort()
             raise
-        return self._store.publish(self._claim.ref, self._publication())
+        crash.point("seal.files_committed")
+        published = self._store.publish(self._claim.ref, self._publication())
+        crash.point("seal.published")
+        return published
 
     # -- before reading --------------------------------------------------------------------------------------------------
 
@@ -187,9 +192,11 @@ class Sealing:
             if found.records:
                 own = self._journal.open(self._batch.id, shard.ref, first_mark=0)
                 copy_salvaged(self._blobs, found.records, own)
+                crash.point("seal.salvage_copied")
                 progress = Progress(extents=own.take_registrable())
                 own.close()
         self._store.salvage_sealed(self._claim.ref, shard.ref, progress)
+        crash.point("seal.salvaged")
 
     def _lines_of(self, shard: Claim) -> range:
         """The line numbers that a shard still has; a holder frozen before a split may have answered others."""
@@ -273,7 +280,9 @@ class Sealing:
 
     def _put_refused(self, problem: LineProblem, rest: Iterator[LineProblem]) -> LineProblem | None:
         self._ledger.refused += 1
-        line = self._results.failed(problem.line_number or 0, problem.custom_id, code=problem.code, message=problem.message)
+        line = self._results.failed(
+            problem.line_number or 0, problem.custom_id, code=problem.code, message=problem.message
+        )
         self._errors.add(line)
         return next(rest, None)
 
@@ -301,7 +310,9 @@ class Sealing:
         )
         for what, written, counted in rows:
             if written != counted:
-                raise ReconciliationError(f"batch {batch.id}: {written} {what} were written, {counted} are in the ledger")
+                raise ReconciliationError(
+                    f"batch {batch.id}: {written} {what} were written, {counted} are in the ledger"
+                )
 
     def _publication(self) -> Publication:
         is_cancel = self._batch.ended_by is EndedBy.CANCEL

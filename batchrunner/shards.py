@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Container, Iterator
 from itertools import takewhile
 
+from batchrunner import crash
 from batchrunner.errors import InputChanged, ReconciliationError
 from batchrunner.frames import Salvaged, salvage
 from batchrunner.journal import Journal, ShardJournal, copy_salvaged
@@ -126,7 +127,9 @@ class ShardRun:
         while True:
             start = self._position
             if start >= self._end:
-                raise ReconciliationError(f"shard {self.shard.task_id}: {self._untouched_count} lines fewer than were validated")
+                raise ReconciliationError(
+                    f"shard {self.shard.task_id}: {self._untouched_count} lines fewer than were validated"
+                )
             number = self._line_number + 1
             if not self._may_send(number):
                 return None
@@ -182,7 +185,11 @@ class ShardRun:
     def open_lines(self, mark: int) -> list[RequestLine]:
         """The lines up to `mark` that have no record: those that an earlier holder may have sent."""
         lines = iter_lines(self._buffer, self.shard.first_line, self._skipped, self._rules)
-        return [line for line in takewhile(lambda line: line.line_number <= mark, lines) if line.line_number not in self._done]
+        return [
+            line
+            for line in takewhile(lambda line: line.line_number <= mark, lines)
+            if line.line_number not in self._done
+        ]
 
     def cut_tail(self, *, keep_lines: int) -> tuple[ShardCut, ShardCut] | None:
         """Work out a split that leaves this holder `keep_lines` more untouched lines, None if too little would be left for either side.
@@ -238,9 +245,7 @@ class ShardRun:
         self._untouched_count -= tail.line_count
 
 
-def iter_lines(
-    buffer: bytes, first_line: int, skipped: Container[int], rules: LineRules
-) -> Iterator[RequestLine]:
+def iter_lines(buffer: bytes, first_line: int, skipped: Container[int], rules: LineRules) -> Iterator[RequestLine]:
     """Give the requests of a shard's bytes in order: neither blank lines nor refused ones."""
     position, number = 0, first_line - 1
     while position < len(buffer):
@@ -278,6 +283,7 @@ def load(blobs: Blobs, journal: Journal, claim: Claim, rules: LineRules) -> Shar
     own = journal.open(claim.batch.id, claim.ref, first_mark=first_mark)
     run = ShardRun(claim, buffer, rules, own, set(found.registered))
     run.take_over(found, blobs)
+    crash.point("salvage.copied")
     if is_at_most_once:
         for line in run.open_lines(shard.intent_mark):
             run.end_open_line(line, LineCode.OUTCOME_UNKNOWN, _UNKNOWN)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, assert_never
 
+from batchrunner import crash
 from batchrunner.errors import BatchrunnerError, DiskFull, Fenced, InputChanged, StoreUnavailable
 from batchrunner.fanout import Fanout
 from batchrunner.lifecycle import BatchStatus
@@ -125,6 +126,10 @@ class Worker:
         self._renewals = Renewals(store, session, settings, clock)
         self._threads = ThreadPoolExecutor(max_workers=3, thread_name_prefix="worker")
         self._runs: dict[int, ShardRun] = {}
+        # Shards given away or lost whose last replies are still awaited: these belong into their journal all the same.
+        self._lost: list[ShardRun] = []
+        # Failed tasks whose failure is not in the store yet. They must get there, or this session renews their leases forever.
+        self._owed: list[tuple[Claim, str]] = []
         self._changed = asyncio.Event()
         self._is_stopping = False
         self._stop_by_s = 0.0
@@ -186,7 +191,7 @@ class Worker:
             await self._clock.sleep(_KEEP_S)
 
     async def _keep(self, group: asyncio.TaskGroup) -> None:
-        while not (self._is_stopping and not self._runs and self._step_count == 0):
+        while not (self._is_stopping and not self._runs and not self._owed and self._step_count == 0):
             try:
                 await self._keep_once(group)
                 self.trouble = None
@@ -218,6 +223,7 @@ class Worker:
         if now_s >= self._sweep_at_s:
             self._sweep_at_s = now_s + self._settings.sweep_s
             await self._call(self._store.sweep)
+        await self._pay_owed()
         for run in list(self._runs.values()):
             await self._tend(run)
         await self._pause_if_broken()
@@ -243,7 +249,9 @@ class Worker:
             elif self._clock.monotonic_s() - run.registered_at_s >= self._settings.register_s:
                 await self._register(run)
         except Fenced:
-            logger.warning("shard lost to a newer holder", extra={"action": "shard_fenced", "task_id": run.shard.task_id})
+            logger.warning(
+                "shard lost to a newer holder", extra={"action": "shard_fenced", "task_id": run.shard.task_id}
+            )
             self._drop(run)
 
     def _progress(self, run: ShardRun, *, intent_mark: int | None = None) -> Progress:
@@ -265,7 +273,9 @@ class Worker:
         progress = self._progress(run, intent_mark=intent_mark)
         if progress == Progress():
             return
+        crash.point("register.before_commit")
         await self._call(self._store.register, run.claim.ref, progress)
+        crash.point("register.committed")
         self._registered(run, progress)
 
     async def _register_intent(self, run: ShardRun) -> None:
@@ -279,7 +289,9 @@ class Worker:
         if run.journal.waiting_records:
             self._pipeline.journal.request_sync()
             return
+        crash.point("settle.before_commit")
         await self._call(self._store.settle, run.claim.ref, self._progress(run))
+        crash.point("settle.committed")
         self._drop(run)
         self.step_done.set()
 
@@ -297,12 +309,20 @@ class Worker:
             self._pipeline.journal.request_sync()
             return
         await self._call(self._store.give_back, run.claim.ref, self._progress(run))
+        crash.point("give_back.committed")
         self._drop(run)
 
     def _drop(self, run: ShardRun) -> None:
         self.fanout.forget(run)
         self._runs.pop(run.shard.task_id, None)
-        run.journal.close()
+        self._lost.append(run)
+        self._close_lost()
+
+    def _close_lost(self) -> None:
+        """Close the journals of dropped shards whose last reply has come."""
+        for run in [lost for lost in self._lost if lost.in_flight_count == 0]:
+            self._lost.remove(run)
+            run.journal.close()
 
     def _leave(self, run: ShardRun, *, by_s: float) -> None:
         if run.leave_by_s is None or by_s < run.leave_by_s:
@@ -320,6 +340,7 @@ class Worker:
         head, tail = cut
         run.drop_tail(tail)
         await self._call(self._store.split, run.claim.ref, head, tail)
+        crash.point("split.committed")
 
     # -- what others want ------------------------------------------------------------------------------------------------
 
@@ -327,17 +348,20 @@ class Worker:
         """Ask how the tasks in hand stand; follow cancel, deadline, pause, hold and loss; share with the hungry."""
         watch = await self._call(self._store.watch, self.session)
         now_s = self._clock.monotonic_s()
-        for held in watch.held:
-            run = self._runs.get(held.task_id)
-            if run is not None:
+        self._close_lost()
+        rows = {held.task_id: held for held in watch.held}
+        for run in list(self._runs.values()):
+            held = rows.get(run.shard.task_id)
+            if held is None or not held.is_mine:
+                logger.warning("shard lost", extra={"action": "shard_lost", "task_id": run.shard.task_id})
+                self._drop(run)
+            else:
                 self._follow(run, held, now_s)
         if watch.is_anyone_hungry and not self._is_stopping:
             await self._share()
 
     def _follow(self, run: ShardRun, held: Held, now_s: float) -> None:
-        if not held.is_mine:
-            self._drop(run)
-        elif held.status is not BatchStatus.IN_PROGRESS:
+        if held.status is not BatchStatus.IN_PROGRESS:
             self._leave(run, by_s=now_s + self._settings.cancel_grace_s)
         elif held.is_paused:
             self._leave(run, by_s=float("inf"))
@@ -373,7 +397,9 @@ class Worker:
             return False
         if self._pipeline.journal.trouble is not None:
             return False
-        return self.fanout.untouched_count < max(self.fanout.window, 1) or all(run.is_touched for run in self._runs.values())
+        return self.fanout.untouched_count < max(self.fanout.window, 1) or all(
+            run.is_touched for run in self._runs.values()
+        )
 
     async def _claim(self, group: asyncio.TaskGroup) -> bool:
         """Claim and start one task; False when there was none."""
@@ -401,10 +427,15 @@ class Worker:
         kinds = (TaskKind.SEAL, TaskKind.VALIDATE, TaskKind.SHARD) if self._step_count == 0 else (TaskKind.SHARD,)
         claim = self._store.claim(self.session, lease_s=self._settings.lease_s, kinds=kinds)
         if claim is None and not self._runs and self._step_count == 0:
-            claim = self._store.claim(self.session, lease_s=self._settings.lease_s, kinds=(TaskKind.SHARD,), quarantined=True)
+            claim = self._store.claim(
+                self.session, lease_s=self._settings.lease_s, kinds=(TaskKind.SHARD,), quarantined=True
+            )
+        if claim is not None:
+            crash.point("claim.taken")
         return claim
 
     async def _take_shard(self, claim: Claim) -> None:
+        """Load a claimed shard and put it into the rotation; whatever fails, the task does not stay with this session."""
         assert claim.shard is not None
         try:
             if claim.shard.deaths >= _QUARANTINE_DEATHS and not claim.shard.is_quarantined:
@@ -414,15 +445,14 @@ class Worker:
         except Fenced:
             return
         except InputChanged as error:
-            logger.error("%s", error, extra={"action": "input_changed", "batch_id": claim.batch.id})
+            logger.error("%s", error, extra={"action": "input_changed", "batch_id": claim.batch.id})  # noqa: TRY400 - no bug
+            self._owe(claim, error)
             scope = self._store.scope(claim.batch.tenant)
             await self._call(scope.pause, claim.batch.id, PauseReason.INPUT_CHANGED.value)
-            await self._call(self._store.give_back, claim.ref, Progress())
             return
-        except (StoreUnavailable, DiskFull):
-            raise
         except Exception as error:
-            await self._fail(claim, error)
+            logger.exception("shard not loaded", extra={"action": "task_failed", "task_id": claim.ref.task_id})
+            self._owe(claim, error)
             return
         run.registered_at_s = self._clock.monotonic_s()
         self._runs[claim.ref.task_id] = run
@@ -437,7 +467,8 @@ class Worker:
         except Fenced:
             logger.warning("step lost to a newer holder", extra={"action": "step_fenced", "task_id": task_id})
         except Exception as error:
-            await self._fail(claim, error)
+            logger.exception("step failed", extra={"action": "task_failed", "task_id": task_id, "kind": claim.kind})
+            self._owe(claim, error)
         finally:
             self._renewals.step_ended(task_id)
             self._step_count -= 1
@@ -445,11 +476,16 @@ class Worker:
             self.step_done.set()
             self.changed()
 
-    async def _fail(self, claim: Claim, error: Exception) -> None:
-        """Log a task's failure with its traceback and put the task back with backoff."""
-        logger.exception("task failed", exc_info=error, extra={"action": "task_failed", "task_id": claim.ref.task_id, "kind": claim.kind})
+    def _owe(self, claim: Claim, error: Exception) -> None:
         code = error.code if isinstance(error, BatchrunnerError) else type(error).__name__
-        try:
-            await self._call(lambda: self._store.fail_task(claim.ref, f"{code}: {error}", progressed=False))
-        except (Fenced, StoreUnavailable) as lost:
-            logger.warning("task left to its lease: %s", lost, extra={"action": "task_left", "task_id": claim.ref.task_id})
+        self._owed.append((claim, f"{code}: {error}"))
+
+    async def _pay_owed(self) -> None:
+        """Put failed tasks back with backoff."""
+        while self._owed:
+            claim, message = self._owed[0]
+            try:
+                await self._call(lambda: self._store.fail_task(claim.ref, message, progressed=False))  # noqa: B023 - awaited here
+            except Fenced:
+                logger.info("failed task was taken over", extra={"action": "task_fenced", "task_id": claim.ref.task_id})
+            del self._owed[0]

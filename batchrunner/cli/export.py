@@ -13,12 +13,12 @@ from pathlib import Path
 import msgspec
 import orjson
 
-from batchrunner import __version__
+from batchrunner import __version__, crash
 from batchrunner.app import Runner
 from batchrunner.cli.exits import ExitCode
 from batchrunner.cli.folding import Folded, fold
 from batchrunner.cli.preparing import Prepared, RunRequest
-from batchrunner.cli.run_folder import fingerprint, sync_folder, write_whole
+from batchrunner.cli.run_folder import Fingerprint, fingerprint, sync_folder, write_whole
 from batchrunner.cli.summary import ErrorGroup, Outcome, Summary, counts_of, exit_code_for, usage_of
 from batchrunner.lifecycle import TERMINAL
 from batchrunner.models import Batch
@@ -66,8 +66,7 @@ def finish(request: RunRequest, prepared: Prepared, runner: Runner, scope: Tenan
     batch = folded.batch
     code = exit_code_for(batch)
     if batch.total_count:
-        _export(request, prepared, folded)
-        _write_manifest(prepared, runner, folded)
+        _export(request, prepared, runner, folded)
         prepared.record.was_sent = True
         prepared.record.finished_exit_code = int(code)
     summary = _summary(request, prepared, outcome, batch, folded, code=code)
@@ -79,43 +78,44 @@ def finish(request: RunRequest, prepared: Prepared, runner: Runner, scope: Tenan
 def is_untouched(prepared: Prepared) -> bool:
     """Tell whether a finished run's files are still those that it wrote."""
     wanted = prepared.record.exported
-    return bool(wanted) and all(Path(path).is_file() and fingerprint(Path(path)) == mark for path, mark in wanted.items())
+    return bool(wanted) and all(
+        Path(path).is_file() and fingerprint(Path(path)) == mark for path, mark in wanted.items()
+    )
 
 
 # -- files ---------------------------------------------------------------------------------------------------------------
 
 
-def _export(request: RunRequest, prepared: Prepared, folded: Folded) -> None:
-    """Put the files at their places, errors first: whoever sees OUTPUT sees the rest too."""
-    record = prepared.record
-    rows = [(folded.errors, prepared.errors_path)]
+def _export(request: RunRequest, prepared: Prepared, runner: Runner, folded: Folded) -> None:
+    """Put the files at their places, OUTPUT last: whoever sees it sees the errors and the manifest too."""
+    crash.point("export.before")
+    exported: dict[str, Fingerprint] = {}
+    if folded.errors is None:
+        prepared.errors_path.unlink(missing_ok=True)
+    else:
+        exported |= _place(folded.errors, prepared.errors_path)
+    crash.point("export.errors_placed")
+    _write_manifest(prepared, runner, folded)
+    crash.point("export.manifest_written")
     if not request.is_streaming:
-        rows.append((folded.output, prepared.output_path))
-    record.exported = {}
-    for source, target in rows:
-        if source is not None:
-            _place(source, target)
-            record.exported[str(target.resolve())] = fingerprint(target)
-        elif target == prepared.output_path:
-            _place_empty(target)
-            record.exported[str(target.resolve())] = fingerprint(target)
-        else:
-            target.unlink(missing_ok=True)
+        exported |= _place(folded.output, prepared.output_path)
+        crash.point("export.output_placed")
+    prepared.record.exported = exported
 
 
-def _place(source: Path, target: Path) -> None:
-    """Make `target` a file of its own with the bytes of `source`: temp, fsync, rename, fsync the folder."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    with source.open("rb") as reading, temporary.open("wb") as writing:
-        shutil.copyfileobj(reading, writing, _COPY_BYTES)
-        writing.flush()
-        os.fsync(writing.fileno())
-    temporary.replace(target)
-    sync_folder(target.parent)
-
-
-def _place_empty(target: Path) -> None:
-    write_whole(target, b"")
+def _place(source: Path | None, target: Path) -> dict[str, Fingerprint]:
+    """Make `target` a file of its own with the bytes of `source`, empty without one: temp, fsync, rename, fsync the folder."""
+    if source is None:
+        write_whole(target, b"")
+    else:
+        temporary = target.with_name(f".{target.name}.tmp")
+        with source.open("rb") as reading, temporary.open("wb") as writing:
+            shutil.copyfileobj(reading, writing, _COPY_BYTES)
+            writing.flush()
+            os.fsync(writing.fileno())
+        temporary.replace(target)
+        sync_folder(target.parent)
+    return {str(target.resolve()): fingerprint(target)}
 
 
 def _write_manifest(prepared: Prepared, runner: Runner, folded: Folded) -> None:
@@ -205,7 +205,11 @@ def _next_command(prepared: Prepared, code: ExitCode) -> str | None:
         case ExitCode.OK | ExitCode.USAGE:
             return None
         case ExitCode.SOME_FAILED | ExitCode.DEADLINE:
-            return f"{same} --retry-failed" if "--retry-failed" not in same else f"batchrunner errors {prepared.folder.path}"
+            return (
+                f"{same} --retry-failed"
+                if "--retry-failed" not in same
+                else f"batchrunner errors {prepared.folder.path}"
+            )
         case ExitCode.INPUT_INVALID:
             return f"batchrunner validate {shlex.quote(prepared.record.input)}"
         case _:

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import orjson
 
-from batchrunner import __version__
+from batchrunner import __version__, crash
 from batchrunner.errors import AlreadyRunning, OutputExists, RunDiffers, UsageError
 
 _READ_BYTES = 1 << 22
@@ -127,7 +127,9 @@ class RunFolder:
 
     def save(self, record: RunRecord) -> None:
         """Write the record so that it is there whole, whatever happens."""
+        crash.point("run_record.before_save")
         write_whole(self.record_path, orjson.dumps(msgspec.to_builtins(record), option=orjson.OPT_INDENT_2) + b"\n")
+        crash.point("run_record.saved")
 
     def set_aside(self) -> Path | None:
         """Rename the folder to the first free NAME.1, NAME.2...: paid results are never deleted. Ends the lock."""
@@ -229,7 +231,10 @@ def unpacked(path: Path) -> Iterator[bytes]:
     import zstandard
 
     try:
-        with path.open("rb") as packed, zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True) as stream:
+        with (
+            path.open("rb") as packed,
+            zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True) as stream,
+        ):
             while chunk := stream.read(_READ_BYTES):
                 yield chunk
     except zstandard.ZstdError as error:

@@ -10,7 +10,8 @@ from datetime import timedelta
 
 import click
 
-from batchrunner.app import Crew, Runner
+from batchrunner import crash
+from batchrunner.app import Crew, Runner, arm_crash_point
 from batchrunner.cli import export
 from batchrunner.cli.choosing import choose_failed
 from batchrunner.cli.exits import MEANINGS, ExitCode
@@ -36,6 +37,7 @@ async def run_to_end(request: RunRequest, settings: Settings, api_key: str | Non
     Raises:
         BatchrunnerError: whatever keeps the run from starting or going on; its state is kept.
     """
+    arm_crash_point()
     prepared = await asyncio.to_thread(prepare, request)
     try:
         if prepared.record.finished_exit_code is not None and request.retry_failed is None:
@@ -114,6 +116,7 @@ class _Run:
             chosen = choose_failed(runner, scope, self._prepared, request.retry_failed)
             new = replace(new, parent_id=BatchId(record.batches[-1]), chosen_blob=chosen)
         batch = scope.create_batch(new)
+        crash.point("batch.created")
         record.batches.append(batch.id)
         record.finished_exit_code = None
         self._prepared.folder.save(record)
@@ -146,7 +149,11 @@ class _Run:
         return wanted
 
     def _opening(self, batch: Batch) -> str:
-        done = f"continuing with {batch.done_count:,} of {batch.total_count:,} lines done" if batch.total_count else "starting"
+        done = (
+            f"continuing with {batch.done_count:,} of {batch.total_count:,} lines done"
+            if batch.total_count
+            else "starting"
+        )
         folder = self._prepared.folder.path
         return f"{done}; finished lines until the end: batchrunner results {folder}"
 
