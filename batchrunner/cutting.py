@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import msgspec
 
 _BOM = b"\xef\xbb\xbf"
-_OPEN, _CLOSE = b"{}"
+_OPEN, _CLOSE, _RETURN = b"{}\r"
 
 
 class Block(msgspec.Struct, frozen=True, gc=False):
-    """Consecutive physical lines. `is_plain`: each begins with `{` and ends with `}` directly before its 0x0A."""
+    """Consecutive physical lines. `is_plain`: each begins with `{` and ends with `}` before its line end."""
 
     content: bytes
     byte_start: int
@@ -91,14 +91,15 @@ class Cutter:
         if self._dropped_bytes:
             yield self._long_line(self._dropped_bytes)
             return
-        size = len(self._buffer) - self._line_start
-        if size:
-            if self._line_count and len(self._buffer) > self._bytes_max:
-                yield self._cut()
-            self._add_line(len(self._buffer))
-            self._line_start = len(self._buffer)
-        if self._line_count:
-            yield self._cut()
+        start, count, is_plain = self._line_start, self._line_count, self._is_plain
+        if count and len(self._buffer) > max(start, self._bytes_max):
+            yield self._cut(start, count, is_plain=is_plain)
+            start, count, is_plain = 0, 0, True
+        if start < len(self._buffer):
+            is_plain = is_plain and _is_plain(self._buffer, start, len(self._buffer))
+            count += 1
+        if count:
+            yield self._cut(len(self._buffer), count, is_plain=is_plain)
 
     def _skip_mark(self) -> None:
         if not self._has_begun and self._buffer.startswith(_BOM):
@@ -109,46 +110,44 @@ class Cutter:
     def _whole_lines(self) -> Iterator[Block | LongLine]:
         buffer, find = self._buffer, self._buffer.find
         bytes_max, lines_max, line_bytes_max = self._bytes_max, self._lines_max, self._line_bytes_max
+        start, count, is_plain = self._line_start, self._line_count, self._is_plain
+        opening, closing = _OPEN, _CLOSE
+        # Mostly all that is held is too little for any limit, and no line needs to be measured.
+        is_tight = len(buffer) > min(bytes_max, line_bytes_max)
         end = find(b"\n", self._searched)
         while end >= 0:
-            size = end - self._line_start
             # The line does not fit into the block, or must stand alone.
-            if self._line_count and (end >= bytes_max or size > line_bytes_max):
-                yield self._cut()
-                end = size
-            if size > line_bytes_max:
-                del buffer[: size + 1]
-                yield self._long_line(size)
+            if is_tight and count and (end >= bytes_max or end - start > line_bytes_max):
+                yield self._cut(start, count, is_plain=is_plain)
+                start, end, count, is_plain = 0, end - start, 0, True
+            if is_tight and end - start > line_bytes_max:
+                del buffer[: end + 1]
+                yield self._long_line(end)
             else:
-                self._add_line(end)
-                if self._line_count == lines_max:
-                    yield self._cut()
-            end = find(b"\n", self._line_start)
-        self._searched = len(buffer)
-        if len(buffer) - self._line_start > line_bytes_max:
-            if self._line_count:
-                yield self._cut()
+                if is_plain and (buffer[end - 1] != closing or buffer[start] != opening):
+                    is_plain = _is_plain(buffer, start, end)
+                start = end + 1
+                count += 1
+                if count == lines_max:
+                    yield self._cut(start, count, is_plain=is_plain)
+                    start, count, is_plain = 0, 0, True
+            end = find(b"\n", start)
+        if len(buffer) - start > line_bytes_max:
+            if count:
+                yield self._cut(start, count, is_plain=is_plain)
             self._dropped_bytes = len(buffer)
             buffer.clear()
-            self._searched = 0
+            start, count, is_plain = 0, 0, True
+        self._line_start, self._line_count, self._is_plain, self._searched = start, count, is_plain, len(buffer)
 
-    def _add_line(self, end: int) -> None:
-        start, buffer = self._line_start, self._buffer
-        if end == start or buffer[start] != _OPEN or buffer[end - 1] != _CLOSE:
-            self._is_plain = False
-        self._line_start = end + 1
-        self._line_count += 1
-
-    def _cut(self) -> Block:
-        """Take the whole lines before the unfinished one out of the buffer."""
-        end = self._line_start
+    def _cut(self, end: int, count: int, *, is_plain: bool) -> Block:
+        """Take whole lines out of the buffer."""
         with memoryview(self._buffer) as view:
             content = bytes(view[:end])
         del self._buffer[:end]
-        block = Block(content, self._byte_start, self._first_line, self._line_count, self._is_plain)
+        block = Block(content, self._byte_start, self._first_line, count, is_plain)
         self._byte_start += end
-        self._first_line += self._line_count
-        self._line_start, self._line_count, self._is_plain = 0, 0, True
+        self._first_line += count
         return block
 
     def _long_line(self, size: int) -> LongLine:
@@ -157,3 +156,10 @@ class Cutter:
         self._first_line += 1
         self._dropped_bytes = 0
         return line
+
+
+def _is_plain(buffer: bytearray, start: int, end: int) -> bool:
+    """Tell whether a line begins with `{` and ends with `}`, before a carriage return at most."""
+    if end > start and buffer[end - 1] == _RETURN:
+        end -= 1
+    return end - start > 1 and buffer[start] == _OPEN and buffer[end - 1] == _CLOSE

@@ -138,7 +138,9 @@ class _Fields(Struct, gc=False):
     query: Raw | UnsetType = UNSET
 
 
-class _Body(_Fields, gc=False):
+class Body(_Fields, gc=False):
+    """What a body says of itself, in the types that nearly every body has."""
+
     model: str | None = None
     stream: bool | None = None
 
@@ -155,13 +157,6 @@ class _Line(Struct, gc=False):
     url: str | None = None
 
 
-class _WholeLine(Struct, gc=False):
-    custom_id: str
-    method: Literal["POST"]
-    body: _Body
-    url: str | None = None
-
-
 class _LooseLine(Struct, gc=False):
     custom_id: Raw | UnsetType = UNSET
     method: Raw | UnsetType = UNSET
@@ -169,18 +164,17 @@ class _LooseLine(Struct, gc=False):
     body: Raw | UnsetType = UNSET
 
 
-_NULL = Raw(b"null")
+NULL = Raw(b"null")
 _decode_line = msgspec.json.Decoder(_Line).decode
-_decode_lines = msgspec.json.Decoder(_WholeLine).decode_lines
-_decode_body = msgspec.json.Decoder(_Body).decode
+_decode_body = msgspec.json.Decoder(Body).decode
 _decode_loose = msgspec.json.Decoder(_LooseLine).decode
 _decode_loose_body = msgspec.json.Decoder(_LooseBody).decode
 _decode_text = msgspec.json.Decoder(str).decode
 
 _OPENERS = b"[{"
-_NOT_OPENERS = bytes(byte for byte in range(256) if byte not in _OPENERS + b"\n")
+NOT_OPENERS = bytes(byte for byte in range(256) if byte not in _OPENERS + b"\n")
 _NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
-_AS_SQUARE = bytes.maketrans(b"{}", b"[]")
+AS_SQUARE = bytes.maketrans(b"{}", b"[]")
 _UTF8_SLICE_BYTES = 1024 * 1024
 
 
@@ -216,7 +210,7 @@ def parse_line(raw: bytes, line_number: int, rules: LineRules) -> RequestLine | 
     """Judge one line, which comes without its 0x0A. Duplicates are a matter of the whole file and not seen here."""
     try:
         line = _decode_line(raw)
-        url = _accepted_url(line.custom_id, line.url, _decode_body(line.body), rules)
+        url = accepted_url(line.custom_id, line.url, _decode_body(line.body), rules)
     except (msgspec.DecodeError, RecursionError):
         return _inspect(raw, line_number, rules)
     if url is None or len(raw) > rules.line_bytes_max or not is_utf8(raw) or _is_too_deep(raw, rules.depth_max):
@@ -244,43 +238,7 @@ def reparse(raw: bytes, line_number: int, rules: LineRules) -> RequestLine:
     return RequestLine(line_number, line.custom_id, url, bytes(line.body))
 
 
-class SoundLines(NamedTuple):
-    """What is known of a block in which every line is sound: ids in line order, and the models that occur."""
-
-    custom_ids: list[str]
-    models: set[str | None]
-
-
-def sound_lines(block: bytes, count: int, rules: LineRules) -> SoundLines | None:
-    """Judge many lines at once, several times faster than one by one. None: something is not plain, look at each line.
-
-    The caller knows that the block has `count` lines, each beginning with `{` and ending with `}` before its 0x0A. No
-    JSON value can hold such a line break, so as many values as lines means one value a line.
-    """
-    try:
-        if len(block) > rules.line_bytes_max or not is_utf8(block):
-            return None
-        lines = _decode_lines(block)
-    except (msgspec.DecodeError, RecursionError):
-        return None
-    if len(lines) != count or b"[" * (rules.depth_max + 1) in block.translate(_AS_SQUARE, _NOT_OPENERS):
-        return None
-    custom_ids: list[str] = []
-    models: set[str | None] = set()
-    model: str | None = ""
-    for line in lines:
-        body = line.body
-        custom_id = line.custom_id
-        if _accepted_url(custom_id, line.url, body, rules) is None:
-            return None
-        custom_ids.append(custom_id)
-        if body.model != model:
-            model = body.model
-            models.add(model)
-    return SoundLines(custom_ids, models)
-
-
-def _accepted_url(custom_id: str, url: str | None, body: _Body, rules: LineRules) -> str | None:
+def accepted_url(custom_id: str, url: str | None, body: Body, rules: LineRules) -> str | None:
     """Give where a sound line goes. None: something is wrong, or so unusual that `_inspect` has to tell."""
     if not 0 < len(custom_id) <= rules.custom_id_chars_max or "\0" in custom_id or body.stream:
         return None
@@ -301,7 +259,7 @@ def _accepted_url(custom_id: str, url: str | None, body: _Body, rules: LineRules
 
 
 def _present(value: Raw | UnsetType) -> bool:
-    return value is not UNSET and value != _NULL
+    return value is not UNSET and value != NULL
 
 
 def _inferred_url(body: _Fields, rules: LineRules) -> str | None:
@@ -322,10 +280,10 @@ def _inferred_url(body: _Fields, rules: LineRules) -> str | None:
 
 def _is_too_deep(raw: bytes, depth_max: int) -> bool:
     """Tell whether valid JSON is nested deeper than allowed; exact, and cheap for lines with few brackets."""
-    if len(raw) <= 2 * depth_max or len(raw.translate(None, _NOT_OPENERS)) <= depth_max:
+    if len(raw) <= 2 * depth_max or len(raw.translate(None, NOT_OPENERS)) <= depth_max:
         return False
     # What remains are brackets of one kind, outside of strings: each round takes the innermost level away.
-    brackets = b"".join(_outside_strings(raw)).translate(_AS_SQUARE, _NOT_BRACKETS)
+    brackets = b"".join(_outside_strings(raw)).translate(AS_SQUARE, _NOT_BRACKETS)
     for _ in range(depth_max):
         if not brackets:
             return False
@@ -419,7 +377,7 @@ def _check_shape(given: _LooseLine, rules: LineRules) -> _LooseBody:
 
 
 def _require(name: str, value: Raw | UnsetType, kind: str) -> Raw:
-    if value is UNSET or value == _NULL:
+    if value is UNSET or value == NULL:
         raise _Refused(ProblemCode.MISSING_REQUIRED_PARAMETER, f"Missing required parameter: '{name}'.", name)
     _check_kind(name, value, kind)
     return value
@@ -481,13 +439,13 @@ def _text(value: Raw | UnsetType) -> str:
 def _check_body(body: _LooseBody, url: str, rules: LineRules) -> None:
     """Check what an endpoint cannot do without; everything else in a body is the model server's to judge."""
     needs = rules.needs[url]
-    if body.stream is not UNSET and body.stream != _NULL:
+    if body.stream is not UNSET and body.stream != NULL:
         _check_kind("body.stream", body.stream, "a boolean")
         if bytes(body.stream) == b"true":
             message = f"{_SPOKEN.get(url, '')}Streaming is not supported in the Batch API."
             raise _Refused(ProblemCode.STREAMING_UNSUPPORTED, message, "body.stream")
     model = None
-    if body.model is not UNSET and body.model != _NULL:
+    if body.model is not UNSET and body.model != NULL:
         _check_kind("body.model", body.model, "a string")
         model = _text(body.model)
     if needs.has_model and not model:

@@ -10,6 +10,7 @@ import zlib
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
 
@@ -22,16 +23,18 @@ from batchrunner.lines import (
     model_of,
     parse_line,
     quoted,
-    sound_lines,
     too_long_message,
 )
 from batchrunner.models import LineProblem, OnInvalid, RequestLine, ShardCut
+from batchrunner.soundness import sound_lines
 
 # Real ids are held for this many hashes at a time while hits are confirmed, so that memory stays bounded in a file that
 # was appended to itself.
 _CONFIRMED_AT_ONCE = 1 << 18
 _HASHES_PER_TURN = 2_000_000
 _BUCKETS = 256
+# Below this, handing a chunk to a thread costs more than hashing it.
+_CHUNK_BYTES_BESIDE = 64 * 1024
 
 
 class Validation(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,7 +110,7 @@ class Validator:
         self._chosen = chosen
         self._cutter = Cutter(lines_max=shard_lines_max, bytes_max=shard_bytes_max, line_bytes_max=rules.line_bytes_max)
         self._problems = _Problems(problems_max, on_problem)
-        self._sha256 = hashlib.sha256()
+        self._digest = _Digest()
         self._fed_bytes = 0
         self._has_ended = False
         self._total_count = 0
@@ -121,7 +124,7 @@ class Validator:
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes of the input."""
-        self._sha256.update(chunk)
+        self._digest.update(chunk)
         if self._has_ended:
             return
         room = self._bytes_max - self._fed_bytes
@@ -186,7 +189,7 @@ class Validator:
             refused_count=self._refused_count,
             problems=self._problems.listed(),
             problem_count=self._problems.count,
-            sha256=self._sha256.hexdigest(),
+            sha256=self._digest.hexdigest(),
             model=next(iter(self._models)) if len(self._models) == 1 else None,
         )
 
@@ -347,6 +350,34 @@ def repeated_hashes(hashes: Sequence[array[int]]) -> array[int]:
                 twice = {value for value in bucket if value in once or once.add(value)}  # type: ignore[func-returns-value]
                 repeated.extend(twice)
     return repeated
+
+
+class _Digest:
+    """SHA-256 of all bytes, reckoned beside the judging: hashing a large chunk needs no interpreter lock."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1, "input-digest")
+        self._pending: Future[None] | None = None
+
+    def update(self, chunk: bytes) -> None:
+        """Add bytes, once those before are in."""
+        self._settle()
+        if len(chunk) < _CHUNK_BYTES_BESIDE:
+            self._sha256.update(chunk)
+        else:
+            self._pending = self._pool.submit(self._sha256.update, chunk)
+
+    def hexdigest(self) -> str:
+        """Give the digest of everything so far."""
+        self._settle()
+        self._pool.shutdown()
+        return self._sha256.hexdigest()
+
+    def _settle(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
 
 
 class _Problems:
