@@ -1,4 +1,6 @@
-"""The composition root: settings become adapters, adapters become a Runner. The only place that names concrete adapters."""
+"""The composition root: settings become adapters, adapters become a Runner. The only place that names concrete
+adapters.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ import msgspec
 from batchrunner import crash
 from batchrunner.blobs.local import LocalBlobs
 from batchrunner.clock import SystemClock, SystemRng
-from batchrunner.errors import BatchrunnerError, UsageError
+from batchrunner.errors import UsageError
 from batchrunner.fanout import Fanout, Gate
 from batchrunner.journal import Journal
 from batchrunner.limits import Breaker, Cooldown, FirstContact, Outage, TokenBucket
@@ -69,7 +71,9 @@ def open_adapters(folder: Path) -> Adapters:
 
 
 class SessionLocks:
-    """Liveness on a host: each session holds a lock on a file of its own for life, and whoever gets that lock knows it dead."""
+    """Liveness on a host: each session holds a lock on a file of its own for life, and whoever gets that lock knows
+    it dead.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "sessions"
@@ -292,7 +296,8 @@ def process_crew(
 class Runner:
     """The assembled system over one data folder: what the command line and embedders hold.
 
-    `async with Runner(settings, folder) as runner` opens the store and frees what dead sessions held; `crew` starts the work.
+    `async with Runner(settings, folder) as runner` opens the store and frees what dead sessions held; `crew` starts the
+    work.
     """
 
     def __init__(self, settings: Settings, folder: Path, *, api_key: str | None = None) -> None:
@@ -330,7 +335,8 @@ class Runner:
 
 
 def arm_crash_point() -> None:
-    """Have this process kill itself at the point that BATCHRUNNER_CRASH_AT names, so that tests can prove what survives.
+    """Have this process kill itself at the point that BATCHRUNNER_CRASH_AT names, so that tests can prove what
+    survives.
 
     Raises:
         UsageError: there is no such point.
@@ -338,7 +344,7 @@ def arm_crash_point() -> None:
     crash.arm(os.environ.get("BATCHRUNNER_CRASH_AT", ""), lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-# -- a worker process ----------------------------------------------------------------------------------------------------
+# -- a worker process ------------------------------------------------------------------------------------------------
 
 
 class _Greeting(msgspec.Struct, frozen=True, kw_only=True):

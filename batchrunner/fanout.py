@@ -1,7 +1,7 @@
-"""Drain claimed shards: take a line, send it, judge the answer, retry or journal it. Nothing here touches a disk or a database.
+"""Drain claimed shards: take a line, send it, judge the answer, retry or journal it. No disk, no database.
 
-A pool of long-lived coroutines, as many as the window allows, pulls lines straight from the shards; there is no task, queue
-item, lock or timer per line. One tick, twenty times a second, stands for all timers.
+A pool of long-lived coroutines, as many as the window allows, pulls lines straight from the shards; there is no task,
+queue item, lock or timer per line. One tick, twenty times a second, stands for all timers.
 """
 
 from __future__ import annotations
@@ -14,14 +14,25 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from batchrunner.journal import Journal
+from batchrunner.lanes import Lane, Work
+from batchrunner.limits import (
+    DEATHS_ALONE,
+    OUTAGE_SPAN_S,
+    Breaker,
+    Cooldown,
+    FirstContact,
+    Outage,
+    TokenBucket,
+    estimate_tokens,
+)
 from batchrunner.metrics import Tally
-from batchrunner.models import NO_USAGE, Attempt, BatchId, PauseReason, RecordKind, RequestLine, Usage
+from batchrunner.models import NO_USAGE, Attempt, BatchId, PauseReason, RecordKind, Usage
 from batchrunner.pace import Bound, Sample
-from batchrunner.limits import DEATHS_ALONE, OUTAGE_SPAN_S, Breaker, Cooldown, FirstContact, Outage, TokenBucket, estimate_tokens
 from batchrunner.ports import Clock, Rng, Upstream
 from batchrunner.results import ReplyFacts, reply_facts
-from batchrunner.shards import ShardRun
+from batchrunner.sampler import Sampler
 from batchrunner.settings import Settings
+from batchrunner.shards import ShardRun
 from batchrunner.verdict import (
     CONNECTION_ERRORS,
     REFUSALS,
@@ -35,57 +46,12 @@ from batchrunner.verdict import (
 
 TICK_S = 0.05
 _TICKS_PER_SWEEP = 10
-# Waiting retries hold their lines in memory and tell that the upstream has trouble: beyond this many times the window no
-# fresh line is sent.
+# Waiting retries hold their lines in memory and tell that the upstream has trouble: beyond this many times the window
+# no fresh line is sent.
 _WAITING_PER_WINDOW = 2
 _REPLY_BYTES_LEAST = 64 * 1024
 # A line answered 401, 403 or "no such model" is asked again after this time, until the breaker knows more.
 _UNDECIDED_WAIT_S = 1.0
-
-
-
-class Work:
-    """One line on its way and what it has been through. Tries are per holder, not durable.
-
-    `failed_at_s` is the moment of a connection error that has not been counted yet: whether it was the line's own or part of
-    the upstream's death shows only a moment later, so it is counted when the line is due again. `last` is then the verdict
-    that stands if it was the line's own.
-    """
-
-    __slots__ = ("deaths", "failed_at_s", "generation", "is_aborted", "last", "line", "run", "task", "tries", "waits")
-
-    def __init__(self, run: ShardRun, line: RequestLine) -> None:
-        self.run = run
-        self.line = line
-        self.tries = 0
-        self.waits = 0
-        self.generation = 0
-        self.deaths = 0
-        self.failed_at_s: float | None = None
-        self.last: tuple[Attempt, GiveUp] | None = None
-        self.is_aborted = False
-        self.task: asyncio.Task[None] | None = None
-
-
-class Lane:
-    """The shards of one batch that this process holds, in line order; lanes take turns line by line."""
-
-    __slots__ = ("batch_id", "runs")
-
-    def __init__(self, batch_id: BatchId) -> None:
-        self.batch_id = batch_id
-        self.runs: list[ShardRun] = []
-
-    def next_work(self) -> Work | None:
-        """Give the next fresh line of the first shard that has one to give."""
-        for run in self.runs:
-            line = run.next_line()
-            if line is not None:
-                if run.is_exhausted:
-                    self.runs.remove(run)
-                run.in_flight_count += 1
-                return Work(run, line)
-        return None
 
 
 @dataclass(slots=True)
@@ -103,8 +69,8 @@ class Gate:
 class Fanout:
     """The pool of one process. `window` is set from outside; everything else follows from the shards that are added.
 
-    `on_change` is called (on the loop) when a shard was finished, exhausted or needs an intent registered, and when the pool
-    paused itself; it must be cheap.
+    `on_change` is called (on the loop) when a shard was finished, exhausted or needs an intent registered, and when the
+    pool paused itself; it must be cheap.
     """
 
     def __init__(
@@ -145,9 +111,9 @@ class Fanout:
         self._is_closed = False
         self._contact_message = ""
         self._reply_bytes_high = float(_REPLY_BYTES_LEAST)
-        self._sampler = _Sampler(clock.monotonic_s())
+        self._sampler = Sampler(clock.monotonic_s())
 
-    # -- what the worker calls -------------------------------------------------------------------------------------------
+    # -- what the worker calls ---------------------------------------------------------------------------------------
 
     @property
     def in_flight_count(self) -> int:
@@ -162,7 +128,9 @@ class Fanout:
     @property
     def untouched_count(self) -> int:
         """Lines in hand that were not handed out yet and may be."""
-        return sum(run.untouched_count for lane in self._lanes for run in lane.runs if not (run.is_held or run.is_stopped))
+        return sum(
+            run.untouched_count for lane in self._lanes for run in lane.runs if not (run.is_held or run.is_stopped)
+        )
 
     def add(self, run: ShardRun) -> None:
         """Take a loaded shard into the rotation."""
@@ -263,7 +231,7 @@ class Fanout:
         """Hand out nothing more; `run` returns when the last exchange has ended."""
         self._is_closed = True
 
-    # -- the pool --------------------------------------------------------------------------------------------------------
+    # -- the pool ----------------------------------------------------------------------------------------------------
 
     def _tick(self, group: asyncio.TaskGroup) -> None:
         now_s = self._clock.monotonic_s()
@@ -275,7 +243,7 @@ class Fanout:
         while self._slot_count < self._allowed:
             self._slot_count += 1
             group.create_task(self._slot())
-        self._check_breaker(now_s)
+        self._check_breaker()
         self.wake()
 
     async def _slot(self) -> None:
@@ -316,7 +284,9 @@ class Fanout:
         return self._admit(work, now_s) if work is not None else None
 
     def _probe(self, now_s: float) -> Work | None:
-        """While the upstream is down, one line at a time finds out whether it is back: the one that waits longest, or a fresh one."""
+        """While the upstream is down, one line at a time finds out whether it is back: the one that waits longest,
+        or a fresh one.
+        """
         if not self._waiting and not self.untouched_count:
             return self._lonely()
         if not self.gate.outage.may_send(now_s):
@@ -345,7 +315,9 @@ class Fanout:
         return work
 
     def _lonely(self) -> Work | None:
-        """A line that was in flight at several deaths of the upstream may be their cause: it goes alone, after the others."""
+        """A line that was in flight at several deaths of the upstream may be their cause: it goes alone, after the
+        others.
+        """
         if self._alone and not self._in_flight and not self._waiting:
             return self._alone.pop()
         return None
@@ -397,7 +369,7 @@ class Fanout:
         else:
             self._settle(work, attempt)
 
-    # -- the outcome -----------------------------------------------------------------------------------------------------
+    # -- the outcome -------------------------------------------------------------------------------------------------
 
     def _settle(self, work: Work, attempt: Attempt) -> None:
         facts: ReplyFacts | None = None
@@ -417,7 +389,9 @@ class Fanout:
         self.gate.breaker.note(None, line.line_number)
         if len(attempt.body) > self._reply_bytes_high:
             self._reply_bytes_high = float(len(attempt.body))
-        payload = run.results.answered(line.line_number, line.custom_id, attempt.status, attempt.request_id, attempt.body)
+        payload = run.results.answered(
+            line.line_number, line.custom_id, attempt.status, attempt.request_id, attempt.body
+        )
         tally.succeeded += 1
         tally.tokens_in += usage.input_tokens
         tally.tokens_out += usage.output_tokens
@@ -499,9 +473,7 @@ class Fanout:
         self._waiting_serial += 1
         heapq.heappush(self._waiting, (due_s, self._waiting_serial, work))
 
-    def _give_up(
-        self, work: Work, attempt: Attempt, verdict: GiveUp, now_s: float, *, is_final: bool = False
-    ) -> None:
+    def _give_up(self, work: Work, attempt: Attempt, verdict: GiveUp, now_s: float, *, is_final: bool = False) -> None:
         """Journal the error line, unless the breaker still has to find out whether every line would end like this."""
         if suspicion(attempt) is not None and self.gate.breaker.is_undecided:
             self._put_back(work, now_s + _UNDECIDED_WAIT_S)
@@ -523,7 +495,7 @@ class Fanout:
         self.tally.failed += 1
         self._finish(work, RecordKind.FAILED, payload, NO_USAGE)
 
-    def _check_breaker(self, now_s: float) -> None:
+    def _check_breaker(self) -> None:
         """Stop sending when every line so far was answered that the key or the model is wrong."""
         breaker = self.gate.breaker
         is_all = not self._in_flight and self.untouched_count == 0
@@ -531,54 +503,3 @@ class Fanout:
         if reason is not None and self.pause_reason is None:
             self.pause_reason = reason
             self._on_change()
-
-
-class _Sampler:
-    """Gathers what the window's controller wants to know about the last moments."""
-
-    __slots__ = ("_area", "_began_s", "_in_flight", "_noted_s", "answered", "broken", "latency_sum_s", "refused")
-
-    def __init__(self, now_s: float) -> None:
-        self._began_s = now_s
-        self._noted_s = now_s
-        self._in_flight = 0
-        self._area = 0.0
-        self._reset()
-
-    def _reset(self) -> None:
-        self.answered = 0
-        self.refused = 0
-        self.broken = 0
-        self.latency_sum_s = 0.0
-
-    def note_answer(self, elapsed_s: float) -> None:
-        """Count one answered exchange."""
-        self.answered += 1
-        self.latency_sum_s += elapsed_s
-
-    def note_in_flight(self, now_s: float, count: int) -> None:
-        """Integrate the number in flight over time."""
-        self._area += self._in_flight * (now_s - self._noted_s)
-        self._in_flight = count
-        self._noted_s = now_s
-
-    def take(self, now_s: float, window: int, short_of: Bound) -> Sample:
-        """Give the sample and begin the next one."""
-        self.note_in_flight(now_s, self._in_flight)
-        span_s = max(1e-6, now_s - self._began_s)
-        mean = self._area / span_s
-        sample = Sample(
-            at_s=now_s,
-            span_s=span_s,
-            answered=self.answered,
-            refused=self.refused,
-            broken=self.broken,
-            latency_sum_s=self.latency_sum_s,
-            in_flight_mean=mean,
-            was_full=min(1.0, mean / max(1, window)),
-            short_of=short_of,
-        )
-        self._began_s = now_s
-        self._area = 0.0
-        self._reset()
-        return sample

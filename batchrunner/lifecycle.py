@@ -1,12 +1,12 @@
 """The life of a batch as a table: which event leads from which status to which.
 
-A terminal status is an empty row. Nothing else in the project decides a transition: the store writes a status only through
-`next_status`, as a compare-and-set on the status and version that the sender saw. Losing that race to another legal event is
-an ordinary outcome. Only a pair that the table does not hold raises, and then nothing has changed.
+A terminal status is an empty row. Nothing else in the project decides a transition: the store writes a status only
+through `next_status`, as a compare-and-set on the status and version that the sender saw. Losing that race to another
+legal event is an ordinary outcome. Only a pair that the table does not hold raises, and then nothing has changed.
 
-Three habits follow from the table. Files are sealed before a terminal status shows, so whoever reads `completed` can read
-the files. Cancel and deadline are events, not steps: they may arrive in any status that is not terminal. And whoever moves
-a batch into `finalizing` or `cancelling` adds the task that seals it, in the same transaction.
+Three habits follow from the table. Files are sealed before a terminal status shows, so whoever reads `completed` can
+read the files. Cancel and deadline are events, not steps: they may arrive in any status that is not terminal. And
+whoever moves a batch into `finalizing` or `cancelling` adds the task that seals it, in the same transaction.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class BatchEvent(StrEnum):
 
 
 class LineStatus(StrEnum):
-    """How one line stands. A line has no row anywhere: its status follows from the extents and, at the end, from the seal."""
+    """How one line stands. A line has no row anywhere: its status follows from the extents and, at the end, from the
+    seal.
+    """
 
     PENDING = "pending"
     SUCCEEDED = "succeeded"
@@ -124,6 +126,8 @@ def allows(status: BatchStatus, event: BatchEvent) -> bool:
 
 def mermaid() -> str:
     """Draw the table as a Mermaid state diagram, the one that the README shows."""
-    rows = [f"    {status} --> {target}: {event}" for status, row in TRANSITIONS.items() for event, target in row.items()]
+    rows = [
+        f"    {status} --> {target}: {event}" for status, row in TRANSITIONS.items() for event, target in row.items()
+    ]
     ends = [f"    {status} --> [*]" for status in BatchStatus if status in TERMINAL]
     return "\n".join(["stateDiagram-v2", "    [*] --> validating", *rows, *ends])

@@ -28,7 +28,9 @@ class Metric(NamedTuple):
 METRICS = (
     Metric("batchrunner_attempts_total", "counter", None, "exchanges begun with the upstream, retries included"),
     Metric("batchrunner_lines_total", "counter", "outcome", "lines that got their final result"),
-    Metric("batchrunner_failures_total", "counter", "code", "attempts that did not succeed, by HTTP status or error code"),
+    Metric(
+        "batchrunner_failures_total", "counter", "code", "attempts that did not succeed, by HTTP status or error code"
+    ),
     Metric("batchrunner_retries_total", "counter", None, "attempts that were put back to be made again"),
     Metric("batchrunner_latency_seconds", "histogram", None, "time of an answered exchange"),
     Metric("batchrunner_tokens_total", "counter", "kind", "tokens that the upstream reported"),

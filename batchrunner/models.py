@@ -1,4 +1,6 @@
-"""The nouns: frozen values that the rules, the seams and the steps hand to each other. No behaviour beyond what a value knows of itself."""
+"""The nouns: frozen values that the rules, the seams and the steps hand to each other. No behaviour beyond what a
+value knows of itself.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ class Order(StrEnum):
 
 
 class LineCode(StrEnum):
-    """The `error.code` of a result line that has no usable answer. Source: OpenAI's request output object, and our own."""
+    """The `error.code` of a result line that has no usable answer. Source: OpenAI's request output object, and our
+    own.
+    """
 
     REQUEST_TIMEOUT = "request_timeout"
     BATCH_EXPIRED = "batch_expired"
@@ -153,7 +157,8 @@ class AttemptError(StrEnum):
 
 
 class Attempt(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """One HTTP exchange. Either `error` is None and `status` and `body` hold the whole answer, or `error` says what went wrong.
+    """One HTTP exchange. Either `error` is None and `status` and `body` hold the whole answer, or `error` says what
+    went wrong.
 
     `status` is 0 when no status line came. `started_at_s` is on the monotonic clock.
     `retry_after_s` is what the answer's headers asked for, None without such a header.
@@ -173,8 +178,9 @@ class Attempt(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 class ShardCut(msgspec.Struct, frozen=True):
     """A shard as validation cuts it: a byte range of the source and what is in it.
 
-    `line_count` counts the requests to run: blank and refused lines are not in it. `first_index` is the number of requests
-    before this shard. `skipped` lists the physical numbers of refused lines, ascending. `checksum` is the CRC-32 of the bytes.
+    `line_count` counts the requests to run: blank and refused lines are not in it. `first_index` is the number of
+    requests before this shard. `skipped` lists the physical numbers of refused lines, ascending. `checksum` is the
+    CRC-32 of the bytes.
     """
 
     byte_start: int
@@ -203,8 +209,9 @@ class File:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewBatch:
-    """What a batch is created from. `deadline_at` None means no deadline. `chosen_blob` names a blob of line numbers (8 bytes
-    each, little endian, ascending) that limits the batch to these lines of its source."""
+    """What a batch is created from. `deadline_at` None means no deadline. `chosen_blob` names a blob of line numbers (8
+    bytes each, little endian, ascending) that limits the batch to these lines of its source.
+    """
 
     id: BatchId
     tenant: TenantId
@@ -321,7 +328,9 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
-    """A run of records that exists: a byte range of a segment, registered under its epoch, with its place in the batch's sequence."""
+    """A run of records that exists: a byte range of a segment, registered under its epoch, with its place in the
+    batch's sequence.
+    """
 
     batch_id: BatchId
     task_id: TaskId
@@ -339,7 +348,9 @@ class Extent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewExtent:
-    """A durable byte range of a segment that asks to be registered. `count` is succeeded plus failed records; marks are not counted."""
+    """A durable byte range of a segment that asks to be registered. `count` is succeeded plus failed records; marks
+    are not counted.
+    """
 
     session: SessionId
     segment: int
@@ -360,7 +371,8 @@ class Claim:
     """A task in the hands of a worker session, with what it needs to start.
 
     `earlier` lists (epoch, session) of every claim before this one, oldest first: where unregistered bytes may lie.
-    `extents` are the registered ones of a shard, in sequence order. `orphaned_by_death` tells that the previous holder died.
+    `extents` are the registered ones of a shard, in sequence order. `orphaned_by_death` tells that the previous holder
+    died.
     """
 
     ref: TaskRef
@@ -431,7 +443,9 @@ class Held:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watch:
-    """Answer of the control poll: the tasks held, and whether other sessions could use work that this one has not touched."""
+    """Answer of the control poll: the tasks held, and whether other sessions could use work that this one has not
+    touched.
+    """
 
     held: tuple[Held, ...]
     is_anyone_hungry: bool

@@ -7,9 +7,9 @@ run_shard   a worker loads a shard and hands its lines to the fan-out, which jou
 seal        when the last shard is settled, its results become an output and an error file
 notify      whoever asked for it is told
 
-Each step has one durable effect, in one transaction at its end. A process may die anywhere: the task's lease ends, and the
-step begins again from the last durable effect. Everything here blocks and runs in a worker's threads; what is asynchronous,
-the sending, lives in `fanout`, and which step runs when is the worker's business.
+Each step has one durable effect, in one transaction at its end. A process may die anywhere: the task's lease ends, and
+the step begins again from the last durable effect. Everything here blocks and runs in a worker's threads; what is
+asynchronous, the sending, lives in `fanout`, and which step runs when is the worker's business.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ class Pipeline:
                 assert_never(claim.kind)
 
     def validate(self, claim: Claim, beat: Callable[[], None]) -> None:
-        """Judge the whole input in one pass; then shards and `input_accepted`, or problems and `input_rejected`, at once."""
+        """Judge the whole input in one pass; then shards and `input_accepted`, or problems and `input_rejected`, at
+        once.
+        """
         batch, settings = claim.batch, self._settings
         report = _ProblemReport(self._blobs, f"reports/{batch.id}/{claim.ref.epoch}-{claim.session}")
         validator = Validator(

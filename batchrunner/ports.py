@@ -1,6 +1,7 @@
 """The outside world as Protocols; each docstring is the contract that `tests/contract` proves on every implementation.
 
-Store, Blobs and Renewer block: call them from a thread that may wait, never from an event loop. Upstream is asynchronous.
+Store, Blobs and Renewer block: call them from a thread that may wait, never from an event loop. Upstream is
+asynchronous.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ class Appender(Protocol):
 class Blobs(Protocol):
     """Named immutable bytes, and segments that grow. Names are relative slash paths of [A-Za-z0-9._-] parts.
 
-    Raises in every method: BlobsUnavailable when the folder or bucket does not answer, NotFound when a name that is read is
-    not there, NameTaken when a name that is written exists already, DiskFull when there is no space.
+    Raises in every method: BlobsUnavailable when the folder or bucket does not answer, NotFound when a name that is
+    read is not there, NameTaken when a name that is written exists already, DiskFull when there is no space.
     """
 
     def create_segment(self, name: str) -> Appender:
@@ -126,7 +127,9 @@ class BlobWriter(Protocol):
         """Add bytes. Raises: DiskFull, BlobsUnavailable."""
 
     def commit(self) -> None:
-        """Return once the whole blob is durable and readable under its name. Raises: NameTaken, DiskFull, BlobsUnavailable."""
+        """Return once the whole blob is durable and readable under its name. Raises: NameTaken, DiskFull,
+        BlobsUnavailable.
+        """
 
     def abort(self) -> None:
         """Leave nothing behind. May follow a failed `write` or `commit`; may be called twice."""
@@ -211,32 +214,40 @@ class Store(Protocol):
         """Sessions of a host that hold or may hold leases."""
 
     def release_session(self, session: SessionId, *, died: bool) -> int:
-        """End the session and all its leases at once; with `died` each shard among them counts a death. Gives the number of leases."""
+        """End the session and all its leases at once; with `died` each shard among them counts a death. Gives the
+        number of leases.
+        """
 
-    def claim(self, session: SessionId, *, lease_s: float, kinds: Sequence[TaskKind], quarantined: bool = False) -> Claim | None:
+    def claim(
+        self, session: SessionId, *, lease_s: float, kinds: Sequence[TaskKind], quarantined: bool = False
+    ) -> Claim | None:
         """Take one task that is due: queued, or leased with the lease run out; bump its epoch; record the claim.
 
-        Order: seal, notify and validate before shards; then priority, deadline, first line. Shards of paused batches, shards
-        beyond the hold and tasks of other statuses than theirs are left: shard in_progress, validate validating, seal finalizing
-        or cancelling and only while no shard or validate task of the batch has a live lease.
+        Order: seal, notify and validate before shards; then priority, deadline, first line. Shards of paused batches,
+        shards beyond the hold and tasks of other statuses than theirs are left: shard in_progress, validate validating,
+        seal finalizing or cancelling and only while no shard or validate task of the batch has a live lease.
         `quarantined` asks for quarantined shards only; otherwise they are left.
         A claim over a live row whose lease ran out counts as a death of the former holder.
         """
 
     def register(self, ref: TaskRef, progress: Progress) -> None:
-        """Guarded. Make extents exist: sequence numbers are drawn from the batch's row, counts and usage of shard and batch move by
-        the same difference, the last row grows when the new bytes are contiguous. Progress resets attempts and deaths."""
+        """Guarded. Make extents exist: sequence numbers are drawn from the batch's row, counts and usage of shard and
+        batch move by the same difference, the last row grows when the new bytes are contiguous. Progress resets
+        attempts and deaths.
+        """
 
     def settle(self, ref: TaskRef, progress: Progress) -> bool:
-        """Guarded. Register, then end the shard. The settle that leaves no open shard of a batch that is in_progress and not
-        open moves it by lines_settled, which adds the seal task. True when it moved the batch."""
+        """Guarded. Register, then end the shard. The settle that leaves no open shard of a batch that is in_progress
+        and not open moves it by lines_settled, which adds the seal task. True when it moved the batch.
+        """
 
     def give_back(self, ref: TaskRef, progress: Progress) -> None:
         """Guarded. Register, then put the task back in the queue: no death, no attempt counted."""
 
     def fail_task(self, ref: TaskRef, message: str, *, progressed: bool) -> bool:
-        """Guarded. Put the task back with backoff (1 s doubling to 5 min); after 10 failures without progress park it and set the batch's
-        `blocked_by`. True when parked."""
+        """Guarded. Put the task back with backoff (1 s doubling to 5 min); after 10 failures without progress park it
+        and set the batch's `blocked_by`. True when parked.
+        """
 
     def split(self, ref: TaskRef, head: ShardCut, tail: ShardCut) -> None:
         """Guarded. Shrink the shard to `head` and queue `tail` as a new shard; open_shards grows by one."""
@@ -251,29 +262,35 @@ class Store(Protocol):
         """Say that the session found nothing to claim although it could take more."""
 
     def accept_input(self, ref: TaskRef, accepted: AcceptedInput) -> bool:
-        """Guarded. Shards, counts and input_accepted in one transaction; the task is settled. A batch without any request to run goes on to
-        finalizing at once. False: the batch had moved (cancelled, expired), nothing but the task was changed."""
+        """Guarded. Shards, counts and input_accepted in one transaction; the task is settled. A batch without any
+        request to run goes on to finalizing at once. False: the batch had moved (cancelled, expired), nothing but the
+        task was changed.
+        """
 
     def reject_input(self, ref: TaskRef, rejected: RejectedInput) -> bool:
         """Guarded. Problems and input_rejected; the task is settled. False as in `accept_input`."""
 
     def fence(self, ref: TaskRef) -> list[Claim]:
-        """Guarded by the seal task. Mark every shard of the batch sealed and bump its epoch, once per seal epoch; give each as a claim under
-        the new epoch (by first_line, with earlier claims and extents), so that the sealer may salvage into it."""
+        """Guarded by the seal task. Mark every shard of the batch sealed and bump its epoch, once per seal epoch; give
+        each as a claim under the new epoch (by first_line, with earlier claims and extents), so that the sealer may
+        salvage into it.
+        """
 
     def salvage_sealed(self, ref: TaskRef, shard: TaskRef, progress: Progress) -> None:
         """Guarded by both. Register what the sealer salvaged for a sealed shard and mark that shard final."""
 
     def publish(self, ref: TaskRef, publication: Publication) -> Batch:
-        """Guarded. One transaction: file rows, counts, usage, the status by the event that the batch's status asks for now
-        (sealed_whole, or sealed_partial when ended_by is not settled), the outbox row; the seal task is settled."""
+        """Guarded. One transaction: file rows, counts, usage, the status by the event that the batch's status asks for
+        now (sealed_whole, or sealed_partial when ended_by is not settled), the outbox row; the seal task is settled.
+        """
 
     def block(self, ref: TaskRef, blocked_by: str | None) -> None:
         """Guarded. Show why the task's batch does not move on, None when it does again."""
 
     def sweep(self) -> Swept:
-        """Idempotent repair: deadlines that passed, in_progress without open shards, finalizing or cancelling without a seal task,
-        leases of another boot. Every process may call it at any time."""
+        """Idempotent repair: deadlines that passed, in_progress without open shards, finalizing or cancelling without a
+        seal task, leases of another boot. Every process may call it at any time.
+        """
 
     def close(self) -> None:
         """Let go of all connections."""
@@ -285,12 +302,15 @@ class Upstream(Protocol):
     async def send(
         self, url: str, body: bytes, *, idempotency_key: str | None, is_at_most_once: bool = False
     ) -> Attempt:
-        """POST a line's body to `url` (as in the line, with its leading /v1) and read the whole answer, within the deadlines and the cap on
-        decoded bytes. Never raises for what the peer or the network does: that is an Attempt with `error`. Redirects are not followed.
-        Cancelling the call closes its connection."""
+        """POST a line's body to `url` (as in the line, with its leading /v1) and read the whole answer, within the
+        deadlines and the cap on decoded bytes. Never raises for what the peer or the network does: that is an Attempt
+        with `error`. Redirects are not followed. Cancelling the call closes its connection.
+        """
 
     def sweep_deadlines(self) -> None:
-        """End every exchange that is over its total or idle deadline; called about twice a second, it stands for all timers."""
+        """End every exchange that is over its total or idle deadline; called about twice a second, it stands for all
+        timers.
+        """
 
     async def close(self) -> None:
         """Close all connections."""

@@ -1,7 +1,8 @@
-"""Turn the records of a finished batch into its output and error files, in input order, with flat memory, and prove the ledger.
+"""Turn the records of a finished batch into its output and error files, in input order, with flat memory, and prove the
+ledger.
 
-The bytes are a function of the input, the extents, `ended_by` and the batch's settings alone: no clock and no random id, so
-that sealing again gives the same files.
+The bytes are a function of the input, the extents, `ended_by` and the batch's settings alone: no clock and no random
+id, so that sealing again gives the same files.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ class Sealing:
         crash.point("seal.published")
         return published
 
-    # -- before reading --------------------------------------------------------------------------------------------------
+    # -- before reading ----------------------------------------------------------------------------------------------
 
     def _salvage_tail(self, shard: Claim) -> None:
         """Register what a fenced holder made durable without registering it."""
@@ -222,7 +223,7 @@ class Sealing:
             self._store.block(self._claim.ref, DiskFull.code)
             raise DiskFull(message)
 
-    # -- copying ---------------------------------------------------------------------------------------------------------
+    # -- copying -----------------------------------------------------------------------------------------------------
 
     def _copy_in_sequence(self, extents: list[Extent]) -> None:
         for extent in extents:
@@ -294,7 +295,7 @@ class Sealing:
         lines = iter_lines(buffer, row.first_line, row.skipped, self._rules)
         return {line.line_number: line.custom_id for line in lines if line.line_number not in records}
 
-    # -- the end ---------------------------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------------------------
 
     def _prove(self) -> None:
         """Hold what was written against what the store counts.

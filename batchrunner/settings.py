@@ -1,4 +1,5 @@
-"""Every knob and limit with its unit in its name, its default and one line of meaning; where a value comes from is kept beside it.
+"""Every knob and limit with its unit in its name, its default and one line of meaning; where a value comes from is kept
+beside it.
 
 This module reads no file and no environment: the caller hands in the layers, strongest first.
 """
@@ -48,9 +49,13 @@ def _knob(default: _T, meaning: str) -> _T:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """All settings of one process. Names are those of `batchrunner.toml`; the environment has them as BATCHRUNNER_NAME."""
+    """All settings of one process. Names are those of `batchrunner.toml`; the environment has them as
+    BATCHRUNNER_NAME.
+    """
 
-    base_url: str | None = _knob(None, "what the SDKs call base_url: the upstream's address, such as http://localhost:8000/v1")
+    base_url: str | None = _knob(
+        None, "what the SDKs call base_url: the upstream's address, such as http://localhost:8000/v1"
+    )
     api_key_env: str = _knob("OPENAI_API_KEY", "name of the environment variable that holds the upstream's key")
     endpoints: tuple[str, ...] = _knob(ENDPOINTS, "the urls that a line may name")
     concurrency: int | None = _knob(None, "requests in flight for all workers together; unset finds it by itself")
@@ -65,7 +70,9 @@ class Settings:
     first_contact_s: float = _knob(10.0, "how long an upstream that never answered may be unreachable")
     retry_after_max_s: float = _knob(600.0, "longest wait that an upstream may ask for")
     reply_bytes_max: int = _knob(32 * MIB, "largest decoded answer")
-    memory_bytes_max: int = _knob(256 * MIB, "budget of one worker process for shards, bodies, answers and unsynced records")
+    memory_bytes_max: int = _knob(
+        256 * MIB, "budget of one worker process for shards, bodies, answers and unsynced records"
+    )
     lease_s: float = _knob(15.0, "how long a worker owns a task without a sign of life")
     renew_s: float = _knob(5.0, "interval of these signs")
     poll_s: float = _knob(0.5, "interval at which a worker asks for cancel, pause and limits")
@@ -111,15 +118,15 @@ def parse_size(text: str, *, what: str) -> int:
 def resolve(layers: Sequence[tuple[str, Mapping[str, object]]]) -> tuple[Settings, dict[str, str]]:
     """Lay the layers (origin, values by setting name; strongest first) over the defaults.
 
-    Gives the settings and, by name, the origin of each value. Values of None count as not given; text is parsed by the unit
-    in the setting's name.
+    Gives the settings and, by name, the origin of each value. Values of None count as not given; text is parsed by the
+    unit in the setting's name.
 
     Raises:
         UsageError: an unknown name, or a value that does not fit; the message names the origin.
     """
     known = {knob.name for knob in fields(Settings)}
     values: dict[str, object] = {}
-    origins = {name: "default" for name in known}
+    origins = dict.fromkeys(known, "default")
     for origin, layer in reversed(layers):
         for name, value in layer.items():
             if name not in known:
@@ -134,7 +141,10 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, object]]]) -> tuple[Setting
 
 def describe() -> list[tuple[str, object, str]]:
     """Name, default and meaning of every setting, in the order of the class."""
-    return [(knob.name, knob.default if knob.default is not MISSING else None, knob.metadata["meaning"]) for knob in fields(Settings)]
+    return [
+        (knob.name, knob.default if knob.default is not MISSING else None, knob.metadata["meaning"])
+        for knob in fields(Settings)
+    ]
 
 
 _HINTS = get_type_hints(Settings)

@@ -30,8 +30,8 @@ from batchrunner.models import (
 from batchrunner.ports import Blobs
 from batchrunner.results import ResultLines
 
-# Lines that a mark reserves ahead of the one handed out. A takeover counts every line up to the mark as possibly sent, so a
-# longer reservation makes that bound looser, a shorter one makes hand-out wait for the disk more often.
+# Lines that a mark reserves ahead of the one handed out. A takeover counts every line up to the mark as possibly sent,
+# so a longer reservation makes that bound looser, a shorter one makes hand-out wait for the disk more often.
 _AHEAD_MIN, _AHEAD_MAX = 16, 256
 
 # A line that was open at this many deaths of its quarantined holder is given up.
@@ -44,8 +44,8 @@ _POISON = "The worker died each time this request was under way; it is not sent 
 class ShardRun:
     """One claimed shard: hands out its lines in order, and knows when the last one has its record.
 
-    Used by the event loop only, once `load` has returned. Lines are handed out up to the durable mark of the journal, up to
-    the batch's hold, and in a quarantined or at-most-once shard up to the registered intent mark.
+    Used by the event loop only, once `load` has returned. Lines are handed out up to the durable mark of the journal,
+    up to the batch's hold, and in a quarantined or at-most-once shard up to the registered intent mark.
     """
 
     def __init__(self, claim: Claim, buffer: bytes, rules: LineRules, journal: ShardJournal, done: set[int]) -> None:
@@ -192,7 +192,8 @@ class ShardRun:
         ]
 
     def cut_tail(self, *, keep_lines: int) -> tuple[ShardCut, ShardCut] | None:
-        """Work out a split that leaves this holder `keep_lines` more untouched lines, None if too little would be left for either side.
+        """Work out a split that leaves this holder `keep_lines` more untouched lines, None if too little would be left
+        for either side.
 
         Lines beyond the split are not handed out from here on; `take_back_tail` undoes that.
         """
@@ -261,9 +262,9 @@ def iter_lines(buffer: bytes, first_line: int, skipped: Container[int], rules: L
 def load(blobs: Blobs, journal: Journal, claim: Claim, rules: LineRules) -> ShardRun:
     """Read a claimed shard, check its bytes, take over what earlier holders left. Blocks.
 
-    Successes that earlier epochs made durable without registering them are copied into this claim's own segment. In a batch
-    with at-most-once lines, a line with an intent and no record becomes `outcome_unknown`; in a quarantined shard, the line
-    that was open at two deaths becomes `poison_request`.
+    Successes that earlier epochs made durable without registering them are copied into this claim's own segment. In a
+    batch with at-most-once lines, a line with an intent and no record becomes `outcome_unknown`; in a quarantined
+    shard, the line that was open at two deaths becomes `poison_request`.
 
     Raises:
         InputChanged: the source's bytes are not those that were validated.

@@ -102,8 +102,8 @@ class _Child:
 class Supervisor:
     """A crew of worker processes. `run` returns when all have ended after `stop`.
 
-    `command` starts a worker, `greeting` is the first line that it reads. `bury` is awaited after each death: it must end the
-    dead session's leases.
+    `command` starts a worker, `greeting` is the first line that it reads. `bury` is awaited after each death: it must
+    end the dead session's leases.
 
     Raises (from run):
         WorkerLost: a worker dies again and again as soon as it starts.
@@ -209,9 +209,11 @@ class Supervisor:
             "worker %d ended with code %d; starting it again", child.number, code, extra={"action": "worker_died"}
         )
         if len(child.deaths) >= _DEATHS_MAX:
-            raise WorkerLost(f"worker {child.number} died {len(child.deaths)} times in a minute, the last time with code {code}")
+            raise WorkerLost(
+                f"worker {child.number} died {len(child.deaths)} times in a minute, the last time with code {code}"
+            )
 
-    # -- shares ----------------------------------------------------------------------------------------------------------
+    # -- shares ------------------------------------------------------------------------------------------------------
 
     async def _pace(self) -> None:
         rounds = 0

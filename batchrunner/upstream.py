@@ -77,8 +77,8 @@ class AiohttpUpstream:
     `total_timeout_s` runs from `send` to the last byte, connecting included; `idle_timeout_s` is the longest silence
     inside an answer that has begun. A connection that was idle for `keepalive_s` is not used again: many servers close
     theirs after 5 s. A request on a used connection that turns out
-    to be closed before any byte of an answer came is sent again at once, but for a line that is at most once: for it that is
-    AttemptError.RESET.
+    to be closed before any byte of an answer came is sent again at once, but for a line that is at most once: for it
+    that is AttemptError.RESET.
 
     Raises:
         UsageError: the base URL, a header, the key or the CA bundle does not fit.

@@ -1,7 +1,8 @@
-"""A worker session: claim tasks under a lease, keep the lease alive, run each task's step, register what is durable, let go.
+"""A worker session: claim tasks under a lease, keep the lease alive, run each task's step, register what is durable,
+let go.
 
-One coroutine, the keeper, does all bookkeeping of the shards in hand, so that no two store calls of a session race. Renewals
-run on a thread of their own and stop when the work shows no life.
+One coroutine, the keeper, does all bookkeeping of the shards in hand, so that no two store calls of a session race.
+Renewals run on a thread of their own and stop when the work shows no life.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ class Renewals:
 class Worker:
     """One session. `run` returns after `stop`, when everything in hand has been given back.
 
-    `fanout` must call `changed` when a shard needs the keeper. `pacer` is called every 100 ms with what happened since and
-    sets the fan-out's window and shares.
+    `fanout` must call `changed` when a shard needs the keeper. `pacer` is called every 100 ms with what happened since
+    and sets the fan-out's window and shares.
     """
 
     def __init__(
@@ -128,7 +129,8 @@ class Worker:
         self._runs: dict[int, ShardRun] = {}
         # Shards given away or lost whose last replies are still awaited: these belong into their journal all the same.
         self._lost: list[ShardRun] = []
-        # Failed tasks whose failure is not in the store yet. They must get there, or this session renews their leases forever.
+        # Failed tasks whose failure is not in the store yet. They must get there, or this session renews their leases
+        # forever.
         self._owed: list[tuple[Claim, str]] = []
         self._changed = asyncio.Event()
         self._is_stopping = False
@@ -181,7 +183,7 @@ class Worker:
             self._renewals.stop()
             self._threads.shutdown(wait=True)
 
-    # -- the keeper ------------------------------------------------------------------------------------------------------
+    # -- the keeper --------------------------------------------------------------------------------------------------
 
     async def _pace(self) -> None:
         while not (self._is_stopping and not self._runs):
@@ -233,7 +235,7 @@ class Worker:
     async def _call(self, function: Callable[..., _T], *arguments: object) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
-    # -- shards in hand --------------------------------------------------------------------------------------------------
+    # -- shards in hand ----------------------------------------------------------------------------------------------
 
     async def _tend(self, run: ShardRun) -> None:
         """Do for one shard what is due: register, settle, give back, split at the hold, register an intent."""
@@ -342,7 +344,7 @@ class Worker:
         await self._call(self._store.split, run.claim.ref, head, tail)
         crash.point("split.committed")
 
-    # -- what others want ------------------------------------------------------------------------------------------------
+    # -- what others want --------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
         """Ask how the tasks in hand stand; follow cancel, deadline, pause, hold and loss; share with the hungry."""
@@ -388,7 +390,7 @@ class Worker:
         for run in self._runs.values():
             self._leave(run, by_s=float("inf"))
 
-    # -- claims ----------------------------------------------------------------------------------------------------------
+    # -- claims ------------------------------------------------------------------------------------------------------
 
     def _wants_more(self) -> bool:
         if self.fanout.pause_reason is not None or self._clock.monotonic_s() < self._claim_at_s:
@@ -435,7 +437,9 @@ class Worker:
         return claim
 
     async def _take_shard(self, claim: Claim) -> None:
-        """Load a claimed shard and put it into the rotation; whatever fails, the task does not stay with this session."""
+        """Load a claimed shard and put it into the rotation; whatever fails, the task does not stay with this
+        session.
+        """
         assert claim.shard is not None
         try:
             if claim.shard.deaths >= _QUARANTINE_DEATHS and not claim.shard.is_quarantined:

@@ -1,4 +1,6 @@
-"""The command line: a module for each command, imported only when it is called, and one place where errors become exit codes."""
+"""The command line: a module for each command, imported only when it is called, and one place where errors become
+exit codes.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are called."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, _ctx: click.Context) -> list[str]:
         """See click.Group."""
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
         """See click.Group."""
         if cmd_name not in COMMANDS:
             return None
@@ -43,12 +45,14 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, meaning) for name, (_, meaning) in COMMANDS.items()])
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         """Name the nearest command when there is no such one."""
         try:
             return super().resolve_command(ctx, args)
@@ -62,7 +66,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="batchrunner")
 def cli() -> None:
-    """Run a file of LLM requests on any OpenAI-compatible server, each line exactly once.
+    r"""Run a file of LLM requests on any OpenAI-compatible server, each line exactly once.
 
     \b
     batchrunner run in.jsonl -o out.jsonl -u http://localhost:8000/v1

@@ -55,7 +55,9 @@ def choose_failed(runner: Runner, scope: TenantScope, prepared: Prepared, wanted
                 count += 1
     if count == 0:
         writer.abort()
-        raise UsageError(f"--retry-failed: no failed line{'' if codes is None else f' with code {wanted}'} to run again")
+        raise UsageError(
+            f"--retry-failed: no failed line{'' if codes is None else f' with code {wanted}'} to run again"
+        )
     writer.commit()
     return name
 

@@ -31,9 +31,7 @@ def load_settings(flags: Mapping[str, object]) -> tuple[Settings, dict[str, str]
     for name, variable in _FOREIGN.items():
         if os.environ.get(variable):
             layers.append((f"env {variable}", {name: os.environ[variable]}))
-    for path in config_paths():
-        if path.is_file():
-            layers.append((str(path), _read_toml(path)))
+    layers += [(str(path), _read_toml(path)) for path in config_paths() if path.is_file()]
     return resolve(layers)
 
 

@@ -83,7 +83,7 @@ def is_untouched(prepared: Prepared) -> bool:
     )
 
 
-# -- files ---------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------------------------
 
 
 def _export(request: RunRequest, prepared: Prepared, runner: Runner, folded: Folded) -> None:
@@ -104,7 +104,9 @@ def _export(request: RunRequest, prepared: Prepared, runner: Runner, folded: Fol
 
 
 def _place(source: Path | None, target: Path) -> dict[str, Fingerprint]:
-    """Make `target` a file of its own with the bytes of `source`, empty without one: temp, fsync, rename, fsync the folder."""
+    """Make `target` a file of its own with the bytes of `source`, empty without one: temp, fsync, rename, fsync the
+    folder.
+    """
     if source is None:
         write_whole(target, b"")
     else:
@@ -153,7 +155,7 @@ def _file_entry(source: Path | None, target: Path, lines: int) -> dict[str, obje
     return {"path": str(target), "bytes": source.stat().st_size, "sha256": digest.hexdigest(), "lines": lines}
 
 
-# -- summary -------------------------------------------------------------------------------------------------------------
+# -- summary ---------------------------------------------------------------------------------------------------------
 
 
 def _summary(

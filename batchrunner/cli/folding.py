@@ -27,7 +27,9 @@ _read_id = msgspec.json.Decoder(_Named).decode
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """One view of a chain of batches: the counts of the whole, and where the plain files lie (None where one would be empty)."""
+    """One view of a chain of batches: the counts of the whole, and where the plain files lie (None where one would
+    be empty).
+    """
 
     batch: Batch
     output: Path | None
@@ -100,7 +102,11 @@ def _fold_in(base: _Layer, child: _Layer, folder: Path, suffix: str, *, order: O
     output = folder / f"folded-{suffix}.jsonl"
     errors = folder / f"folded-{suffix}.errors.jsonl"
     pairs = [_numbered(base), _numbered(child)]
-    merged = heapq.merge(*pairs, key=lambda pair: pair[0]) if order is Order.INPUT else (pair for part in pairs for pair in part)
+    merged = (
+        heapq.merge(*pairs, key=lambda pair: pair[0])
+        if order is Order.INPUT
+        else (pair for part in pairs for pair in part)
+    )
     numbers = array("Q")
     with output.open("wb") as writing:
         for number, line in merged:

@@ -100,9 +100,13 @@ class Panel:
     def _panel(self, batch: Batch, live: Live) -> RenderableType:
         rate, token_rate = self._rate.per_second()
         tally = live.tally
-        head = Text(f"{batch.status}  {batch.done_count:,}/{batch.total_count:,} lines  {rate:.1f}/s  ETA {self._eta(batch)}")
+        head = Text(
+            f"{batch.status}  {batch.done_count:,}/{batch.total_count:,} lines  {rate:.1f}/s  ETA {self._eta(batch)}"
+        )
         grid = Table.grid(padding=(0, 2))
-        grid.add_row("in flight", f"{live.in_flight} of {live.window} ({live.bound_by})", "retries", f"{tally.retries:,}")
+        grid.add_row(
+            "in flight", f"{live.in_flight} of {live.window} ({live.bound_by})", "retries", f"{tally.retries:,}"
+        )
         p50, p99 = tally.latencies.quantile(0.5), tally.latencies.quantile(0.99)
         latency = f"p50 {p50 * 1000:.0f} ms, p99 {p99 * 1000:.0f} ms" if p50 and p99 else "-"
         grid.add_row("latency", latency, "tokens/s", count_text(token_rate))

@@ -1,4 +1,6 @@
-"""What a `run` does before it starts the engine: lock its folder, read its input once, and make sure that it is the same run."""
+"""What a `run` does before it starts the engine: lock its folder, read its input once, and make sure that it is the
+same run.
+"""
 
 from __future__ import annotations
 
@@ -135,7 +137,9 @@ def _state_path(request: RunRequest) -> Path:
     if not request.is_streaming:
         return request.output_path.with_name(f"{request.output_path.name}.run")
     if request.is_from_stdin:
-        raise UsageError("a run from stdin to stdout has no place for its state", hint="Add --state DIR; it makes the run resumable.")
+        raise UsageError(
+            "a run from stdin to stdout has no place for its state", hint="Add --state DIR; it makes the run resumable."
+        )
     return request.input_path.with_name(f"{request.input_path.name}.run")
 
 

@@ -19,30 +19,86 @@ _PACKED = (".gz", ".zst")
 
 @click.command("run", short_help="Run a file of requests and write its output and error files.")
 @click.argument("input_path", metavar="INPUT", type=click.Path(allow_dash=True, path_type=Path))
-@click.option("-o", "--output", "output_path", required=True, metavar="OUTPUT", type=click.Path(allow_dash=True, path_type=Path),
-              help="Where the finished lines go when the run ends; - streams them to stdout.")
-@click.option("-u", "--base-url", metavar="URL", help="What the SDKs call base_url, such as http://localhost:8000/v1. [OPENAI_BASE_URL]")
+@click.option(
+    "-o",
+    "--output",
+    "output_path",
+    required=True,
+    metavar="OUTPUT",
+    type=click.Path(allow_dash=True, path_type=Path),
+    help="Where the finished lines go when the run ends; - streams them to stdout.",
+)
+@click.option(
+    "-u",
+    "--base-url",
+    metavar="URL",
+    help="What the SDKs call base_url, such as http://localhost:8000/v1. [OPENAI_BASE_URL]",
+)
 @click.option("--api-key-env", metavar="NAME", help="Environment variable that holds the key. [OPENAI_API_KEY]")
 @click.option("--endpoint", metavar="PATH", help="Where lines without a url go; lines with one must name it.")
-@click.option("--window", "completion_window", metavar="DURATION", help="Deadline from the first start, 1m to 14d; none by default.")
-@click.option("--concurrency", metavar="auto|N", help="Requests in flight, for all workers together; found by itself by default.")
-@click.option("--workers", metavar="auto|N", help="Worker processes; auto is one up to 10,000 lines, else one per core.")
+@click.option(
+    "--window",
+    "completion_window",
+    metavar="DURATION",
+    help="Deadline from the first start, 1m to 14d; none by default.",
+)
+@click.option(
+    "--concurrency", metavar="auto|N", help="Requests in flight, for all workers together; found by itself by default."
+)
+@click.option(
+    "--workers", metavar="auto|N", help="Worker processes; auto is one up to 10,000 lines, else one per core."
+)
 @click.option("--rpm", type=click.IntRange(min=1), metavar="N", help="At most N requests a minute.")
 @click.option("--tpm", type=click.IntRange(min=1), metavar="N", help="At most N tokens a minute.")
 @click.option("--max-tries", type=click.IntRange(min=1), metavar="N", help="Tries of a line that fails by itself. [5]")
 @click.option("--request-timeout", metavar="S", help="Total time of one exchange. [600s]")
-@click.option("--order", type=click.Choice(["input", "completion"]), default="input", show_default=True, help="Order of the lines in OUTPUT.")
-@click.option("--on-invalid", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
-              help="What a bad line does: end the run before it begins, or go to the errors file.")
-@click.option("--on-unknown", type=click.Choice(["retry", "fail"]), default="retry", show_default=True,
-              help="What a lost answer does: the line is sent again, or at most once and ends as outcome_unknown.")
-@click.option("--retry-failed", is_flag=False, flag_value="all", metavar="[=CODES]",
-              help="Run the failed lines of a finished run again, all or those with these codes (a,b).")
+@click.option(
+    "--order",
+    type=click.Choice(["input", "completion"]),
+    default="input",
+    show_default=True,
+    help="Order of the lines in OUTPUT.",
+)
+@click.option(
+    "--on-invalid",
+    type=click.Choice(["fail", "skip"]),
+    default="fail",
+    show_default=True,
+    help="What a bad line does: end the run before it begins, or go to the errors file.",
+)
+@click.option(
+    "--on-unknown",
+    type=click.Choice(["retry", "fail"]),
+    default="retry",
+    show_default=True,
+    help="What a lost answer does: the line is sent again, or at most once and ends as outcome_unknown.",
+)
+@click.option(
+    "--retry-failed",
+    is_flag=False,
+    flag_value="all",
+    metavar="[=CODES]",
+    help="Run the failed lines of a finished run again, all or those with these codes (a,b).",
+)
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Run only the first N lines for now.")
-@click.option("--errors", "errors_path", metavar="PATH", type=click.Path(path_type=Path), help="Where failed lines go. [OUTPUT with .errors]")
-@click.option("--state", "state_path", metavar="DIR", type=click.Path(path_type=Path), help="Where the run's state lives. [OUTPUT.run]")
+@click.option(
+    "--errors",
+    "errors_path",
+    metavar="PATH",
+    type=click.Path(path_type=Path),
+    help="Where failed lines go. [OUTPUT with .errors]",
+)
+@click.option(
+    "--state",
+    "state_path",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Where the run's state lives. [OUTPUT.run]",
+)
 @click.option("--fresh", is_flag=True, help="Start over; the old state folder is kept under another name.")
-@click.option("--json", "is_json", is_flag=True, help="Print one JSON object at the end instead of a panel and a summary.")
+@click.option(
+    "--json", "is_json", is_flag=True, help="Print one JSON object at the end instead of a panel and a summary."
+)
 def run(input_path: Path, output_path: Path, **options: object) -> None:
     """Run INPUT, a file of requests (OpenAI Batch JSONL, .gz and .zst too, - for stdin), and write OUTPUT.
 
@@ -70,7 +126,9 @@ def run(input_path: Path, output_path: Path, **options: object) -> None:
         is_json=bool(options["is_json"]),
     )
     if output_path.suffix in _PACKED:
-        raise UsageError(f"OUTPUT {output_path}: packed output is not written", hint=f"Write {output_path.stem}, then pack it.")
+        raise UsageError(
+            f"OUTPUT {output_path}: packed output is not written", hint=f"Write {output_path.stem}, then pack it."
+        )
     settings, _ = load_settings(
         {
             "base_url": options["base_url"],
@@ -86,7 +144,7 @@ def run(input_path: Path, output_path: Path, **options: object) -> None:
     if not settings.base_url:
         raise UsageError(
             "no upstream is named",
-            hint="Give -u URL or set OPENAI_BASE_URL; without a server, try `batchrunner simulate` in another terminal.",
+            hint="Give -u URL or set OPENAI_BASE_URL; without a server, try `batchrunner simulate`.",
         )
     from batchrunner.tuning import tune_process
 

@@ -14,12 +14,12 @@ from batchrunner import crash
 from batchrunner.app import Crew, Runner, arm_crash_point
 from batchrunner.cli import export
 from batchrunner.cli.choosing import choose_failed
-from batchrunner.cli.exits import MEANINGS, ExitCode
 from batchrunner.cli.console import say
+from batchrunner.cli.exits import MEANINGS, ExitCode
 from batchrunner.cli.panel import Panel
 from batchrunner.cli.preparing import Prepared, RunRequest, prepare
 from batchrunner.cli.streaming import LineStream
-from batchrunner.cli.summary import Outcome, Summary, report
+from batchrunner.cli.summary import Outcome, report
 from batchrunner.errors import BatchrunnerError, TaskParked, UpstreamUnreachable
 from batchrunner.lifecycle import TERMINAL, BatchStatus
 from batchrunner.models import LOCAL_TENANT, Batch, BatchId, NewBatch, OnInvalid, OnUnknown, Order, PauseReason
@@ -84,7 +84,7 @@ class _Run:
             done_before = batch.done_count
             if batch.status not in TERMINAL:
                 with Panel(is_json=self._request.is_json) as panel:
-                    batch = await self._watch(runner, scope, batch.id, panel, stream)
+                    batch = await self._watch(scope, batch.id, panel, stream)
             if stream is not None:
                 await stream.advance(batch.id)
             outcome = Outcome(
@@ -102,7 +102,7 @@ class _Run:
             raise self._stop.error
         return ExitCode(summary.exit_code)
 
-    # -- start -----------------------------------------------------------------------------------------------------------
+    # -- start -------------------------------------------------------------------------------------------------------
 
     def _start_or_resume(self, runner: Runner, scope: TenantScope) -> Batch:
         record, request = self._prepared.record, self._request
@@ -157,11 +157,9 @@ class _Run:
         folder = self._prepared.folder.path
         return f"{done}; finished lines until the end: batchrunner results {folder}"
 
-    # -- watch -----------------------------------------------------------------------------------------------------------
+    # -- watch -------------------------------------------------------------------------------------------------------
 
-    async def _watch(
-        self, runner: Runner, scope: TenantScope, batch_id: BatchId, panel: Panel, stream: LineStream | None
-    ) -> Batch:
+    async def _watch(self, scope: TenantScope, batch_id: BatchId, panel: Panel, stream: LineStream | None) -> Batch:
         """Follow the batch until it has ended or the run has to stop; then drain the crew."""
         assert self._crew is not None
         loop = asyncio.get_running_loop()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import click
 import msgspec
 import orjson
-
-import click
 
 from batchrunner.cli.console import count_text, duration_text, say
 from batchrunner.cli.exits import ExitCode

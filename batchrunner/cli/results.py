@@ -1,0 +1,225 @@
+"""`batchrunner results`: the finished lines of a run, while it goes on or after it died, from registered extents alone.
+
+It takes no lock and writes nothing into the run's folder.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import click
+
+from batchrunner.cli.console import say
+from batchrunner.cli.run_folder import RunFolder, RunRecord
+from batchrunner.errors import NotFound, UsageError
+from batchrunner.frames import Damage, Record, read_payload, read_records, segment_of
+from batchrunner.lifecycle import TERMINAL
+from batchrunner.models import LOCAL_TENANT, BatchId, RecordKind, SegmentRef
+from batchrunner.ports import Blobs, TenantScope
+
+_PAGE = 200
+_LOOK_S = 0.5
+
+
+@click.command("results")
+@click.argument("run", metavar="RUN_FOLDER", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", metavar="PATH", type=click.Path(path_type=Path), help="Write there instead of to stdout."
+)
+@click.option("--failed", "which", flag_value="failed", help="Only lines that failed.")
+@click.option("--succeeded", "which", flag_value="succeeded", help="Only lines that succeeded.")
+@click.option("--follow", is_flag=True, help="Go on with new lines until the run ends.")
+def results(*, run: Path, output: Path | None, which: str | None, follow: bool) -> None:
+    """Print the finished lines of a run, OUTPUT.run, in the order in which they were finished.
+
+    The run may be going on, stopped or killed. Lines that were refused, or that a deadline left unfinished, are in the
+    run's own errors file only.
+    """
+    kind = {None: None, "failed": RecordKind.FAILED, "succeeded": RecordKind.SUCCEEDED}[which]
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_run(run))
+        sink = _sink(opened, output, stack)
+        count = _copy(opened.lines(kind), sink)
+        if follow:
+            count += _follow(opened, kind, sink)
+        _tell(opened, count)
+
+
+def _sink(opened: OpenRun, output: Path | None, stack: ExitStack) -> BinaryIO:
+    """Open what is written to; the run's own files are not for this command to write."""
+    if output is None:
+        return sys.stdout.buffer
+    own = {Path(each).resolve() for each in (opened.record.input, opened.record.output, opened.record.errors)}
+    if output.resolve() in own:
+        raise UsageError(f"{output} is a file of the run itself", hint="Name another file with -o.")
+    return stack.enter_context(output.open("wb"))
+
+
+def _copy(lines: Iterator[bytes], sink: BinaryIO) -> int:
+    count = 0
+    for line in lines:
+        sink.write(line)
+        count += 1
+    sink.flush()
+    return count
+
+
+def _follow(opened: OpenRun, kind: RecordKind | None, sink: BinaryIO) -> int:
+    """Copy what is registered from now on, until the batch has ended or nobody works on it."""
+    count, pause = 0, threading.Event()
+    while True:
+        # Asked before the last look: what was registered up to then is in it.
+        is_over = opened.has_ended() or not opened.is_worked_on()
+        count += _copy(opened.lines(kind), sink)
+        if is_over:
+            return count
+        pause.wait(_LOOK_S)
+
+
+def _tell(opened: OpenRun, count: int) -> None:
+    if opened.has_ended():
+        say(f"{count:,} lines; the run has ended, its files are {opened.record.output} and {opened.record.errors}")
+    elif opened.is_worked_on():
+        say(f"{count:,} lines so far; the run goes on")
+    else:
+        say(f"{count:,} lines so far; no process works on this run: the same `batchrunner run` again continues it")
+
+
+# -- a run's folder ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_run(path: Path) -> Iterator[OpenRun]:
+    """Open the run in a folder, OUTPUT.run, or the one that belongs to OUTPUT.
+
+    Raises:
+        NotFound: there is no run.
+        UsageError: it is the id of a server's batch.
+    """
+    folder = RunFolder(_folder_of(path))
+    record = folder.load()
+    if record is None:
+        raise NotFound(f"{folder.record_path} is not there: {path} is no run folder", hint="Name OUTPUT.run of a run.")
+    if not (folder.path / "state.db").is_file():
+        raise NotFound(f"{folder.path / 'state.db'} is not there: this run has not started")
+    from batchrunner.app import open_adapters
+
+    adapters = open_adapters(folder.path)
+    try:
+        yield OpenRun(folder, record, adapters.blobs, adapters.store.scope(LOCAL_TENANT))
+    finally:
+        adapters.store.close()
+
+
+def _folder_of(path: Path) -> Path:
+    if path.is_dir():
+        return path
+    if path.name.startswith("batch_") and not path.exists():
+        raise UsageError(
+            f"{path} is the id of a batch on a server, which this command cannot read",
+            hint="Name the folder of a run on this machine, OUTPUT.run.",
+        )
+    beside = path.with_name(f"{path.name}.run")
+    return beside if path.is_file() and beside.is_dir() else path
+
+
+class OpenRun:
+    """A run whose finished lines are read while others may work on it."""
+
+    def __init__(self, folder: RunFolder, record: RunRecord, blobs: Blobs, scope: TenantScope) -> None:
+        self.record = record
+        self._folder = folder
+        self._blobs = blobs
+        self._scope = scope
+        self._readers: list[_Reader] = []
+
+    def lines(self, kind: RecordKind | None) -> Iterator[bytes]:
+        """Give finished lines that were not given before, in sequence order; those of a kind, or all.
+
+        In a run whose failed lines were tried again, the last result of a line stands for it.
+        """
+        self._look_for_batches()
+        for place, reader in enumerate(self._readers):
+            again: set[int] = set()
+            if not reader.has_begun:
+                again.update(*(later.line_numbers() for later in self._readers[place + 1 :]))
+            for record in reader.fresh():
+                if record.line_number not in again and kind in (None, record.kind):
+                    yield read_payload(self._blobs, record)
+
+    def has_ended(self) -> bool:
+        """Tell whether the last batch of the run has ended."""
+        self._look_for_batches()
+        batches = self.record.batches
+        return bool(batches) and self._scope.batch(BatchId(batches[-1])).status in TERMINAL
+
+    def is_worked_on(self) -> bool:
+        """Tell whether the process that locked the folder last still lives. Its lock is not touched."""
+        try:
+            pid = int((self._folder.path / "lock").read_text())
+            os.kill(pid, 0)
+        except (FileNotFoundError, ValueError, ProcessLookupError):
+            return False
+        except PermissionError:
+            return True
+        return True
+
+    def _look_for_batches(self) -> None:
+        self.record = self._folder.load() or self.record
+        for batch_id in self.record.batches[len(self._readers) :]:
+            self._readers.append(_Reader(self._blobs, self._scope, BatchId(batch_id)))
+
+
+@dataclass(slots=True)
+class _Spot:
+    """How far the last extent was read; a later look may find it grown."""
+
+    segment: SegmentRef
+    byte_start: int
+    read_to: int
+
+
+class _Reader:
+    """The registered records of one batch."""
+
+    def __init__(self, blobs: Blobs, scope: TenantScope, batch_id: BatchId) -> None:
+        self._blobs = blobs
+        self._scope = scope
+        self._batch_id = batch_id
+        self._after = 0
+        self._spot: _Spot | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether records were given before."""
+        return self._spot is not None
+
+    def line_numbers(self) -> set[int]:
+        """All lines that have a record now."""
+        whole = _Reader(self._blobs, self._scope, self._batch_id)
+        return {record.line_number for record in whole.fresh()}
+
+    def fresh(self) -> Iterator[Record]:
+        """Give the records behind those given before, in sequence order."""
+        while extents := self._scope.extents(self._batch_id, after=self._after, limit=_PAGE):
+            for extent in extents:
+                segment, start, spot = segment_of(extent), extent.byte_start, self._spot
+                if spot is not None and (spot.segment, spot.byte_start) == (segment, start):
+                    start = spot.read_to
+                yield from self._intact(segment, start, extent.byte_end)
+                self._spot = _Spot(segment, extent.byte_start, extent.byte_end)
+                self._after = extent.sequence_from + extent.count - 1
+
+    def _intact(self, segment: SegmentRef, start: int, end: int) -> Iterator[Record]:
+        for record in read_records(self._blobs, segment, start, end):
+            if isinstance(record, Damage):
+                say(f"{segment.blob}: bytes {record.start:,} to {record.end:,} are damaged; their lines will run again")
+            else:
+                yield record
