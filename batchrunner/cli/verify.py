@@ -256,7 +256,7 @@ class Ledger:
                 yield f"manifest: the {role} file is not the one that the run wrote down"
         given, output, errors = files
         if self.matched_by_count:
-            yield f"{self.matched_by_count:,} lines without a usable custom_id are matched by their number"
+            yield f"matched by number, having no usable custom_id: {self.matched_by_count:,}"
         yield f"output in input order: {'yes' if self.is_in_input_order else 'no'}"
         yield f"manifest: {'none' if self.manifest is None else 'same' if all(self.manifest.values()) else 'differs'}"
         sums = f"{given.line_count:,} input lines, {output.line_count:,} output + {errors.line_count:,} error lines"
