@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,12 +23,12 @@ import msgspec
 from batchrunner import crash
 from batchrunner.blobs.local import LocalBlobs
 from batchrunner.clock import SystemClock, SystemRng
-from batchrunner.errors import UsageError
+from batchrunner.errors import NotFound, UsageError
 from batchrunner.fanout import Fanout, Gate
 from batchrunner.journal import Journal
 from batchrunner.limits import Breaker, Cooldown, FirstContact, Outage, TokenBucket
 from batchrunner.metrics import Tally
-from batchrunner.models import SessionId
+from batchrunner.models import LOCAL_TENANT, BatchId, SessionId
 from batchrunner.pace import Window
 from batchrunner.pipeline import Pipeline
 from batchrunner.ports import Store
@@ -68,6 +68,18 @@ def open_adapters(folder: Path) -> Adapters:
         clock=clock,
         rng=rng,
     )
+
+
+def was_anything_sent(folder: Path, batch_ids: Sequence[str]) -> bool:
+    """Tell whether any of a run's batches ever left validation: before that no line is handed out. Blocks."""
+    adapters = open_adapters(folder)
+    try:
+        scope = adapters.store.scope(LOCAL_TENANT)
+        return any(scope.batch(BatchId(each)).in_progress_at is not None for each in batch_ids)
+    except NotFound:
+        return False
+    finally:
+        adapters.store.close()
 
 
 class SessionLocks:
@@ -117,11 +129,15 @@ class SessionLocks:
         return True
 
 
-def reap(adapters: Adapters, locks: SessionLocks) -> int:
-    """End the leases of sessions whose process is gone; gives their number. Blocks."""
+def reap(adapters: Adapters, locks: SessionLocks, *, is_witnessed: bool = True) -> int:
+    """End the leases of sessions whose process is gone; gives their number. Blocks.
+
+    Only a death that somebody of the same run lived to see speaks against the lines under way: a run that was killed as
+    a whole tells nothing of them.
+    """
     count = 0
     for session in locks.dead_sessions():
-        count += adapters.store.release_session(session, died=True)
+        count += adapters.store.release_session(session, died=is_witnessed)
         locks.bury(session)
     return count
 
@@ -308,7 +324,7 @@ class Runner:
 
     async def __aenter__(self) -> Self:
         self._adapters = await asyncio.to_thread(open_adapters, self.folder)
-        await asyncio.to_thread(reap, self._adapters, SessionLocks(self.folder))
+        await asyncio.to_thread(reap, self._adapters, SessionLocks(self.folder), is_witnessed=False)
         return self
 
     async def __aexit__(

@@ -138,6 +138,7 @@ class Fanout:
         if lane is None:
             lane = self._lane_of[run.batch.id] = Lane(run.batch.id)
             self._lanes.append(lane)
+        run.on_need = self._on_change
         lane.runs.append(run)
         lane.runs.sort(key=lambda held: held.shard.first_line)
         self.wake()

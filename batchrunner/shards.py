@@ -7,7 +7,7 @@ somebody else's business.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from itertools import takewhile
 
 from batchrunner import crash
@@ -65,6 +65,7 @@ class ShardRun:
         self.retry_count = 0
         self.in_flight_count = 0
         self.is_stopped = False
+        self.on_need: Callable[[], None] = _nobody
         # The keeper's own notes: when it last registered, what it still has to, and until when the shard may be left.
         self.registered_at_s = 0.0
         self.unregistered: list[NewExtent] = []
@@ -154,8 +155,9 @@ class ShardRun:
             return False
         if self.intent_mark is not None and number > self.intent_mark:
             # In quarantine one line at a time: the next intent is asked for when the line before has its record.
-            if not (self.is_quarantined and self.in_flight_count):
+            if not (self.is_quarantined and self.in_flight_count) and self.intent_wanted != number:
                 self.intent_wanted = number
+                self.on_need()
             return False
         if number > self.journal.durable_mark:
             self.journal.reserve(number + min(_AHEAD_MAX, max(_AHEAD_MIN, 2 * self.in_flight_count)))
@@ -244,6 +246,10 @@ class ShardRun:
         self._end -= tail.byte_end - tail.byte_start
         self._left_count -= tail.line_count
         self._untouched_count -= tail.line_count
+
+
+def _nobody() -> None:
+    """What a shard asks before it is in a rotation."""
 
 
 def iter_lines(buffer: bytes, first_line: int, skipped: Container[int], rules: LineRules) -> Iterator[RequestLine]:

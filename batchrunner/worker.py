@@ -273,6 +273,7 @@ class Worker:
 
     async def _register(self, run: ShardRun, *, intent_mark: int | None = None) -> None:
         progress = self._progress(run, intent_mark=intent_mark)
+        run.registered_at_s = self._clock.monotonic_s()
         if progress == Progress():
             return
         crash.point("register.before_commit")
@@ -446,6 +447,9 @@ class Worker:
                 await self._call(self._store.quarantine, claim.ref)
                 return
             run = await self._call(self._pipeline.load_shard, claim)
+            # What was salvaged and may be sent again is on record before the first line goes out: a second death must
+            # not hide the repeats of the first.
+            await self._register(run)
         except Fenced:
             return
         except InputChanged as error:
@@ -458,7 +462,6 @@ class Worker:
             logger.exception("shard not loaded", extra={"action": "task_failed", "task_id": claim.ref.task_id})
             self._owe(claim, error)
             return
-        run.registered_at_s = self._clock.monotonic_s()
         self._runs[claim.ref.task_id] = run
         self.fanout.add(run)
 

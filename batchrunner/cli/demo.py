@@ -120,9 +120,12 @@ def _simulator() -> Iterator[str]:
 
 def _tell_what_next(source: Path, target: Path) -> None:
     folder = target.with_name(f"{target.name}.run")
+    rows = (
+        (f"verify {source} {target}", "is every line there exactly once?"),
+        (f"results {folder} | head -1", "finished lines, also while a run goes on"),
+        ("demo", "again: it is done already"),
+        ("run in.jsonl -o out.jsonl -u URL", "your own file on your own server"),
+    )
     say(f"input {source}, output {target}, state and manifest {folder}")
-    say("next:")
-    say(f"  batchrunner verify {source} {target}      every line exactly once?")
-    say(f"  batchrunner results {folder} | head -1     finished lines, also while a run goes on")
-    say("  batchrunner demo                              again: done already")
-    say("  batchrunner run in.jsonl -o out.jsonl -u URL  your own file on your own server")
+    for command, meaning in rows:
+        say(f"  batchrunner {command:<45} {meaning}")

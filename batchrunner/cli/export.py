@@ -59,7 +59,6 @@ def finish(request: RunRequest, prepared: Prepared, runner: Runner, scope: Tenan
     """Export what a batch that has ended holds, write the manifest, remember the end. Blocks."""
     batch = outcome.batch
     if batch.status not in TERMINAL:
-        prepared.record.was_sent = prepared.record.was_sent or batch.total_count > 0
         prepared.folder.save(prepared.record)
         return _summary(request, prepared, outcome, batch, None, code=outcome.code or ExitCode.TROUBLE)
     folded = fold(runner, scope, prepared.record.batches, prepared.folder.path)
@@ -67,7 +66,6 @@ def finish(request: RunRequest, prepared: Prepared, runner: Runner, scope: Tenan
     code = exit_code_for(batch)
     if batch.total_count:
         _export(request, prepared, runner, folded)
-        prepared.record.was_sent = True
         prepared.record.finished_exit_code = int(code)
     summary = _summary(request, prepared, outcome, batch, folded, code=code)
     prepared.record.summary = orjson.dumps(msgspec.to_builtins(summary)).decode()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from batchrunner.app import was_anything_sent
 from batchrunner.cli.console import say
 from batchrunner.cli.run_folder import (
     Fingerprint,
@@ -18,6 +19,7 @@ from batchrunner.cli.run_folder import (
     RunRecord,
     check_free,
     check_same_run,
+    differences,
     errors_path_for,
     fingerprint,
     hash_file,
@@ -106,17 +108,8 @@ def _prepare_locked(request: RunRequest, folder: RunFolder) -> Prepared:
         on_invalid=request.on_invalid,
         on_unknown=request.on_unknown,
     )
-    if old is not None and old.was_sent:
-        check_same_run(old, new)
-        record = old
-        record.fingerprint = mark
-        record.input = new.input
-        record.errors = new.errors
-    else:
-        if old is not None and old.batches:
-            say("nothing was sent before; starting with the input as it is now")
-        record = new
-    if not record.was_sent and not request.is_fresh:
+    record = _same_or_new(folder, old, new)
+    if not record.batches and not request.is_fresh:
         for path, what in ((output, "OUTPUT"), (errors, "the errors file")):
             if not (request.is_streaming and what == "OUTPUT"):
                 check_free(path, what=what)
@@ -129,6 +122,24 @@ def _prepare_locked(request: RunRequest, folder: RunFolder) -> Prepared:
         output_path=output,
         errors_path=errors,
     )
+
+
+def _same_or_new(folder: RunFolder, old: RunRecord | None, new: RunRecord) -> RunRecord:
+    """Go on with the old record if it is of the same run; start anew if nothing was ever sent; else refuse.
+
+    Raises:
+        RunDiffers: the folder holds results of another run.
+    """
+    if old is None or not old.batches:
+        return new
+    if differences(old, new):
+        if was_anything_sent(folder.path, old.batches):
+            check_same_run(old, new)
+        say("nothing was sent before; starting with the input as it is now")
+        folder.clear()
+        return new
+    old.fingerprint, old.input, old.errors = new.fingerprint, new.input, new.errors
+    return old
 
 
 def _state_path(request: RunRequest) -> Path:
@@ -161,7 +172,7 @@ def _source(request: RunRequest, folder: RunFolder, old: RunRecord | None) -> tu
     if not path.is_file():
         raise NotFound(f"INPUT {path} is not there" if not path.exists() else f"INPUT {path} is not a file")
     mark = fingerprint(path)
-    is_known = old is not None and old.was_sent and old.fingerprint == mark
+    is_known = old is not None and old.fingerprint == mark
     is_packed = path.suffix in _PACKED
     if is_packed and not (is_known and spooled.is_file()):
         spool(unpacked(path), spooled)

@@ -54,7 +54,7 @@ def results(*, run: Path, output: Path | None, which: str | None, follow: bool) 
 
 def _sink(opened: OpenRun, output: Path | None, stack: ExitStack) -> BinaryIO:
     """Open what is written to; the run's own files are not for this command to write."""
-    if output is None:
+    if output is None or str(output) == "-":
         return sys.stdout.buffer
     own = {Path(each).resolve() for each in (opened.record.input, opened.record.output, opened.record.errors)}
     if output.resolve() in own:
@@ -85,7 +85,8 @@ def _follow(opened: OpenRun, kind: RecordKind | None, sink: BinaryIO) -> int:
 
 def _tell(opened: OpenRun, count: int) -> None:
     if opened.has_ended():
-        say(f"{count:,} lines; the run has ended, its files are {opened.record.output} and {opened.record.errors}")
+        there = [path for path in (opened.record.output, opened.record.errors) if Path(path).is_file()]
+        say(f"{count:,} lines; the run has ended; its files: {', '.join(there) or 'not written yet'}")
     elif opened.is_worked_on():
         say(f"{count:,} lines so far; the run goes on")
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,6 @@ class RunRecord(msgspec.Struct, kw_only=True):
     on_invalid: str
     on_unknown: str
     batches: list[str] = []
-    was_sent: bool = False
     finished_exit_code: int | None = None
     exported: dict[str, Fingerprint] = {}
     summary: str | None = None
@@ -131,6 +131,13 @@ class RunFolder:
         write_whole(self.record_path, orjson.dumps(msgspec.to_builtins(record), option=orjson.OPT_INDENT_2) + b"\n")
         crash.point("run_record.saved")
 
+    def clear(self) -> None:
+        """Remove the store and the blobs of a run that never sent anything; the lock stays."""
+        for name in ("blobs", "sessions"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for path in self.path.glob("state.db*"):
+            path.unlink()
+
     def set_aside(self) -> Path | None:
         """Rename the folder to the first free NAME.1, NAME.2...: paid results are never deleted. Ends the lock."""
         if not any(name.name != "lock" for name in self.path.iterdir()):
@@ -169,19 +176,24 @@ def errors_path_for(output: Path) -> Path:
     return output.with_name(f"{output.stem}.errors{output.suffix}")
 
 
-def check_same_run(record: RunRecord, wanted: RunRecord) -> None:
-    """Refuse to go on with another run's state.
-
-    Raises:
-        RunDiffers: the message lists what differs.
-    """
+def differences(record: RunRecord, wanted: RunRecord) -> list[str]:
+    """What makes two records different runs; empty when they are the same."""
     rows = (
         ("input (sha256)", record.input_sha256[:16], wanted.input_sha256[:16]),
         ("--endpoint", record.endpoint, wanted.endpoint),
         ("--on-invalid", record.on_invalid, wanted.on_invalid),
         ("--on-unknown", record.on_unknown, wanted.on_unknown),
     )
-    different = [f"{what}: was {old}, is {new}" for what, old, new in rows if old != new]
+    return [f"{what}: was {old}, is {new}" for what, old, new in rows if old != new]
+
+
+def check_same_run(record: RunRecord, wanted: RunRecord) -> None:
+    """Refuse to go on with another run's state.
+
+    Raises:
+        RunDiffers: the message lists what differs.
+    """
+    different = differences(record, wanted)
     if different:
         raise RunDiffers(f"{wanted.output} belongs to another run; {'; '.join(different)}")
 

@@ -20,7 +20,7 @@ from batchrunner.cli.panel import Panel
 from batchrunner.cli.preparing import Prepared, RunRequest, prepare
 from batchrunner.cli.streaming import LineStream
 from batchrunner.cli.summary import Outcome, report
-from batchrunner.errors import BatchrunnerError, TaskParked, UpstreamUnreachable
+from batchrunner.errors import BatchrunnerError, NotFound, TaskParked, UpstreamUnreachable
 from batchrunner.lifecycle import TERMINAL, BatchStatus
 from batchrunner.models import LOCAL_TENANT, Batch, BatchId, NewBatch, OnInvalid, OnUnknown, Order, PauseReason
 from batchrunner.ports import TenantScope
@@ -105,21 +105,24 @@ class _Run:
     # -- start -------------------------------------------------------------------------------------------------------
 
     def _start_or_resume(self, runner: Runner, scope: TenantScope) -> Batch:
+        """Go on with the batch of the last try, or make one. Its id is in the record before it is in the store."""
         record, request = self._prepared.record, self._request
         if record.batches and (request.retry_failed is None or record.finished_exit_code is None):
-            batch = scope.batch(BatchId(record.batches[-1]))
-            scope.resume(batch.id)
-            scope.hold(batch.id, request.limit)
-            return scope.batch(batch.id)
+            batch = _find(scope, BatchId(record.batches[-1]))
+            if batch is not None and batch.status is not BatchStatus.FAILED:
+                scope.resume(batch.id)
+                scope.hold(batch.id, request.limit)
+                return scope.batch(batch.id)
+            record.batches.pop()
         new = self._new_batch(runner)
         if request.retry_failed is not None:
             chosen = choose_failed(runner, scope, self._prepared, request.retry_failed)
             new = replace(new, parent_id=BatchId(record.batches[-1]), chosen_blob=chosen)
-        batch = scope.create_batch(new)
-        crash.point("batch.created")
-        record.batches.append(batch.id)
+        record.batches.append(new.id)
         record.finished_exit_code = None
         self._prepared.folder.save(record)
+        batch = scope.create_batch(new)
+        crash.point("batch.created")
         return batch
 
     def _new_batch(self, runner: Runner) -> NewBatch:
@@ -211,6 +214,14 @@ class _Run:
         elif batch.hold_at is not None and batch.status is BatchStatus.IN_PROGRESS and _is_held(batch):
             self._stop = _Stop(ExitCode.STOPPED, f"stopped after --limit {batch.hold_at}")
         return self._stop.code is not None
+
+
+def _find(scope: TenantScope, batch_id: BatchId) -> Batch | None:
+    """The batch, None if the last try died before it was made."""
+    try:
+        return scope.batch(batch_id)
+    except NotFound:
+        return None
 
 
 def _already_done(request: RunRequest, prepared: Prepared) -> ExitCode:
