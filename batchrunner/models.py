@@ -179,8 +179,8 @@ class ShardCut(msgspec.Struct, frozen=True):
     """A shard as validation cuts it: a byte range of the source and what is in it.
 
     `line_count` counts the requests to run: blank and refused lines are not in it. `first_index` is the number of
-    requests before this shard. `skipped` lists the physical numbers of refused lines, ascending. `checksum` is the
-    CRC-32 of the bytes.
+    requests before this shard. `skipped` lists the physical numbers of lines refused or not chosen, ascending.
+    `checksum` is the CRC-32 of the bytes.
     """
 
     byte_start: int

@@ -251,7 +251,13 @@ class Validator:
         hashes = array("q")
         skipped = []
         line_count = 0
-        for line_number, raw in self._requests(block.content, block.first_line):
+        wanted = self._chosen_of(block.first_line, block.content)
+        for line_number, raw in split_lines(block.content, block.first_line):
+            if is_blank(raw):
+                continue
+            if wanted is not None and line_number not in wanted:
+                skipped.append(line_number)
+                continue
             self._total_count += 1
             self._rules = self._rules.learn_url(raw)
             found = parse_line(raw, line_number, self._rules)
@@ -295,8 +301,8 @@ class Validator:
 
     def _remember(self, block: Block, line_count: int, hashes: array[int], skipped: list[int]) -> None:
         if hashes or line_count:
-            # Numbers of refused lines are for shards, and a batch that fails has none.
-            kept = skipped if self._on_invalid is OnInvalid.SKIP else []
+            # A shard leaves out lines not chosen and refused ones; without on_invalid=skip the latter leave no shard.
+            kept = skipped if self._on_invalid is OnInvalid.SKIP or self._chosen is not None else []
             checksum = zlib.crc32(block.content)
             cut = _Cut(block.byte_start, block.byte_end, block.first_line, checksum, line_count, hashes, kept)
             self._cuts.append(cut)
@@ -315,7 +321,7 @@ class Validator:
             LineProblem(ProblemCode.DUPLICATE_CUSTOM_ID, message, "custom_id", line_number, custom_id)
         )
         cut.line_count -= 1
-        if self._on_invalid is OnInvalid.SKIP:
+        if self._on_invalid is OnInvalid.SKIP or self._chosen is not None:
             cut.skipped.append(line_number)
 
     def _shards(self) -> Iterator[ShardCut]:
