@@ -53,10 +53,16 @@ def call(*arguments: object, stdin: bytes = b"") -> Called:
     return Called(code, *texts)
 
 
-def spawn(*arguments: object, **options) -> subprocess.Popen[str]:
+def spawn(*arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> subprocess.Popen[str]:
     """Start a command as a process of its own."""
-    options = {"env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-    return subprocess.Popen([*COMMAND, *map(str, arguments)], **options)
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        env=env or ENVIRONMENT,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> Called:
