@@ -98,7 +98,7 @@ class Renewals:
 class Worker:
     """One session. `run` returns after `stop`, when everything in hand has been given back.
 
-    `fanout` must call `changed` when a shard needs the keeper. `pacer` is called every 100 ms with what happened since
+    `pacer` is called every 100 ms with what happened since
     and sets the fan-out's window and shares.
     """
 
@@ -116,6 +116,7 @@ class Worker:
     ) -> None:
         self.session = session
         self.fanout = fanout
+        fanout.on_change = self.changed
         self.step_done = asyncio.Event()
         self.trouble: BatchrunnerError | None = None
         self._store = store
@@ -447,6 +448,7 @@ class Worker:
                 await self._call(self._store.quarantine, claim.ref)
                 return
             run = await self._call(self._pipeline.load_shard, claim)
+            crash.point("shard.loaded")
             # What was salvaged and may be sent again is on record before the first line goes out: a second death must
             # not hide the repeats of the first.
             await self._register(run)
