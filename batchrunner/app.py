@@ -24,9 +24,9 @@ from batchrunner import crash
 from batchrunner.blobs.local import LocalBlobs
 from batchrunner.clock import SystemClock, SystemRng
 from batchrunner.errors import NotFound, UsageError
-from batchrunner.fanout import Fanout, Gate
+from batchrunner.fanout import Fanout
 from batchrunner.journal import Journal
-from batchrunner.limits import Breaker, Cooldown, FirstContact, Outage, TokenBucket
+from batchrunner.limits import Breaker, Cooldown, FirstContact, Gate, Outage, TokenBucket
 from batchrunner.metrics import Tally
 from batchrunner.models import LOCAL_TENANT, BatchId, SessionId
 from batchrunner.pace import Window
@@ -153,35 +153,19 @@ async def worker_session(
 ) -> AsyncIterator[Worker]:
     """Assemble one worker session; its lock, its connections and its leases end with the block."""
     loop = asyncio.get_running_loop()
-    if settings.base_url is None:
-        raise UsageError("no upstream is named", hint="Give -u URL or set OPENAI_BASE_URL.")
     locks = SessionLocks(folder)
     session = SessionId(adapters.rng.token_hex(8))
     locks.hold(session)
     await asyncio.to_thread(adapters.store.open_session, session, host=socket.gethostname(), pid=os.getpid())
-    worker: Worker | None = None
-
-    def tell() -> None:
-        if worker is not None:
-            worker.durable()
-
-    def on_durable() -> None:
-        loop.call_soon_threadsafe(tell)
-
     journal = Journal(
         adapters.blobs,
         session,
-        on_durable=on_durable,
+        on_durable=lambda: _call_soon(loop, worker.durable),
         tick_s=settings.journal_tick_s,
     )
-    upstream = AiohttpUpstream(
-        settings.base_url,
-        clock=adapters.clock,
-        api_key=api_key,
-        total_timeout_s=settings.request_timeout_s,
-        idle_timeout_s=settings.idle_timeout_s,
-        connect_timeout_s=settings.connect_timeout_s,
-        reply_bytes_max=settings.reply_bytes_max,
+    upstream = _upstream(adapters, settings, api_key)
+    pipeline = Pipeline(
+        store=adapters.store, blobs=adapters.blobs, journal=journal, clock=adapters.clock, settings=settings
     )
     fanout = Fanout(
         upstream=upstream,
@@ -190,14 +174,6 @@ async def worker_session(
         rng=adapters.rng,
         settings=settings,
         gate=_gate(settings),
-        on_change=lambda: worker.changed() if worker is not None else None,
-    )
-    pipeline = Pipeline(
-        store=adapters.store,
-        blobs=adapters.blobs,
-        journal=journal,
-        clock=adapters.clock,
-        settings=settings,
     )
     worker = Worker(
         session=session,
@@ -216,6 +192,24 @@ async def worker_session(
         await asyncio.to_thread(journal.close)
         await asyncio.to_thread(adapters.store.release_session, session, died=False)
         locks.let_go(session)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+    loop.call_soon_threadsafe(callback)
+
+
+def _upstream(adapters: Adapters, settings: Settings, api_key: str | None) -> AiohttpUpstream:
+    if settings.base_url is None:
+        raise UsageError("no upstream is named", hint="Give -u URL or set OPENAI_BASE_URL.")
+    return AiohttpUpstream(
+        settings.base_url,
+        clock=adapters.clock,
+        api_key=api_key,
+        total_timeout_s=settings.request_timeout_s,
+        idle_timeout_s=settings.idle_timeout_s,
+        connect_timeout_s=settings.connect_timeout_s,
+        reply_bytes_max=settings.reply_bytes_max,
+    )
 
 
 def _gate(settings: Settings) -> Gate:

@@ -1,4 +1,4 @@
-"""Drain claimed shards: take a line, send it, judge the answer, retry or journal it. No disk, no database.
+"""Drain claimed shards: take a line, send it, judge the answer, retry or journal it; no disk, no database.
 
 A pool of long-lived coroutines, as many as the window allows, pulls lines straight from the shards; there is no task,
 queue item, lock or timer per line. One tick, twenty times a second, stands for all timers.
@@ -10,21 +10,11 @@ import asyncio
 import heapq
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import assert_never
 
 from batchrunner.journal import Journal
 from batchrunner.lanes import Lane, Work
-from batchrunner.limits import (
-    DEATHS_ALONE,
-    OUTAGE_SPAN_S,
-    Breaker,
-    Cooldown,
-    FirstContact,
-    Outage,
-    TokenBucket,
-    estimate_tokens,
-)
+from batchrunner.limits import DEATHS_ALONE, OUTAGE_SPAN_S, Gate, estimate_tokens
 from batchrunner.metrics import Tally
 from batchrunner.models import NO_USAGE, Attempt, BatchId, PauseReason, RecordKind, Usage
 from batchrunner.pace import Bound, Sample
@@ -32,7 +22,7 @@ from batchrunner.ports import Clock, Rng, Upstream
 from batchrunner.results import ReplyFacts, reply_facts
 from batchrunner.sampler import Sampler
 from batchrunner.settings import Settings
-from batchrunner.shards import ShardRun
+from batchrunner.shards import ShardRun, nobody
 from batchrunner.verdict import (
     CONNECTION_ERRORS,
     REFUSALS,
@@ -54,18 +44,6 @@ _REPLY_BYTES_LEAST = 64 * 1024
 _UNDECIDED_WAIT_S = 1.0
 
 
-@dataclass(slots=True)
-class Gate:
-    """All that may forbid the next send, besides the window."""
-
-    cooldown: Cooldown
-    outage: Outage
-    breaker: Breaker
-    first_contact: FirstContact
-    requests: TokenBucket | None = None
-    tokens: TokenBucket | None = None
-
-
 class Fanout:
     """The pool of one process. `window` is set from outside; everything else follows from the shards that are added.
 
@@ -82,20 +60,19 @@ class Fanout:
         rng: Rng,
         settings: Settings,
         gate: Gate,
-        on_change: Callable[[], None],
     ) -> None:
         self.tally = Tally()
         self.window = 1
         self.stop_sends_at_s = 0.0
         self.pause_reason: PauseReason | None = None
         self.gate = gate
+        self.on_change: Callable[[], None] = nobody
         self._upstream = upstream
         self._journal = journal
         self._clock = clock
         self._rng = rng
         self._policy = RetryPolicy(max_tries=settings.max_tries, retry_after_max_s=settings.retry_after_max_s)
         self._memory_bytes_max = settings.memory_bytes_max
-        self._on_change = on_change
         self._lanes: deque[Lane] = deque()
         self._lane_of: dict[BatchId, Lane] = {}
         self._waiting: list[tuple[float, int, Work]] = []
@@ -138,7 +115,7 @@ class Fanout:
         if lane is None:
             lane = self._lane_of[run.batch.id] = Lane(run.batch.id)
             self._lanes.append(lane)
-        run.on_need = self._on_change
+        run.on_need = self.on_change
         lane.runs.append(run)
         lane.runs.sort(key=lambda held: held.shard.first_line)
         self.wake()
@@ -292,9 +269,7 @@ class Fanout:
             return self._lonely()
         if not self.gate.outage.may_send(now_s):
             return None
-        if self._waiting:
-            return heapq.heappop(self._waiting)[2]
-        return self._fresh()
+        return self._due(now_s) if self._waiting else self._fresh()
 
     def _due(self, now_s: float) -> Work | None:
         """Take the retry that is due longest, and count its last connection error if that was its own."""
@@ -342,7 +317,7 @@ class Fanout:
             lanes.rotate(-1)
             if work is not None:
                 if work.run.is_exhausted:
-                    self._on_change()
+                    self.on_change()
                 return work
         return None
 
@@ -366,7 +341,7 @@ class Fanout:
             self._in_flight.discard(work)
         if attempt is None:
             work.run.in_flight_count -= 1
-            self._on_change()
+            self.on_change()
         else:
             self._settle(work, attempt)
 
@@ -406,7 +381,7 @@ class Fanout:
         run.record(work.line.line_number, kind, payload, usage)
         run.in_flight_count -= 1
         if run.is_finished:
-            self._on_change()
+            self.on_change()
 
     def _judge(self, work: Work, attempt: Attempt, facts: ReplyFacts | None) -> None:
         now_s = self._clock.monotonic_s()
@@ -469,7 +444,7 @@ class Fanout:
     def _put_back(self, work: Work, due_s: float) -> None:
         if work.run.is_stopped:
             work.run.in_flight_count -= 1
-            self._on_change()
+            self.on_change()
             return
         self._waiting_serial += 1
         heapq.heappush(self._waiting, (due_s, self._waiting_serial, work))
@@ -503,4 +478,4 @@ class Fanout:
         reason = breaker.tripped(is_nothing_left=is_all)
         if reason is not None and self.pause_reason is None:
             self.pause_reason = reason
-            self._on_change()
+            self.on_change()

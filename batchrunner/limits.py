@@ -243,3 +243,15 @@ class FirstContact:
     def is_lost(self, now_s: float) -> bool:
         """Tell whether to give up on the upstream: `UpstreamUnreachable`."""
         return not self.has_answered and now_s - self._failing_since_s >= FIRST_CONTACT_S
+
+
+@dataclass(slots=True)
+class Gate:
+    """All that may forbid the next send, besides the window."""
+
+    cooldown: Cooldown
+    outage: Outage
+    breaker: Breaker
+    first_contact: FirstContact
+    requests: TokenBucket | None = None
+    tokens: TokenBucket | None = None

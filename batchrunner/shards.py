@@ -65,7 +65,7 @@ class ShardRun:
         self.retry_count = 0
         self.in_flight_count = 0
         self.is_stopped = False
-        self.on_need: Callable[[], None] = _nobody
+        self.on_need: Callable[[], None] = nobody
         # The keeper's own notes: when it last registered, what it still has to, and until when the shard may be left.
         self.registered_at_s = 0.0
         self.unregistered: list[NewExtent] = []
@@ -248,8 +248,8 @@ class ShardRun:
         self._untouched_count -= tail.line_count
 
 
-def _nobody() -> None:
-    """What a shard asks before it is in a rotation."""
+def nobody() -> None:
+    """Stands where nobody listens yet."""
 
 
 def iter_lines(buffer: bytes, first_line: int, skipped: Container[int], rules: LineRules) -> Iterator[RequestLine]:

@@ -17,6 +17,7 @@ from batchrunner import __version__, crash
 from batchrunner.errors import AlreadyRunning, OutputExists, RunDiffers, UsageError
 
 _READ_BYTES = 1 << 22
+_HASH_BYTES = 1 << 18
 _COUNT_MAX = 10_001
 
 
@@ -67,12 +68,14 @@ def fingerprint(path: Path) -> Fingerprint:
 def hash_file(path: Path) -> Hashed:
     """Read a file once: sha256, size, and its lines as far as 10,001."""
     digest, size_bytes, lines = hashlib.sha256(), 0, 0
-    with path.open("rb") as stream:
-        while chunk := stream.read(_READ_BYTES):
-            digest.update(chunk)
-            size_bytes += len(chunk)
+    buffer = bytearray(_HASH_BYTES)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(view[:count])
+            size_bytes += count
             if lines < _COUNT_MAX:
-                lines += chunk.count(b"\n")
+                lines += buffer.count(b"\n", 0, count)
     return Hashed(digest.hexdigest(), size_bytes, lines)
 
 
