@@ -60,7 +60,8 @@ class Salvaged:
     """What a claimer finds before its first send.
 
     `registered` holds the lines with a registered record. `records` are durable ones of other lines that are worth
-    copying, each line once. `marks` gives the highest reserved line by epoch, `mark` that of the last claim before.
+    copying, each line once. `marks` gives the highest reserved line by epoch, `mark` that of the last claim that reserved
+    any: one that died before that sent nothing, and may not have counted what those before it sent.
     """
 
     registered: frozenset[int]
@@ -298,7 +299,7 @@ def salvage(
         registered=frozenset(survey.lines),
         records=tuple(kept.values()),
         marks=survey.marks,
-        mark=survey.marks.get(claim.earlier[-1][0], 0) if claim.earlier else 0,
+        mark=survey.marks[max(survey.marks)] if survey.marks else 0,
         damages=tuple(survey.damages),
     )
 

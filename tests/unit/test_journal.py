@@ -785,7 +785,7 @@ def test_salvage_leaves_lines_that_the_shard_no_longer_has() -> None:
     assert [each.line_number for each in found.records] == [1]
 
 
-def test_marks_are_told_by_epoch_and_a_claim_that_wrote_nothing_has_none() -> None:
+def test_marks_are_told_by_epoch_and_a_claim_that_reserved_nothing_leaves_the_last_one() -> None:
     disk, second, third = Disk(), SessionId("second"), SessionId("third")
     extents = leave_behind(disk, [(1, OK)], epoch=1, mark=16, registered_count=1)
     leave_behind(disk, [], epoch=2, session=second, mark=64)
@@ -794,7 +794,7 @@ def test_marks_are_told_by_epoch_and_a_claim_that_wrote_nothing_has_none() -> No
     later = salvage(disk, claim_after([(1, SESSION), (2, second), (3, third)], extents))
 
     assert (found.marks, found.mark) == ({1: 16, 2: 64}, 64)
-    assert later.mark == 0
+    assert later.mark == 64
 
 
 def test_a_line_in_two_extents_is_never_merged() -> None:

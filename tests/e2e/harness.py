@@ -1,0 +1,170 @@
+"""Real processes of the command line over a folder of their own, and a simulator on this loop that counts what they send."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from batchrunner.simulate import Simulator, SimulatorSettings, SimulatorStats
+from tests.invariants import Checked, check_run, check_summary
+
+# A command that takes longer hangs.
+COMMAND_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a command ended; a killed one has the negative number of its signal."""
+
+    code: int
+    stdout: bytes
+    stderr: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What --json printed."""
+        found = json.loads(self.stdout)
+        check_summary(found)
+        assert isinstance(found, dict)
+        return found
+
+
+@dataclass(slots=True)
+class Command:
+    """A started command, leader of a process group of its own."""
+
+    process: asyncio.subprocess.Process
+
+    @property
+    def pid(self) -> int:
+        """Its process id, and that of its group."""
+        return self.process.pid
+
+    def send(self, number: signal.Signals) -> None:
+        """Signal the command alone."""
+        self.process.send_signal(number)
+
+    def kill_group(self) -> None:
+        """Kill it and its workers at one instant."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def workers(self) -> list[psutil.Process]:
+        """Its worker processes that live now."""
+        return [each for each in psutil.Process(self.pid).children() if each.status() != psutil.STATUS_ZOMBIE]
+
+    async def ended(self) -> Ended:
+        """Wait for its end."""
+        try:
+            async with asyncio.timeout(COMMAND_S):
+                out, err = await self.process.communicate()
+        except TimeoutError:
+            self.kill_group()
+            out, err = await self.process.communicate()
+            raise AssertionError(f"the command hangs:\n{err.decode(errors='replace')}") from None
+        assert self.process.returncode is not None
+        return Ended(self.process.returncode, out, err.decode(errors="replace"))
+
+
+@dataclass(slots=True)
+class Bench:
+    """A folder with an input, and the simulator that its runs talk to."""
+
+    folder: Path
+    simulator: Simulator
+    flags: list[str] = field(default_factory=lambda: ["--concurrency", "16"])
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def input(self) -> Path:
+        """The plain input."""
+        return self.folder / "in.jsonl"
+
+    @property
+    def output(self) -> Path:
+        """OUTPUT."""
+        return self.folder / "out.jsonl"
+
+    @property
+    def errors(self) -> Path:
+        """The errors file."""
+        return self.folder / "out.errors.jsonl"
+
+    @property
+    def state(self) -> Path:
+        """The run folder."""
+        return self.folder / "out.jsonl.run"
+
+    def write_input(self, count: int, *, url: str = "/v1/chat/completions", **body: object) -> None:
+        """Make an input of `count` chat lines, each with a prompt of its own."""
+        self.input.write_bytes(b"".join(chat_line(number, url=url, **body) for number in range(count)))
+
+    async def start(self, *flags: str, **environment: str) -> Command:
+        """Start `run` over the folder's input."""
+        url = self.simulator.url
+        command = ["run", str(self.input), "-o", str(self.output), "-u", url, *self.flags, *flags]
+        return await start(command, self.folder, {**self.environment, **environment})
+
+    async def run(self, *flags: str, **environment: str) -> Ended:
+        """Run to its end."""
+        return await (await self.start(*flags, **environment)).ended()
+
+    def check(self, *, repeats_max: int | None = None) -> Checked:
+        """Prove the run's ledger."""
+        stats = None if repeats_max is None else self.simulator.stats()
+        return check_run(self.input, self.output, self.errors, sim_stats=stats, repeats_max=repeats_max or 0)
+
+    async def reach(self, is_reached: Callable[[SimulatorStats], bool], command: Command) -> None:
+        """Wait until the simulator's counters fulfil a condition; the command must not end before."""
+        reached = asyncio.ensure_future(self.simulator.wait_until(is_reached))
+        ended = asyncio.ensure_future(command.process.wait())
+        done, _ = await asyncio.wait({reached, ended}, timeout=COMMAND_S, return_when=asyncio.FIRST_COMPLETED)
+        for waiting in (reached, ended):
+            waiting.cancel()
+        if reached not in done:
+            command.kill_group()
+            raise AssertionError(f"not reached: {(await command.ended()).stderr}; {self.simulator.stats()}")
+
+
+def chat_line(number: int, *, url: str = "/v1/chat/completions", custom_id: str | None = None, **body: object) -> bytes:
+    """Make one request line."""
+    content = {"model": "simulated", "messages": [{"role": "user", "content": f"prompt {number}"}]} | body
+    line = {"custom_id": custom_id or f"request-{number:05}", "method": "POST", "url": url, "body": content}
+    return json.dumps(line).encode() + b"\n"
+
+
+async def start(
+    arguments: list[str], folder: Path, environment: dict[str, str], *, stdin: int | None = None
+) -> Command:
+    """Start the command line in a process group of its own, with no setting from outside."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("BATCHRUNNER_", "OPENAI_"))}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "batchrunner",
+        *arguments,
+        cwd=folder,
+        env=inherited | {"XDG_CONFIG_HOME": str(folder)} | environment,
+        stdin=asyncio.subprocess.DEVNULL if stdin is None else stdin,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    return Command(process)
+
+
+@contextlib.asynccontextmanager
+async def bench(folder: Path, **settings: Any) -> AsyncIterator[Bench]:
+    """Have a simulator beside a folder."""
+    async with Simulator(SimulatorSettings(**settings)) as simulator:
+        yield Bench(folder, simulator)
