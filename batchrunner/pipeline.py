@@ -23,7 +23,7 @@ from typing import assert_never
 import msgspec
 
 from batchrunner import crash
-from batchrunner.errors import OwnError
+from batchrunner.errors import BlobsUnavailable, DiskFull, OwnError
 from batchrunner.journal import Journal
 from batchrunner.lines import LineRules, ProblemCode
 from batchrunner.models import (
@@ -145,6 +145,17 @@ class Pipeline:
             beat=beat,
         )
         return sealing.run()
+
+    def keep_reserve(self) -> None:
+        """Hold back the space with which statuses can be written on a full disk; without it there is none to hold."""
+        try:
+            self._blobs.keep_reserve(self._settings.reserve_bytes)
+        except (DiskFull, BlobsUnavailable) as error:
+            logger.warning("no reserve of disk space: %s", error, extra={"action": "reserve_missing"})
+
+    def release_reserve(self) -> None:
+        """Give the reserve to the store."""
+        self._blobs.release_reserve()
 
     def rules(self, batch: Batch) -> LineRules:
         """What the lines of a batch must keep to."""

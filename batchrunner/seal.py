@@ -222,6 +222,8 @@ class Sealing:
             message = f"sealing needs {needed} bytes, {free} are free"
             self._store.block(self._claim.ref, DiskFull.code)
             raise DiskFull(message)
+        if self._batch.blocked_by is not None:
+            self._store.block(self._claim.ref, None)
 
     # -- copying -----------------------------------------------------------------------------------------------------
 

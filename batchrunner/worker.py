@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar, assert_never
 
 from batchrunner import crash
@@ -20,7 +20,8 @@ from batchrunner.fanout import Fanout
 from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import Claim, Held, PauseReason, Progress, SessionId, TaskKind
 from batchrunner.pipeline import Pipeline
-from batchrunner.ports import Clock, Renewer, Store
+from batchrunner.ports import Clock, Store
+from batchrunner.renewals import Renewals
 from batchrunner.settings import Settings
 from batchrunner.shards import ShardRun
 
@@ -28,71 +29,11 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-_LOOP_SILENCE_S = 5.0
-_STEP_SILENCE_S = 60.0
 # A sender must have stopped before anybody else may own the lease.
 _LEASE_MARGIN_S = 3.0
 _QUARANTINE_DEATHS = 3
 _IDLE_CLAIM_S = 0.2
 _KEEP_S = 0.1
-
-
-class Renewals:
-    """The thread that keeps the session's leases alive, only while the work proves that it lives."""
-
-    def __init__(self, store: Store, session: SessionId, settings: Settings, clock: Clock) -> None:
-        self.renewed_at_s = clock.monotonic_s()
-        self._store = store
-        self._session = session
-        self._settings = settings
-        self._clock = clock
-        self._loop_at_s = clock.monotonic_s()
-        self._steps: dict[int, float] = {}
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="renewals", daemon=True)
-
-    def start(self) -> None:
-        """Begin renewing."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End the thread."""
-        self._ended.set()
-        self._thread.join()
-
-    def loop_ticked(self) -> None:
-        """Proof of life of the event loop."""
-        self._loop_at_s = self._clock.monotonic_s()
-
-    def step_moved(self, task_id: int) -> None:
-        """Proof of life of a validating or sealing step."""
-        self._steps[task_id] = self._clock.monotonic_s()
-
-    def step_ended(self, task_id: int) -> None:
-        """The step needs no proof any more."""
-        self._steps.pop(task_id, None)
-
-    def _is_alive(self) -> bool:
-        now_s = self._clock.monotonic_s()
-        if now_s - self._loop_at_s > _LOOP_SILENCE_S:
-            return False
-        return all(now_s - moved_s <= _STEP_SILENCE_S for moved_s in list(self._steps.values()))
-
-    def _run(self) -> None:
-        renewer: Renewer | None = None
-        while not self._ended.wait(self._settings.renew_s):
-            if not self._is_alive():
-                logger.error("leases not renewed: the work shows no life", extra={"action": "renewal_withheld"})
-                continue
-            began_s = self._clock.monotonic_s()
-            try:
-                renewer = renewer or self._store.renewer()
-                renewer.renew(self._session, self._settings.lease_s)
-                self.renewed_at_s = began_s
-            except StoreUnavailable as error:
-                logger.warning("leases not renewed: %s", error, extra={"action": "renewal_failed"})
-        if renewer is not None:
-            renewer.close()
 
 
 class Worker:
@@ -132,7 +73,7 @@ class Worker:
         self._lost: list[ShardRun] = []
         # Failed tasks whose failure is not in the store yet. They must get there, or this session renews their leases
         # forever.
-        self._owed: list[tuple[Claim, str]] = []
+        self._owed: list[tuple[Claim, Exception]] = []
         self._changed = asyncio.Event()
         self._is_stopping = False
         self._stop_by_s = 0.0
@@ -174,6 +115,7 @@ class Worker:
     async def run(self) -> None:
         """Work until `stop`. Shards that could not be given back are left to their leases."""
         self._renewals.start()
+        await self._call(self._pipeline.keep_reserve)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.fanout.run())
@@ -197,9 +139,13 @@ class Worker:
         while not (self._is_stopping and not self._runs and not self._owed and self._step_count == 0):
             try:
                 await self._keep_once(group)
-                self.trouble = None
+                if self.trouble is not None:
+                    self.trouble = None
+                    await self._call(self._pipeline.keep_reserve)
             except (StoreUnavailable, DiskFull) as error:
                 self._note_trouble(error)
+                if isinstance(error, DiskFull):
+                    await self._call(self._pipeline.release_reserve)
                 await self._clock.sleep(1.0)
             await self._pause_between_rounds()
 
@@ -486,15 +432,18 @@ class Worker:
             self.changed()
 
     def _owe(self, claim: Claim, error: Exception) -> None:
-        code = error.code if isinstance(error, BatchrunnerError) else type(error).__name__
-        self._owed.append((claim, f"{code}: {error}"))
+        self._owed.append((claim, error))
 
     async def _pay_owed(self) -> None:
-        """Put failed tasks back with backoff."""
+        """Put failed tasks back with backoff. A full disk is nobody's failure: such a task never parks."""
         while self._owed:
-            claim, message = self._owed[0]
+            claim, error = self._owed[0]
+            code = error.code if isinstance(error, BatchrunnerError) else type(error).__name__
+            fail = partial(
+                self._store.fail_task, claim.ref, f"{code}: {error}", progressed=isinstance(error, DiskFull)
+            )
             try:
-                await self._call(lambda: self._store.fail_task(claim.ref, message, progressed=False))  # noqa: B023 - awaited here
+                await self._call(fail)
             except Fenced:
                 logger.info("failed task was taken over", extra={"action": "task_fenced", "task_id": claim.ref.task_id})
             del self._owed[0]

@@ -185,6 +185,8 @@ def _summary(
 
 def _top_errors(errors: Path | None, outcome: Outcome) -> list[ErrorGroup]:
     """Group the failed lines by code; before the end, the failed attempts so far stand in."""
+    if errors is None and outcome.batch.status in TERMINAL:
+        return []
     if errors is None:
         return [ErrorGroup(code, count, []) for code, count in outcome.live.tally.failures.most_common(_TOP)]
     counts: Counter[str] = Counter()
