@@ -83,18 +83,18 @@ def check_run(
         _check_order(wanted, outputs)
     _check_order(wanted, failures)
     if sim_stats is not None:
-        assert sim_stats.repeats <= repeats_max, (
-            f"{sim_stats.repeats} needless sends, at most {repeats_max} are allowed"
-        )
+        assert sim_stats.repeats <= repeats_max, f"{sim_stats.repeats} needless sends, at most {repeats_max}"
     _check_manifest(output_path, len(output), len(errors))
-    codes = Counter(
-        each["error"]["code"] if each["error"] else str(each["response"]["status_code"]) for each in failures
-    )
     return Checked(
         succeeded=[each["custom_id"] for each in outputs],
         failed=[each["custom_id"] for each in failures],
-        codes=codes,
+        codes=Counter(_code_of(each) for each in failures),
     )
+
+
+def _code_of(failure: dict[str, Any]) -> str:
+    error, response = failure["error"], failure["response"]
+    return str(error["code"] if error else response["status_code"])
 
 
 def check_summary(summary: dict[str, Any]) -> None:

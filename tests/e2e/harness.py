@@ -1,4 +1,4 @@
-"""Real processes of the command line over a folder of their own, and a simulator on this loop that counts what they send."""
+"""Real processes of the command line over a folder of their own, and a simulator here that counts what they send."""
 
 from __future__ import annotations
 
@@ -105,9 +105,9 @@ class Bench:
         """The run folder."""
         return self.folder / "out.jsonl.run"
 
-    def write_input(self, count: int, *, url: str = "/v1/chat/completions", **body: object) -> None:
-        """Make an input of `count` chat lines, each with a prompt of its own."""
-        self.input.write_bytes(b"".join(chat_line(number, url=url, **body) for number in range(count)))
+    def write_input(self, count: int, **body: object) -> None:
+        """Make an input of `count` chat lines, each with a prompt of its own and more in its body."""
+        self.input.write_bytes(b"".join(chat_line(number, **body) for number in range(count)))
 
     async def start(self, *flags: str, **environment: str) -> Command:
         """Start `run` over the folder's input."""
@@ -136,10 +136,10 @@ class Bench:
             raise AssertionError(f"not reached: {(await command.ended()).stderr}; {self.simulator.stats()}")
 
 
-def chat_line(number: int, *, url: str = "/v1/chat/completions", custom_id: str | None = None, **body: object) -> bytes:
+def chat_line(number: int, **body: object) -> bytes:
     """Make one request line."""
     content = {"model": "simulated", "messages": [{"role": "user", "content": f"prompt {number}"}]} | body
-    line = {"custom_id": custom_id or f"request-{number:05}", "method": "POST", "url": url, "body": content}
+    line = {"custom_id": f"request-{number:05}", "method": "POST", "url": "/v1/chat/completions", "body": content}
     return json.dumps(line).encode() + b"\n"
 
 
