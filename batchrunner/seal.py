@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 import msgspec
 
 from batchrunner import crash
 from batchrunner.errors import DiskFull, JournalCorrupt, ReconciliationError
-from batchrunner.frames import Damage, Record, read_records, salvage, segment_of
+from batchrunner.frames import Damage, Record, read_records, results_within, salvage, segment_of
 from batchrunner.journal import Journal, copy_salvaged
 from batchrunner.lifecycle import EndedBy
 from batchrunner.lines import LineRules
@@ -33,7 +33,6 @@ from batchrunner.models import (
     Progress,
     Publication,
     RecordKind,
-    SegmentRef,
     TaskId,
 )
 from batchrunner.ports import Blobs, BlobWriter, Clock, Store
@@ -46,6 +45,10 @@ _COPY_BYTES = 1 << 20
 # Ranges of a shard up to this size are read at one go; larger ones are read record by record.
 _WHOLE_BYTES = 16 << 20
 _EXTENTS_PAGE = 1000
+
+# A finished line in pieces.
+_Line = Iterable[bytes | memoryview]
+_Result = tuple[int, RecordKind, _Line]
 
 _UNFINISHED = {
     EndedBy.DEADLINE: (
@@ -66,7 +69,7 @@ class _Sink:
         self._blobs = blobs
         self._writer: BlobWriter | None = None
         self._sha256 = hashlib.sha256()
-        self._held: list[bytes] = []
+        self._held: list[bytes | memoryview] = []
         self._held_bytes = 0
 
     def add(self, line: bytes) -> None:
@@ -74,7 +77,7 @@ class _Sink:
         self.line_count += 1
         self.write(line)
 
-    def write(self, chunk: bytes) -> None:
+    def write(self, chunk: bytes | memoryview) -> None:
         """Write a part of a line."""
         self._held.append(chunk)
         self._held_bytes += len(chunk)
@@ -230,9 +233,8 @@ class Sealing:
     def _copy_in_sequence(self, extents: list[Extent]) -> None:
         for extent in extents:
             self._beat()
-            ranges = _Ranges(self._blobs, [extent])
-            for record in ranges.records():
-                self._put(record, ranges)
+            for _, kind, line in _read_results(self._blobs, [extent]):
+                self._put(kind, line)
 
     def _copy_shards(self, shards: list[Claim], extents: list[Extent]) -> None:
         of_task: dict[TaskId, list[Extent]] = defaultdict(list)
@@ -244,33 +246,32 @@ class Sealing:
             self._beat()
             row = shard.shard
             assert row is not None
-            ranges = _Ranges(self._blobs, of_task.get(row.task_id, []))
-            records = {}
-            for record in ranges.records():
-                if record.line_number in records:
-                    raise ReconciliationError(f"line {record.line_number} has two results")
-                records[record.line_number] = record
-            missing = self._missing(shard, records) if len(records) < row.line_count else {}
-            for number in sorted([*records, *missing]):
+            results: dict[int, tuple[RecordKind, _Line]] = {}
+            for number, kind, line in _read_results(self._blobs, of_task.get(row.task_id, [])):
+                if number in results:
+                    raise ReconciliationError(f"line {number} has two results")
+                results[number] = kind, line
+            missing = self._missing(shard, results) if len(results) < row.line_count else {}
+            for number in sorted([*results, *missing]):
                 while pending is not None and (pending.line_number or 0) < number:
                     pending = self._put_refused(pending, refused)
                 if number in missing:
                     self._put_unfinished(number, missing[number])
                 elif self._batch.order is Order.INPUT:
-                    self._put(records[number], ranges)
+                    self._put(*results[number])
         while pending is not None:
             pending = self._put_refused(pending, refused)
 
-    def _put(self, record: Record, ranges: _Ranges) -> None:
+    def _put(self, kind: RecordKind, line: _Line) -> None:
         """Copy one finished line into the file that its kind names."""
-        if record.kind is RecordKind.SUCCEEDED:
+        if kind is RecordKind.SUCCEEDED:
             sink = self._output
             self._ledger.succeeded += 1
         else:
             sink = self._errors
             self._ledger.failed += 1
         sink.line_count += 1
-        for piece in ranges.payload(record):
+        for piece in line:
             sink.write(piece)
 
     def _put_unfinished(self, number: int, custom_id: str | None) -> None:
@@ -289,13 +290,13 @@ class Sealing:
         self._errors.add(line)
         return next(rest, None)
 
-    def _missing(self, shard: Claim, records: dict[int, Record]) -> dict[int, str | None]:
+    def _missing(self, shard: Claim, results: Container[int]) -> dict[int, str | None]:
         """The lines of a shard without a record, with their custom_ids where the input can still be read."""
         row = shard.shard
         assert row is not None
         buffer = read_checked(self._blobs, shard)
         lines = iter_lines(buffer, row.first_line, row.skipped, self._rules)
-        return {line.line_number: line.custom_id for line in lines if line.line_number not in records}
+        return {line.line_number: line.custom_id for line in lines if line.line_number not in results}
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -341,49 +342,43 @@ class Sealing:
         )
 
 
-class _Ranges:
-    """The registered bytes of some extents: small ones held in memory, large ones read a piece at a time."""
+class _FarPayload:
+    """A finished line that is left where it is, and read a piece at a time when it is copied."""
 
-    def __init__(self, blobs: Blobs, extents: list[Extent]) -> None:
+    def __init__(self, blobs: Blobs, record: Record) -> None:
         self._blobs = blobs
-        self._extents = extents
-        self._held: dict[tuple[SegmentRef, int, int], bytes] = {}
-        self._is_small = sum(extent.byte_end - extent.byte_start for extent in extents) <= _WHOLE_BYTES
+        self._record = record
 
-    def records(self) -> Iterator[Record]:
-        """Give the result records of all extents, in sequence order.
+    def __iter__(self) -> Iterator[bytes]:
+        start, end = self._record.payload_offset, self._record.end
+        while start < end:
+            stop = min(end, start + _COPY_BYTES)
+            yield self._blobs.read(self._record.segment.blob, start, stop)
+            start = stop
 
-        Raises:
-            JournalCorrupt: registered bytes are damaged.
-        """
-        for extent in self._extents:
-            segment = segment_of(extent)
-            for record in read_records(self._blobs, segment, extent.byte_start, extent.byte_end):
-                if isinstance(record, Damage):
-                    raise JournalCorrupt(f"{segment.blob}: bytes {record.start} to {record.end} are damaged")
-                if record.kind is not RecordKind.MARK:
-                    yield record
 
-    def payload(self, record: Record) -> Iterator[bytes]:
-        """Give a record's finished line in pieces."""
-        start = record.payload_offset
-        if self._is_small:
-            for (segment, low, high), held in self._whole().items():
-                if segment == record.segment and low <= start < high:
-                    yield held[start - low : start - low + record.payload_length]
-                    return
-        while start < record.end:
-            end = min(record.end, start + _COPY_BYTES)
-            yield self._blobs.read(record.segment.blob, start, end)
-            start = end
+def _read_results(blobs: Blobs, extents: list[Extent]) -> Iterator[_Result]:
+    """Give line number, kind and finished line of each record, in sequence order, all verified.
 
-    def _whole(self) -> dict[tuple[SegmentRef, int, int], bytes]:
-        if not self._held:
-            for extent in self._extents:
-                segment = segment_of(extent)
-                held = self._blobs.read(segment.blob, extent.byte_start, extent.byte_end)
-                self._held[segment, extent.byte_start, extent.byte_end] = held
-        return self._held
+    The lines of extents that are small together are held in memory, in one piece each.
+
+    Raises:
+        JournalCorrupt: registered bytes are damaged.
+    """
+    is_small = sum(extent.byte_end - extent.byte_start for extent in extents) <= _WHOLE_BYTES
+    for extent in extents:
+        segment, start, end = segment_of(extent), extent.byte_start, extent.byte_end
+        if is_small:
+            content = blobs.read(segment.blob, start, end)
+            if len(content) != end - start:
+                raise JournalCorrupt(f"{segment.blob}: {end - start - len(content)} registered bytes are missing")
+            for number, kind, payload in results_within(content, segment):
+                yield number, kind, (payload,)
+            continue
+        for record in read_records(blobs, segment, start, end):
+            if isinstance(record, Damage):
+                raise JournalCorrupt(f"{segment.blob}: bytes {record.start} to {record.end} are damaged")
+            yield record.line_number, record.kind, _FarPayload(blobs, record)
 
 
 def read_problems(blobs: Blobs, name: str | None) -> Iterator[LineProblem]:
