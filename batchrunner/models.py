@@ -229,6 +229,7 @@ class NewBatch:
     metadata: dict[str, str] = field(default_factory=dict)
     parent_id: BatchId | None = None
     chosen_blob: str | None = None
+    input_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,6 +252,7 @@ class Batch:
     metadata: dict[str, str]
     parent_id: BatchId | None
     chosen_blob: str | None
+    input_sha256: str | None
     status: BatchStatus
     version: int
     ended_by: EndedBy | None

@@ -141,6 +141,7 @@ class _Run:
             on_unknown=OnUnknown(request.on_unknown),
             order=Order(request.order),
             hold_at=request.limit,
+            input_sha256=self._prepared.record.input_sha256,
         )
 
     def _worker_count(self) -> int:
