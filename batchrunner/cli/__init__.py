@@ -66,11 +66,11 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="batchrunner")
 def cli() -> None:
-    r"""Run a file of LLM requests on any OpenAI-compatible server, each line exactly once.
+    """Run a file of LLM requests on any OpenAI-compatible server, each line exactly once.
 
     \b
     batchrunner run in.jsonl -o out.jsonl -u http://localhost:8000/v1
-    """
+    """  # noqa: D301 - click wants the control character
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -18,13 +18,13 @@ _VARIABLE = "_BATCHRUNNER_COMPLETE"
 @click.argument("shell", required=False, type=click.Choice(_SHELLS))
 @click.pass_context
 def completion(ctx: click.Context, *, shell: str | None) -> None:
-    r"""Print the completion script of SHELL (by default the one in $SHELL).
+    """Print the completion script of SHELL (by default the one in $SHELL).
 
     \b
     bash: eval "$(batchrunner completion bash)"     in ~/.bashrc
     zsh:  eval "$(batchrunner completion zsh)"      in ~/.zshrc
     fish: batchrunner completion fish | source      in ~/.config/fish/config.fish
-    """
+    """  # noqa: D301 - click wants the control character
     name = shell or Path(os.environ.get("SHELL", "")).name
     kind = get_completion_class(name) if name in _SHELLS else None
     if kind is None:

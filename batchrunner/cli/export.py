@@ -179,7 +179,7 @@ def _summary(
         errors=str(errors) if errors is not None else None,
         manifest=str(prepared.folder.path / "manifest.json") if has_files else None,
         error={"code": error.code, "message": error.message, "hint": error.advice} if error is not None else None,
-        next_command=_next_command(prepared, code),
+        next_command=_next_command(prepared, batch, code),
     )
 
 
@@ -200,18 +200,17 @@ def _top_errors(errors: Path | None, outcome: Outcome) -> list[ErrorGroup]:
     return [ErrorGroup(code, count, samples[code]) for code, count in counts.most_common(_TOP)]
 
 
-def _next_command(prepared: Prepared, code: ExitCode) -> str | None:
+def _next_command(prepared: Prepared, batch: Batch, code: ExitCode) -> str | None:
     """What to type next, None when there is nothing to do."""
     same = shlex.join(["batchrunner", *sys.argv[1:]])
     match code:
         case ExitCode.OK | ExitCode.USAGE:
             return None
         case ExitCode.SOME_FAILED | ExitCode.DEADLINE:
-            return (
-                f"{same} --retry-failed"
-                if "--retry-failed" not in same
-                else f"batchrunner errors {prepared.folder.path}"
-            )
+            # Refused lines would be refused again, and who has just retried wants to know why it failed once more.
+            if "--retry-failed" in same or batch.refused_count == batch.total_count - batch.succeeded_count:
+                return f"batchrunner errors {shlex.quote(str(prepared.folder.path))}"
+            return f"{same} --retry-failed"
         case ExitCode.INPUT_INVALID:
             return f"batchrunner validate {shlex.quote(prepared.record.input)}"
         case _:

@@ -7,6 +7,7 @@ from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live as RichLive
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -111,11 +112,15 @@ class Panel:
         latency = f"p50 {p50 * 1000:.0f} ms, p99 {p99 * 1000:.0f} ms" if p50 and p99 else "-"
         grid.add_row("latency", latency, "tokens/s", count_text(token_rate))
         grid.add_row("failed", f"{batch.failed_count:,}", "errors", _top(tally.failures))
-        bar = ProgressBar(total=max(1, batch.total_count), completed=batch.done_count, width=60)
-        rows: list[RenderableType] = [head, bar, grid]
+        rows: list[RenderableType] = [head, bar(done=batch.done_count, total=batch.total_count), grid]
         if live.trouble:
             rows.append(Text(f"waiting: {live.trouble}", style="yellow"))
         return Group(*rows)
+
+
+def bar(*, done: int, total: int) -> RenderableType:
+    """Draw how much is done, on a line of its own: a bare ProgressBar does not end its line."""
+    return Padding(ProgressBar(total=max(1, total), completed=done, width=60), 0)
 
 
 def _top(failures: dict[str, int]) -> str:

@@ -164,7 +164,7 @@ def _paths(request: RunRequest, folder: RunFolder) -> tuple[Path, Path]:
 
 def _source(request: RunRequest, folder: RunFolder, old: RunRecord | None) -> tuple[Path, Hashed, Fingerprint | None]:
     """Find the plain input file; what was hashed before and looks unchanged is not read again."""
-    spooled = folder.path / "input.jsonl"
+    spooled = folder.path.resolve() / "input.jsonl"
     if request.is_from_stdin:
         spool(_chunks(sys.stdin.buffer), spooled)
         return spooled, hash_file(spooled), None

@@ -17,7 +17,7 @@ _TOP_ERRORS = 5
 
 
 class ErrorGroup(msgspec.Struct, frozen=True):
-    """Failed lines of one code, with a few of their ids."""
+    """Failed lines of one code, with a few of their ids; without ids, failed attempts of a run that has not ended."""
 
     code: str
     count: int
@@ -98,8 +98,11 @@ def report(summary: Summary, *, batch: Batch | None, reason: str, is_json: bool)
         click.echo(orjson.dumps(msgspec.to_builtins(summary)).decode())
         return
     counts, usage = summary.counts, summary.usage
-    if batch is not None and batch.status is BatchStatus.FAILED:
+    if batch is not None and batch.problem_count and batch.status is BatchStatus.FAILED:
         _say_problems(batch)
+        say(f"input invalid: {batch.problem_count:,} problems, nothing was sent")
+        say(f"  next: {summary.next_command}")
+        return
     is_over = summary.status in set(TERMINAL)
     head = summary.status if is_over else f"stopped: {reason}"
     parts = [f"{count:,} {word}" for word, count in counts.items() if count and word != "total"]
@@ -111,12 +114,16 @@ def report(summary: Summary, *, batch: Batch | None, reason: str, is_json: bool)
     if summary.re_executed:
         say(f"  re-executed: at most {summary.re_executed:,} lines (sent again after a process died)")
     for group in summary.top_errors:
-        say(f"  {group.code}: {group.count:,} lines, such as {', '.join(group.custom_ids)}")
+        say(f"  {group.code}: {group.count:,} {_of_what(group)}")
     for word, path in (("output", summary.output), ("errors", summary.errors), ("manifest", summary.manifest)):
         if path is not None:
             say(f"  {word}: {path}")
     if summary.next_command is not None:
         say(f"  next: {summary.next_command}")
+
+
+def _of_what(group: ErrorGroup) -> str:
+    return f"lines, such as {', '.join(group.custom_ids)}" if group.custom_ids else "attempts"
 
 
 def _say_problems(batch: Batch) -> None:

@@ -1,0 +1,106 @@
+"""What `run` says to people, and the inputs that it has to spool first."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from batchrunner.cli.panel import bar
+from tests.cli.calling import ENVIRONMENT, ROOT, Called, call, chat_line, finish, simulator, spawn
+
+EVERY_ERROR = ROOT / "sample_inputs" / "every_error.jsonl"
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with simulator("--latency", "1ms") as address:
+        yield address
+
+
+def run_in(folder: Path, *arguments: object) -> Called:
+    return finish(spawn("run", *arguments, cwd=folder, env=ENVIRONMENT))
+
+
+@pytest.mark.slow
+def test_a_packed_input_runs_from_a_relative_path(url, tmp_path):
+    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(chat_line("a") + chat_line("b")))
+
+    called = run_in(tmp_path, "in.jsonl.gz", "-o", "out.jsonl", "-u", url)
+
+    assert called.code == 0, called.err
+    names = [json.loads(line)["custom_id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert names == ["a", "b"]
+
+
+@pytest.mark.slow
+def test_attempts_that_were_made_good_are_no_errors_of_a_finished_run(url, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(chat_line("a", simulate=["500"]))
+
+    called = run_in(tmp_path, "in.jsonl", "-o", "out.jsonl", "-u", url)
+    again = run_in(tmp_path, "in.jsonl", "-o", "out.jsonl", "-u", url, "--json")
+
+    assert called.code == 0, called.err
+    assert "1 retries" in called.err
+    assert "500:" not in called.err
+    assert again.json["top_errors"] == []
+
+
+@pytest.mark.slow
+def test_attempts_before_the_end_are_called_attempts(url, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(chat_line("a", simulate="always:401"))
+
+    called = run_in(tmp_path, "in.jsonl", "-o", "out.jsonl", "-u", url)
+
+    assert called.code == 4, called.err
+    assert "  401: 1 attempts\n" in called.err
+
+
+@pytest.mark.slow
+def test_a_rejected_input_is_called_so(url, tmp_path):
+    called = run_in(tmp_path, EVERY_ERROR, "-o", "out.jsonl", "-u", url)
+
+    assert called.code == 5
+    assert "input invalid: 31 problems, nothing was sent\n" in called.err
+    assert f"next: batchrunner validate {EVERY_ERROR}" in called.err
+
+
+@pytest.mark.slow
+def test_refused_lines_alone_are_not_offered_for_a_retry(url, tmp_path):
+    called = run_in(tmp_path, EVERY_ERROR, "-o", "out.jsonl", "-u", url, "--on-invalid", "skip")
+
+    assert called.code == 3, called.err
+    assert "next: batchrunner errors out.jsonl.run\n" in called.err
+
+
+@pytest.mark.slow
+def test_a_streamed_run_that_is_over_prints_its_lines_again(url, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(chat_line("a"))
+
+    first = run_in(tmp_path, "in.jsonl", "-o", "-", "-u", url)
+    again = run_in(tmp_path, "in.jsonl", "-o", "-", "-u", url)
+
+    assert first.json["custom_id"] == "a"
+    assert again.out == first.out
+
+
+def test_the_bar_of_the_panel_has_a_line_of_its_own():
+    console = Console(width=80)
+
+    with console.capture() as captured:
+        console.print(bar(done=1, total=4))
+        console.print("next")
+
+    assert captured.get().splitlines()[-1] == "next"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["completion", "--help"]])
+def test_help_keeps_the_lines_of_examples(arguments):
+    called = call(*arguments)
+
+    assert "\\b" not in called.out
+    assert any(line.strip().startswith(("batchrunner run in.jsonl", "zsh: ")) for line in called.out.splitlines())
