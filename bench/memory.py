@@ -1,4 +1,4 @@
-"""Peak memory of every process over a long file, order and ledger of what came out, and what a second worker costs.
+"""Peak memory of every process over a long file, and order and ledger of what came out.
 
 python -m bench.memory [--lines 1000000] [--few 10000] [--line-bytes 1024] [--workers 1 2]
 """
@@ -36,7 +36,6 @@ def run_file(path: Path, count: int, base_url: str, folder: Path, workers: int) 
 
 def measure(*, lines: int, few: int, line_bytes: int = 1024, workers: tuple[int, ...] = (1, 2)) -> list[Figure]:
     figures = []
-    cost_us = {}
     with scratch() as folder:
         sizes = {"one": 1, "few": few, "many": lines}
         paths = {name: write_requests(folder / f"{name}.jsonl", sizes[name], line_bytes=line_bytes) for name in sizes}
@@ -45,11 +44,8 @@ def measure(*, lines: int, few: int, line_bytes: int = 1024, workers: tuple[int,
             for name, path in paths.items():
                 with simulator() as upstream:
                     ran[name] = run_file(path, sizes[name], upstream.base_url, folder / f"{name}-{count}", count)
-            cost_us[count] = (ran["many"].cpu_s - ran["one"].cpu_s) / lines * 1e6
-            figures += _figures(ran, lines, few, count, cost_us[count])
-    if 1 in cost_us and 2 in cost_us:
-        what = f"CPU per line, two workers / one, {lines} lines"
-        figures.append(Figure("memory.cpu_2_over_1", cost_us[2] / cost_us[1], "x", what, "<= 1.15"))
+            cost_us = (ran["many"].cpu_s - ran["one"].cpu_s) / lines * 1e6
+            figures += _figures(ran, lines, few, count, cost_us)
     return figures
 
 

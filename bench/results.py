@@ -37,7 +37,7 @@ class Figure:
     def row(self) -> str:
         verdict = {None: "", True: "met", False: "MISSED"}[self.is_met]
         spread = f"{show(min(self.each))} .. {show(max(self.each))}" if len(self.each) > 1 else ""
-        number = f"{self.name:<36} {show(self.value):>12} {self.unit:<20} {spread:<24}"
+        number = f"{self.name:<44} {show(self.value):>12} {self.unit:<20} {spread:<24}"
         return f"{number} {self.goal or '':<10} {verdict:<7} {self.what}"
 
 
@@ -48,7 +48,7 @@ def show(value: float) -> str:
 
 
 def print_table(figures: Sequence[Figure]) -> None:
-    print(f"{'figure':<36} {'median':>12} {'unit':<20} {'from .. to':<24} {'goal':<10} {'':<7} what")
+    print(f"{'figure':<44} {'median':>12} {'unit':<20} {'from .. to':<24} {'goal':<10} {'':<7} what")
     for figure in figures:
         print(figure.row())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from bench import end_to_end, found_window, kills, memory, starting, validation
+from bench import end_to_end, found_window, kills, memory, scaling, starting, validation
 from bench.results import Figure
 
 Bench = Callable[[bool], list[Figure]]
@@ -38,6 +38,10 @@ def _memory(is_quick: bool) -> list[Figure]:  # noqa: FBT001
     return memory.measure(lines=100_000, few=10_000) if is_quick else memory.measure(lines=1_000_000, few=10_000)
 
 
+def _scaling(is_quick: bool) -> list[Figure]:  # noqa: FBT001
+    return scaling.measure(lines=20_000, pairs=1) if is_quick else scaling.measure(lines=200_000, pairs=3)
+
+
 def _starting(is_quick: bool) -> list[Figure]:  # noqa: FBT001
     return starting.measure(lines=100_000 if is_quick else 1_000_000)
 
@@ -57,6 +61,7 @@ BENCHES: Mapping[str, Bench] = MappingProxyType(
         "end_to_end": _end_to_end,
         "validation": _validation,
         "memory": _memory,
+        "scaling": _scaling,
         "starting": _starting,
         "window": _window,
     }
