@@ -247,6 +247,12 @@ class ShardRun:
         self._left_count -= tail.line_count
         self._untouched_count -= tail.line_count
 
+    def take_back_tail(self, tail: ShardCut) -> None:
+        """Undo `drop_tail`, so that the shard does not count as finished without these lines."""
+        self._end += tail.byte_end - tail.byte_start
+        self._left_count += tail.line_count
+        self._untouched_count += tail.line_count
+
 
 def nobody() -> None:
     """Stands where nobody listens yet."""

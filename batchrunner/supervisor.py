@@ -173,7 +173,10 @@ class Supervisor:
             await self._spawn(child)
             code = await self._listen(child)
             if child.report is not None:
-                child.past.add(tally_from_wire(child.report.tally))
+                tally = tally_from_wire(child.report.tally)
+                child.past.add(tally)
+                if tally.succeeded + tally.failed:
+                    child.deaths.clear()
             child.process = child.report = None
             child.fresh.clear()
             child.grants = (0, 0)

@@ -193,8 +193,8 @@ class Worker:
                 await self._settle_if_durable(run)
             elif run.intent_mark is not None and run.intent_wanted > run.intent_mark:
                 await self._register_intent(run)
-            elif run.is_held:
-                await self._split(run, keep_lines=0)
+            elif run.is_held and await self._split(run, keep_lines=0):
+                await self._register(run)
             elif self._clock.monotonic_s() - run.registered_at_s >= self._settings.register_s:
                 await self._register(run)
         except Fenced:
@@ -283,14 +283,22 @@ class Worker:
         for run in self._runs.values():
             self._leave(run, by_s=self._stop_by_s)
 
-    async def _split(self, run: ShardRun, *, keep_lines: int) -> None:
+    async def _split(self, run: ShardRun, *, keep_lines: int) -> bool:
+        """Cut untouched lines off into a shard of their own; False where they are too few or reserved already."""
         cut = run.cut_tail(keep_lines=keep_lines)
         if cut is None:
-            return
+            return False
         head, tail = cut
         run.drop_tail(tail)
-        await self._call(self._store.split, run.claim.ref, head, tail)
+        try:
+            await self._call(self._store.split, run.claim.ref, head, tail)
+        except (StoreUnavailable, DiskFull):
+            # It may have happened or not: the next holder reads from the store which lines the shard still has.
+            run.take_back_tail(tail)
+            self._leave(run, by_s=float("inf"))
+            raise
         crash.point("split.committed")
+        return True
 
     # -- what others want --------------------------------------------------------------------------------------------
 

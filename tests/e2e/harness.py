@@ -19,7 +19,7 @@ from batchrunner.simulate import Simulator, SimulatorSettings, SimulatorStats
 from tests.invariants import Checked, check_run, check_summary
 
 # A command that takes longer hangs.
-COMMAND_S = 120.0
+COMMAND_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,7 @@ class Command:
     """A started command, leader of a process group of its own."""
 
     process: asyncio.subprocess.Process
+    talk: list[bytes] = field(default_factory=list)
 
     @property
     def pid(self) -> int:
@@ -63,6 +64,16 @@ class Command:
         """Its worker processes that live now."""
         return [each for each in psutil.Process(self.pid).children() if each.status() != psutil.STATUS_ZOMBIE]
 
+    async def said(self, words: str) -> str:
+        """Wait for a line on stderr with these words and give it."""
+        assert self.process.stderr is not None
+        async with asyncio.timeout(COMMAND_S):
+            while line := await self.process.stderr.readline():
+                self.talk.append(line)
+                if words in line.decode(errors="replace"):
+                    return line.decode(errors="replace")
+        raise AssertionError(f"it ended without saying {words!r}: {b''.join(self.talk)!r}")
+
     async def ended(self) -> Ended:
         """Wait for its end."""
         try:
@@ -73,7 +84,7 @@ class Command:
             out, err = await self.process.communicate()
             raise AssertionError(f"the command hangs:\n{err.decode(errors='replace')}") from None
         assert self.process.returncode is not None
-        return Ended(self.process.returncode, out, err.decode(errors="replace"))
+        return Ended(self.process.returncode, out, b"".join([*self.talk, err]).decode(errors="replace"))
 
 
 @dataclass(slots=True)
@@ -144,22 +155,23 @@ def chat_line(number: int, **body: object) -> bytes:
 
 
 async def start(
-    arguments: list[str], folder: Path, environment: dict[str, str], *, stdin: int | None = None
+    arguments: list[str], folder: Path, environment: dict[str, str], *, stdin: Path | None = None
 ) -> Command:
     """Start the command line in a process group of its own, with no setting from outside."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("BATCHRUNNER_", "OPENAI_"))}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "batchrunner",
-        *arguments,
-        cwd=folder,
-        env=inherited | {"XDG_CONFIG_HOME": str(folder)} | environment,
-        stdin=asyncio.subprocess.DEVNULL if stdin is None else stdin,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        start_new_session=True,
-    )
+    with (stdin or Path(os.devnull)).open("rb") as reading:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "batchrunner",
+            *arguments,
+            cwd=folder,
+            env=inherited | {"XDG_CONFIG_HOME": str(folder)} | environment,
+            stdin=reading,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
     return Command(process)
 
 
