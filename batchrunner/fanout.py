@@ -7,16 +7,15 @@ queue item, lock or timer per line. One tick, twenty times a second, stands for 
 from __future__ import annotations
 
 import asyncio
-import heapq
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import assert_never
 
 from batchrunner.journal import Journal
-from batchrunner.lanes import Lane, Work
+from batchrunner.lanes import Lane, Waiting, Work
 from batchrunner.limits import DEATHS_ALONE, OUTAGE_SPAN_S, Gate, estimate_tokens
 from batchrunner.metrics import Tally
-from batchrunner.models import NO_USAGE, Attempt, BatchId, PauseReason, RecordKind, Usage
+from batchrunner.models import NO_USAGE, Attempt, BatchId, PauseReason, RecordKind, RequestLine, Usage
 from batchrunner.pace import Bound, Sample
 from batchrunner.ports import Clock, Rng, Upstream
 from batchrunner.results import ReplyFacts, reply_facts
@@ -30,6 +29,7 @@ from batchrunner.verdict import (
     GiveUp,
     RetryAfter,
     RetryPolicy,
+    is_media,
     judge,
     suspicion,
 )
@@ -44,11 +44,15 @@ _REPLY_BYTES_LEAST = 64 * 1024
 _UNDECIDED_WAIT_S = 1.0
 
 
+async def _as_it_is(_run: ShardRun, _line: RequestLine, attempt: Attempt) -> Attempt:
+    return attempt
+
+
 class Fanout:
     """The pool of one process. `window` is set from outside; everything else follows from the shards that are added.
 
     `on_change` is called (on the loop) when a shard was finished, exhausted or needs an intent registered, and when the
-    pool paused itself; it must be cheap.
+    pool paused itself; it must be cheap. `keep_media` turns a media answer into the JSON that stands for it.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Fanout:
         self.pause_reason: PauseReason | None = None
         self.gate = gate
         self.on_change: Callable[[], None] = nobody
+        self.keep_media: Callable[[ShardRun, RequestLine, Attempt], Awaitable[Attempt]] = _as_it_is
         self._upstream = upstream
         self._journal = journal
         self._clock = clock
@@ -75,9 +80,7 @@ class Fanout:
         self._memory_bytes_max = settings.memory_bytes_max
         self._lanes: deque[Lane] = deque()
         self._lane_of: dict[BatchId, Lane] = {}
-        self._waiting: list[tuple[float, int, Work]] = []
-        self._waiting_serial = 0
-        self._alone: list[Work] = []
+        self._waiting = Waiting()
         self._allowed = 0
         # Places that were refused since the last tick: they stay empty until the window was asked again, or an upstream
         # that refuses at once would be asked a thousand times a second by each place too many.
@@ -100,7 +103,7 @@ class Fanout:
     @property
     def waiting_count(self) -> int:
         """Lines that wait for their next try."""
-        return len(self._waiting)
+        return len(self._waiting) + self._waiting.alone_count
 
     @property
     def untouched_count(self) -> int:
@@ -126,10 +129,7 @@ class Fanout:
         lane = self._lane_of.get(run.batch.id)
         if lane is not None and run in lane.runs:
             lane.runs.remove(run)
-        kept = [entry for entry in self._waiting if entry[2].run is not run]
-        run.in_flight_count -= len(self._waiting) - len(kept)
-        heapq.heapify(kept)
-        self._waiting = kept
+        run.in_flight_count -= self._waiting.drop(run)
 
     def forget(self, run: ShardRun) -> None:
         """Drop a shard that is settled or given back."""
@@ -251,37 +251,55 @@ class Fanout:
         if gate.requests is not None and gate.requests.wait_s(now_s, 1) > 0:
             return None
         if gate.outage.is_down:
-            return self._probe(now_s)
-        waiting = self._waiting
-        if waiting and waiting[0][0] <= now_s:
+            work = self._probe(now_s)
+        elif self._waiting.is_due(now_s):
             work = self._due(now_s)
-        elif self._journal.is_full or len(waiting) > _WAITING_PER_WINDOW * self.window:
+        elif self._is_crowded:
             return None
         else:
             work = self._fresh() or self._lonely()
         return self._admit(work, now_s) if work is not None else None
 
+    @property
+    def _is_crowded(self) -> bool:
+        return self._journal.is_full or len(self._waiting) > _WAITING_PER_WINDOW * self.window
+
     def _probe(self, now_s: float) -> Work | None:
-        """While the upstream is down, one line at a time finds out whether it is back: the one that waits longest,
-        or a fresh one.
+        """While the upstream is down, one line at a time finds out whether it is back.
+
+        The line that waits longest, but a fresh one before one that the upstream has died of: were that line the cause,
+        it would keep all others from being sent.
         """
-        if not self._waiting and not self.untouched_count:
-            return self._lonely()
-        if not self.gate.outage.may_send(now_s):
+        if not (self.waiting_count or self.untouched_count) or not self.gate.outage.may_send(now_s):
             return None
-        return self._due(now_s) if self._waiting else self._fresh()
+        if self._waiting and self._waiting.first().failed_at_s is not None and not self._is_crowded:
+            work = self._fresh()
+            if work is not None:
+                return work
+        while self._waiting:
+            work = self._settled_death(self._waiting.take(), now_s)
+            if work is not None:
+                return work
+        return self._fresh() or self._lonely()
 
     def _due(self, now_s: float) -> Work | None:
-        """Take the retry that is due longest, and count its last connection error if that was its own."""
-        work = heapq.heappop(self._waiting)[2]
+        """Take the retry that is due longest."""
+        while self._waiting.is_due(now_s):
+            work = self._settled_death(self._waiting.take(), now_s)
+            if work is not None:
+                return work
+        return None
+
+    def _settled_death(self, work: Work, now_s: float) -> Work | None:
+        """Decide whose fault a line's last connection error was; None if the line is not to be sent now."""
         failed_at_s, last = work.failed_at_s, work.last
         work.failed_at_s = work.last = None
         if failed_at_s is None:
             return work
         if self.gate.outage.covers(failed_at_s):
             work.deaths += 1
-            if work.deaths == DEATHS_ALONE:
-                self._alone.append(work)
+            if work.deaths >= DEATHS_ALONE:
+                self._waiting.put_alone(work)
                 return None
             return work
         if last is not None:
@@ -291,18 +309,15 @@ class Fanout:
         return work
 
     def _lonely(self) -> Work | None:
-        """A line that was in flight at several deaths of the upstream may be their cause: it goes alone, after the
-        others.
-        """
-        if self._alone and not self._in_flight and not self._waiting:
-            return self._alone.pop()
-        return None
+        """A line that was in flight at several deaths of the upstream may be their cause: it goes alone and last."""
+        return self._waiting.take_alone() if not self._in_flight else None
 
     def _admit(self, work: Work, now_s: float) -> Work | None:
         """Charge the rate limits with one attempt; without tokens for it the line waits."""
         gate = self.gate
         if gate.tokens is not None:
-            wait_s = gate.tokens.take(now_s, estimate_tokens(len(work.line.body), None))
+            work.cost_tokens = estimate_tokens(work.line.body)
+            wait_s = gate.tokens.take(now_s, work.cost_tokens)
             if wait_s > 0:
                 self._put_back(work, now_s + wait_s)
                 return None
@@ -342,8 +357,10 @@ class Fanout:
         if attempt is None:
             work.run.in_flight_count -= 1
             self.on_change()
-        else:
-            self._settle(work, attempt)
+            return
+        if attempt.content_type != "application/json" and is_media(attempt):
+            attempt = await self.keep_media(work.run, line, attempt)
+        self._settle(work, attempt)
 
     # -- the outcome -------------------------------------------------------------------------------------------------
 
@@ -372,8 +389,8 @@ class Fanout:
         tally.tokens_in += usage.input_tokens
         tally.tokens_out += usage.output_tokens
         tally.latencies.add(attempt.elapsed_s)
-        if self.gate.tokens is not None:
-            self.gate.tokens.settle(usage.total_tokens - estimate_tokens(len(line.body), None))
+        if self.gate.tokens is not None and usage.total_tokens:
+            self.gate.tokens.settle(usage.total_tokens - work.cost_tokens)
         self._finish(work, RecordKind.SUCCEEDED, payload, usage)
 
     def _finish(self, work: Work, kind: RecordKind, payload: bytes, usage: Usage) -> None:
@@ -422,14 +439,15 @@ class Fanout:
             self._refused_places += 1
             if attempt.retry_after_s is not None:
                 in_flight = len(self._in_flight) + 1
-                gate.cooldown.ask(now_s, attempt.retry_after_s, in_flight=in_flight, uniform=self._rng.uniform())
+                asked_s = min(attempt.retry_after_s, self._policy.retry_after_max_s)
+                gate.cooldown.ask(now_s, asked_s, in_flight=in_flight, uniform=self._rng.uniform())
         else:
             self._sampler.note_answer(attempt.elapsed_s)
             gate.breaker.note(suspicion(attempt), work.line.line_number)
 
     def _retry(self, work: Work, attempt: Attempt, verdict: RetryAfter, now_s: float) -> None:
         """Put a line back with its due time; it leaves its slot meanwhile."""
-        if attempt.error in CONNECTION_ERRORS and verdict.uses_try:
+        if attempt.error in CONNECTION_ERRORS and verdict.uses_try and work.deaths < DEATHS_ALONE:
             work.failed_at_s = now_s
         elif verdict.uses_try:
             work.tries += 1
@@ -446,15 +464,15 @@ class Fanout:
             work.run.in_flight_count -= 1
             self.on_change()
             return
-        self._waiting_serial += 1
-        heapq.heappush(self._waiting, (due_s, self._waiting_serial, work))
+        self._waiting.put(work, due_s)
 
     def _give_up(self, work: Work, attempt: Attempt, verdict: GiveUp, now_s: float, *, is_final: bool = False) -> None:
         """Journal the error line, unless the breaker still has to find out whether every line would end like this."""
         if suspicion(attempt) is not None and self.gate.breaker.is_undecided:
             self._put_back(work, now_s + _UNDECIDED_WAIT_S)
             return
-        if attempt.error in CONNECTION_ERRORS and work.last is None and work.failed_at_s is None and not is_final:
+        is_final = is_final or work.deaths >= DEATHS_ALONE or work.run.is_at_most_once
+        if attempt.error in CONNECTION_ERRORS and not is_final:
             work.failed_at_s, work.last = now_s, (attempt, verdict)
             self._put_back(work, now_s + OUTAGE_SPAN_S)
             return
@@ -464,7 +482,7 @@ class Fanout:
             line.custom_id,
             code=verdict.code,
             message=verdict.message,
-            status=attempt.status if attempt.error is None else None,
+            status=attempt.status if verdict.code is None else None,
             request_id=attempt.request_id,
             body=attempt.body,
         )

@@ -1,8 +1,10 @@
-"""Lines on their way, and the order in which the shards of a process give them out."""
+"""Lines on their way: the order in which the shards of a process give them out, and where they wait between tries."""
 
 from __future__ import annotations
 
 import asyncio
+import heapq
+from collections import deque
 
 from batchrunner.models import Attempt, BatchId, RequestLine
 from batchrunner.shards import ShardRun
@@ -17,11 +19,15 @@ class Work:
     the verdict that stands if it was the line's own.
     """
 
-    __slots__ = ("deaths", "failed_at_s", "generation", "is_aborted", "last", "line", "run", "task", "tries", "waits")
+    __slots__ = (
+        "cost_tokens", "deaths", "failed_at_s", "generation", "is_aborted", "last", "line", "run", "task", "tries",
+        "waits",
+    )  # fmt: skip
 
     def __init__(self, run: ShardRun, line: RequestLine) -> None:
         self.run = run
         self.line = line
+        self.cost_tokens = 0
         self.tries = 0
         self.waits = 0
         self.generation = 0
@@ -51,3 +57,56 @@ class Lane:
                 run.in_flight_count += 1
                 return Work(run, line)
         return None
+
+
+class Waiting:
+    """Lines that wait for their next try, by the time when they are due, and apart from them those that go alone."""
+
+    __slots__ = ("_alone", "_heap", "_serial")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Work]] = []
+        self._alone: deque[Work] = deque()
+        self._serial = 0
+
+    def __len__(self) -> int:
+        """Lines with a due time."""
+        return len(self._heap)
+
+    @property
+    def alone_count(self) -> int:
+        """Lines that go alone, after all others."""
+        return len(self._alone)
+
+    def put(self, work: Work, due_s: float) -> None:
+        """Keep a line until `due_s`."""
+        self._serial += 1
+        heapq.heappush(self._heap, (due_s, self._serial, work))
+
+    def put_alone(self, work: Work) -> None:
+        """Keep a line until nothing else is left to send."""
+        self._alone.append(work)
+
+    def is_due(self, now_s: float) -> bool:
+        """Whether a line may be sent again now."""
+        return bool(self._heap) and self._heap[0][0] <= now_s
+
+    def first(self) -> Work:
+        """The line that is due next; there must be one."""
+        return self._heap[0][2]
+
+    def take(self) -> Work:
+        """Take the line that is due next; there must be one."""
+        return heapq.heappop(self._heap)[2]
+
+    def take_alone(self) -> Work | None:
+        """Take a line that goes alone, None if others still wait."""
+        return self._alone.popleft() if self._alone and not self._heap else None
+
+    def drop(self, run: ShardRun) -> int:
+        """Forget a shard's lines; gives their number."""
+        before = len(self._heap) + len(self._alone)
+        self._heap = [entry for entry in self._heap if entry[2].run is not run]
+        heapq.heapify(self._heap)
+        self._alone = deque(work for work in self._alone if work.run is not run)
+        return before - len(self._heap) - len(self._alone)

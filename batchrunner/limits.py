@@ -8,6 +8,9 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Annotated
+
+import msgspec
 
 from batchrunner.models import PauseReason
 
@@ -32,9 +35,29 @@ DEATHS_ALONE = 3
 FIRST_CONTACT_S = 10.0
 
 
-def estimate_tokens(body_size_bytes: int, max_tokens: int | None) -> int:
-    """Guess a request's cost before it is sent: a token for 4 bytes of its body, and all that it may generate."""
-    return max(1, body_size_bytes // 4 + (max_tokens or 0))
+_Tokens = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
+
+
+class _Asked(msgspec.Struct, gc=False):
+    """How much a request lets the model generate. Source: chat and completions, chat since 2024, Responses."""
+
+    max_tokens: _Tokens | None = None
+    max_completion_tokens: _Tokens | None = None
+    max_output_tokens: _Tokens | None = None
+
+
+_decode_asked = msgspec.json.Decoder(_Asked).decode
+
+
+def estimate_tokens(body: bytes) -> int:
+    """Guess a request's cost before it is sent: a token for 4 bytes of its body, and all that it says it may generate."""
+    try:
+        asked = _decode_asked(body)
+    except (ValueError, RecursionError):
+        # Whatever it says instead of a number is for the upstream to judge.
+        asked = _Asked()
+    generated = asked.max_completion_tokens or asked.max_tokens or asked.max_output_tokens or 0
+    return max(1, len(body) // 4 + generated)
 
 
 class TokenBucket:

@@ -88,6 +88,7 @@ class Settings:
     problems_max: int = _knob(1000, "most problems that a batch lists; the report has all")
     shard_lines_max: int = _knob(1000, "most lines of one shard")
     shard_bytes_max: int = _knob(8 * MIB, "largest shard")
+    assets_url: str = _knob("assets", "what stands before the name of a media answer in its url; run sets it by OUTPUT")
     reserve_bytes: int = _knob(4 * MIB, "space held back so that statuses can be written on a full disk")
 
 

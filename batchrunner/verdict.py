@@ -77,7 +77,7 @@ def judge(
     describe the body of a 2xx: is it valid JSON, and is that JSON an error object. `is_death` says that the attempt
     went down with the whole upstream, which uses up no line's tries. `uniform` from [0, 1) draws the jitter.
     """
-    if attempt.error is None and 200 <= attempt.status < 300 and ((is_json and not has_error) or _is_media(attempt)):
+    if attempt.error is None and 200 <= attempt.status < 300 and ((is_json and not has_error) or is_media(attempt)):
         return ACCEPT
     if is_at_most_once and not _is_surely_unprocessed(attempt):
         return _once(attempt, has_error=has_error)
@@ -94,6 +94,16 @@ def judge(
     if tries + 1 >= policy.max_tries:
         return GiveUp(code, _exhausted(attempt, tries=tries + 1, waits=waits, has_error=has_error))
     return RetryAfter(_backoff_s(attempt, tries, policy, uniform), True, reason)
+
+
+def is_media(attempt: Attempt) -> bool:
+    """Tell whether the answer is audio, an image, a video or bytes: it is kept as an asset, not as JSON."""
+    return (
+        bool(attempt.body)
+        and attempt.error is None
+        and 200 <= attempt.status < 300
+        and attempt.content_type.lstrip().lower().startswith(MEDIA_TYPES)
+    )
 
 
 def suspicion(attempt: Attempt) -> PauseReason | None:
@@ -134,10 +144,6 @@ def _number(header: str | None) -> float | None:
     except ValueError:
         return None
     return number if math.isfinite(number) and number >= 0.0 else None
-
-
-def _is_media(attempt: Attempt) -> bool:
-    return bool(attempt.body) and attempt.content_type.lstrip().lower().startswith(MEDIA_TYPES)
 
 
 def _is_surely_unprocessed(attempt: Attempt) -> bool:

@@ -14,11 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar, assert_never
 
+import msgspec
+
 from batchrunner import crash
-from batchrunner.errors import BatchrunnerError, DiskFull, Fenced, InputChanged, StoreUnavailable
+from batchrunner.errors import BatchrunnerError, BlobsUnavailable, DiskFull, Fenced, InputChanged, StoreUnavailable
 from batchrunner.fanout import Fanout
 from batchrunner.lifecycle import BatchStatus
-from batchrunner.models import Claim, Held, PauseReason, Progress, SessionId, TaskKind
+from batchrunner.models import Attempt, Claim, Held, PauseReason, Progress, RequestLine, SessionId, TaskKind
 from batchrunner.pipeline import Pipeline
 from batchrunner.ports import Clock, Store
 from batchrunner.renewals import Renewals
@@ -58,6 +60,7 @@ class Worker:
         self.session = session
         self.fanout = fanout
         fanout.on_change = self.changed
+        fanout.keep_media = self._keep_media
         self.step_done = asyncio.Event()
         self.trouble: BatchrunnerError | None = None
         self._store = store
@@ -439,6 +442,16 @@ class Worker:
             self.step_done.set()
             self.changed()
 
+    async def _keep_media(self, run: ShardRun, line: RequestLine, attempt: Attempt) -> Attempt:
+        """Make a media answer an asset; a full disk is waited out, for the answer is paid."""
+        keep = partial(self._pipeline.keep_asset, run.batch, line.line_number, attempt.content_type, attempt.body)
+        while True:
+            try:
+                return msgspec.structs.replace(attempt, body=await self._call(keep))
+            except (DiskFull, BlobsUnavailable) as error:
+                self._note_trouble(error)
+                await self._clock.sleep(1.0)
+
     def _owe(self, claim: Claim, error: Exception) -> None:
         self._owed.append((claim, error))
 
@@ -447,9 +460,7 @@ class Worker:
         while self._owed:
             claim, error = self._owed[0]
             code = error.code if isinstance(error, BatchrunnerError) else type(error).__name__
-            fail = partial(
-                self._store.fail_task, claim.ref, f"{code}: {error}", progressed=isinstance(error, DiskFull)
-            )
+            fail = partial(self._store.fail_task, claim.ref, f"{code}: {error}", progressed=isinstance(error, DiskFull))
             try:
                 await self._call(fail)
             except Fenced:

@@ -84,9 +84,26 @@ def is_untouched(prepared: Prepared) -> bool:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
+def assets_folder(output: Path) -> Path:
+    """Where the media answers of a run go."""
+    return output.with_name(f"{output.name}.assets")
+
+
+def _export_assets(prepared: Prepared, runner: Runner) -> None:
+    """Copy the media answers of all batches of the run beside OUTPUT; none, no folder."""
+    blobs, folder = runner.adapters.blobs, assets_folder(prepared.assets_base)
+    for batch_id in prepared.record.batches:
+        for name in blobs.list(f"assets/{batch_id}/"):
+            folder.mkdir(exist_ok=True)
+            target = folder / Path(name).name
+            if not target.exists():
+                _place(blobs.path(name), target)
+
+
 def _export(request: RunRequest, prepared: Prepared, runner: Runner, folded: Folded) -> None:
     """Put the files at their places, OUTPUT last: whoever sees it sees the errors and the manifest too."""
     crash.point("export.before")
+    _export_assets(prepared, runner)
     exported: dict[str, Fingerprint] = {}
     if folded.errors is None:
         prepared.errors_path.unlink(missing_ok=True)

@@ -72,6 +72,11 @@ class Prepared:
     output_path: Path
     errors_path: Path
 
+    @property
+    def assets_base(self) -> Path:
+        """The file beside which media answers go: OUTPUT, or the errors file of a run that streams."""
+        return self.errors_path if str(self.output_path) == "-" else self.output_path
+
 
 def prepare(request: RunRequest) -> Prepared:
     """Lock the folder, find the input, compare identities. Blocks; the caller unlocks the folder.

@@ -64,7 +64,7 @@ class _Run:
     def __init__(self, request: RunRequest, prepared: Prepared, settings: Settings, api_key: str | None) -> None:
         self._request = request
         self._prepared = prepared
-        self._settings = settings
+        self._settings = replace(settings, assets_url=export.assets_folder(prepared.assets_base).name)
         self._api_key = api_key
         self._stop = _Stop()
         self._interrupts = 0
