@@ -1,4 +1,4 @@
-"""The clients that we are compared with, each in a process of its own: bare, naive and openai.
+"""The clients that we are compared with, each in a process of its own: bare, transport, naive and openai.
 
 python -m bench.peers KIND INPUT BASE_URL [--in-flight 64] prints the CPU and wall clock seconds of its loop as JSON.
 """
@@ -11,12 +11,13 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import orjson
 
 from bench.inputs import LINE_URL
 
-Send = Callable[[object], Awaitable[None]]
+Send = Callable[[Any], Awaitable[None]]
 
 
 def read_bodies(path: str) -> list[bytes]:
@@ -64,6 +65,25 @@ async def bare(path: str, base_url: str, in_flight: int) -> dict[str, float]:
         return await timed(send, bodies, in_flight)
 
 
+async def transport(path: str, base_url: str, in_flight: int) -> dict[str, float]:
+    """Our own transport without anything around it: what `run` costs more is the price of keeping results."""
+    from batchrunner.clock import SystemClock
+    from batchrunner.tuning import freeze_start_up
+    from batchrunner.upstream import AiohttpUpstream
+
+    bodies = read_bodies(path)
+    upstream = AiohttpUpstream(base_url, clock=SystemClock(), api_key="k")
+
+    async def send(body: bytes) -> None:
+        attempt = await upstream.send(LINE_URL, body, idempotency_key="bench")
+        assert attempt.status == 200
+
+    freeze_start_up()
+    told = await timed(send, bodies, in_flight)
+    await upstream.close()
+    return told
+
+
 async def naive(path: str, base_url: str, in_flight: int) -> dict[str, float]:
     """Send with aiohttp as most scripts do."""
     import aiohttp
@@ -99,14 +119,14 @@ async def openai(path: str, base_url: str, in_flight: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("kind", choices=["bare", "naive", "openai"])
+    parser.add_argument("kind", choices=["bare", "transport", "naive", "openai"])
     parser.add_argument("input")
     parser.add_argument("base_url")
     parser.add_argument("--in-flight", type=int, default=64)
     options = parser.parse_args()
-    loops = {"bare": bare, "naive": naive, "openai": openai}
+    loops = {"bare": bare, "transport": transport, "naive": naive, "openai": openai}
     factory = None
-    if options.kind == "bare":
+    if options.kind in {"bare", "transport"}:
         from batchrunner.tuning import tune_process
 
         factory = tune_process()
