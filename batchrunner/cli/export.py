@@ -219,7 +219,7 @@ def _top_errors(errors: Path | None, outcome: Outcome) -> list[ErrorGroup]:
 
 def _next_command(prepared: Prepared, batch: Batch, code: ExitCode) -> str | None:
     """What to type next, None when there is nothing to do."""
-    same = shlex.join(["batchrunner", *sys.argv[1:]])
+    same = shlex.join(["batchrunner", *_without_limit(sys.argv[1:])])
     match code:
         case ExitCode.OK | ExitCode.USAGE:
             return None
@@ -232,3 +232,12 @@ def _next_command(prepared: Prepared, batch: Batch, code: ExitCode) -> str | Non
             return f"batchrunner validate {shlex.quote(prepared.record.input)}"
         case _:
             return same
+
+
+def _without_limit(arguments: list[str]) -> list[str]:
+    """The same command, going on beyond the lines that --limit let run."""
+    kept = [word for word in arguments if not word.startswith("--limit=")]
+    if "--limit" in kept:
+        place = kept.index("--limit")
+        del kept[place : place + 2]
+    return kept
