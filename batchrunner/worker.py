@@ -196,10 +196,11 @@ class Worker:
                 await self._settle_if_durable(run)
             elif run.intent_mark is not None and run.intent_wanted > run.intent_mark:
                 await self._register_intent(run)
-            elif run.is_held and await self._split(run, keep_lines=0):
-                await self._register(run)
-            elif self._clock.monotonic_s() - run.registered_at_s >= self._settings.register_s:
-                await self._register(run)
+            else:
+                if run.is_held:
+                    await self._split(run, keep_lines=0)
+                if self._clock.monotonic_s() - run.registered_at_s >= self._settings.register_s:
+                    await self._register(run)
         except Fenced:
             logger.warning(
                 "shard lost to a newer holder", extra={"action": "shard_fenced", "task_id": run.shard.task_id}
@@ -286,11 +287,11 @@ class Worker:
         for run in self._runs.values():
             self._leave(run, by_s=self._stop_by_s)
 
-    async def _split(self, run: ShardRun, *, keep_lines: int) -> bool:
-        """Cut untouched lines off into a shard of their own; False where they are too few or reserved already."""
+    async def _split(self, run: ShardRun, *, keep_lines: int) -> None:
+        """Cut untouched lines off into a shard of their own, unless they are too few or reserved already."""
         cut = run.cut_tail(keep_lines=keep_lines)
         if cut is None:
-            return False
+            return
         head, tail = cut
         run.drop_tail(tail)
         try:
@@ -301,7 +302,6 @@ class Worker:
             self._leave(run, by_s=float("inf"))
             raise
         crash.point("split.committed")
-        return True
 
     # -- what others want --------------------------------------------------------------------------------------------
 
