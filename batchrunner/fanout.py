@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import assert_never
 
 from batchrunner.journal import Journal
-from batchrunner.lanes import Lane, Waiting, Work
+from batchrunner.lanes import Lane, Waiting, Work, as_it_is
 from batchrunner.limits import DEATHS_ALONE, OUTAGE_SPAN_S, Gate, estimate_tokens
 from batchrunner.metrics import Tally
 from batchrunner.models import NO_USAGE, Attempt, BatchId, PauseReason, RecordKind, RequestLine, Usage
@@ -44,10 +44,6 @@ _REPLY_BYTES_LEAST = 64 * 1024
 _UNDECIDED_WAIT_S = 1.0
 
 
-async def _as_it_is(_run: ShardRun, _line: RequestLine, attempt: Attempt) -> Attempt:
-    return attempt
-
-
 class Fanout:
     """The pool of one process. `window` is set from outside; everything else follows from the shards that are added.
 
@@ -71,7 +67,7 @@ class Fanout:
         self.pause_reason: PauseReason | None = None
         self.gate = gate
         self.on_change: Callable[[], None] = nobody
-        self.keep_media: Callable[[ShardRun, RequestLine, Attempt], Awaitable[Attempt]] = _as_it_is
+        self.keep_media: Callable[[ShardRun, RequestLine, Attempt], Awaitable[Attempt]] = as_it_is
         self._upstream = upstream
         self._journal = journal
         self._clock = clock
@@ -272,10 +268,9 @@ class Fanout:
         """
         if not (self.waiting_count or self.untouched_count) or not self.gate.outage.may_send(now_s):
             return None
-        if self._waiting and self._waiting.first().failed_at_s is not None and not self._is_crowded:
-            work = self._fresh()
-            if work is not None:
-                return work
+        is_suspect = bool(self._waiting) and self._waiting.first().failed_at_s is not None
+        if is_suspect and not self._is_crowded and (fresh := self._fresh()) is not None:
+            return fresh
         while self._waiting:
             work = self._settled_death(self._waiting.take(), now_s)
             if work is not None:
@@ -447,8 +442,11 @@ class Fanout:
 
     def _retry(self, work: Work, attempt: Attempt, verdict: RetryAfter, now_s: float) -> None:
         """Put a line back with its due time; it leaves its slot meanwhile."""
+        wait_s = verdict.wait_s
         if attempt.error in CONNECTION_ERRORS and verdict.uses_try and work.deaths < DEATHS_ALONE:
+            # Whose fault it was shows only when all that went down with it have told.
             work.failed_at_s = now_s
+            wait_s = max(wait_s, OUTAGE_SPAN_S)
         elif verdict.uses_try:
             work.tries += 1
         else:
@@ -457,7 +455,7 @@ class Fanout:
             work.generation += 1
         self.tally.retries += 1
         work.run.retry_count += 1
-        self._put_back(work, now_s + verdict.wait_s)
+        self._put_back(work, now_s + wait_s)
 
     def _put_back(self, work: Work, due_s: float) -> None:
         if work.run.is_stopped:

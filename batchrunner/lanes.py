@@ -59,6 +59,11 @@ class Lane:
         return None
 
 
+async def as_it_is(_run: ShardRun, _line: RequestLine, attempt: Attempt) -> Attempt:
+    """Stands where nobody keeps media answers."""
+    return attempt
+
+
 class Waiting:
     """Lines that wait for their next try, by the time when they are due, and apart from them those that go alone."""
 

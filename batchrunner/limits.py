@@ -50,7 +50,7 @@ _decode_asked = msgspec.json.Decoder(_Asked).decode
 
 
 def estimate_tokens(body: bytes) -> int:
-    """Guess a request's cost before it is sent: a token for 4 bytes of its body, and all that it says it may generate."""
+    """Guess a request's cost before it is sent: a token for 4 bytes of its body, and all that it may generate."""
     try:
         asked = _decode_asked(body)
     except (ValueError, RecursionError):

@@ -32,6 +32,10 @@ class Words:
 
     async def speak(self, talk: Talk) -> None:
         await talk.request()
+        await self.answer(talk)
+
+    async def answer(self, talk: Talk) -> None:
+        """Say it to a request that was already read."""
         if self.is_slow:
             await talk.say_slowly(self.message)
         else:

@@ -105,9 +105,15 @@ def test_a_clock_that_stands_or_steps_back_fills_nothing() -> None:
 
 
 def test_tokens_are_estimated_from_bytes_and_what_may_be_generated() -> None:
-    assert estimate_tokens(4000, 500) == 1500
-    assert estimate_tokens(4000, None) == 1000
-    assert estimate_tokens(0, None) == 1
+    pad = "x" * 3971
+
+    assert estimate_tokens(b'{"max_tokens":500,"prompt":"%b"}' % pad.encode()) == 4003 // 4 + 500
+    assert estimate_tokens(b'{"max_completion_tokens":500,"max_tokens":7}') == 44 // 4 + 500
+    assert estimate_tokens(b'{"max_output_tokens":500}') == 25 // 4 + 500
+    assert estimate_tokens(b'{"max_tokens":null}') == 19 // 4
+    assert estimate_tokens(b'{"max_tokens":"lots"}') == 21 // 4
+    assert estimate_tokens(b'{"max_tokens":-1e9}') == 19 // 4
+    assert estimate_tokens(b"") == 1
 
 
 # Cooldown.

@@ -1,0 +1,71 @@
+"""A run against a peer that misbehaves in every named way: each line ends as the one line that its case stands for."""
+
+from __future__ import annotations
+
+import re
+
+import orjson
+import pytest
+
+from batchrunner.results import ResultLines
+from batchrunner.settings import Settings
+from tests.hostile.run_cases import CASES, REPLY_BYTES_MAX, TRIES, Failed, LineCase
+from tests.hostile.running import BATCH, Ended, run_cases
+
+pytestmark = pytest.mark.slow
+
+QUICK = Settings(max_tries=TRIES, retry_after_max_s=0.02, reply_bytes_max=REPLY_BYTES_MAX, journal_tick_s=0.01)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """One run of all cases."""
+    return run_cases(tmp_path_factory.mktemp("hostile"), CASES, QUICK)
+
+
+def expected_line(case: LineCase, cases: list[LineCase]) -> bytes:
+    """The whole line, with the id that follows from batch and line number."""
+    line_id = ResultLines(BATCH).id(cases.index(case) + 1)
+    return b'{"id":"%b","custom_id":%b,%b' % (line_id.encode(), orjson.dumps(case.custom_id), case.expected.rest)
+
+
+def found_line(case: LineCase, ended: Ended) -> bytes:
+    """The line with the case's custom_id, the peer's address and the elapsed time made the same for every run."""
+    lines = ended.output if case.expected.is_output else ended.errors
+    mine = [raw for raw in lines if orjson.dumps(case.custom_id) in raw[: 64 + len(case.custom_id) * 4]]
+    assert len(mine) == 1, f"{case.name} is not once in its file"
+    if not isinstance(case.expected, Failed):
+        return mine[0]
+    return re.sub(rb"after \d+\.\d s", b"after <t>", mine[0].replace(ended.peer.encode(), b"<peer>"))
+
+
+def check(case: LineCase, cases: list[LineCase], ended: Ended) -> None:
+    found = found_line(case, ended)
+
+    assert found == expected_line(case, cases)
+    assert b"sk-secret" not in found
+    if case.sends is not None:
+        assert ended.sends[case.name] == case.sends
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+def test_line_ends_as_its_case_says(case: LineCase, ended: Ended) -> None:
+    check(case, CASES, ended)
+
+
+def test_every_line_is_in_one_file_once_in_input_order(ended: Ended) -> None:
+    wanted = [case.custom_id for case in CASES]
+    output = [orjson.loads(raw)["custom_id"] for raw in ended.output]
+    errors = [orjson.loads(raw)["custom_id"] for raw in ended.errors]
+
+    assert sorted(output + errors) == sorted(wanted)
+    assert output == [each for each in wanted if each in output]
+    assert errors == [each for each in wanted if each in errors]
+
+
+def test_there_are_enough_cases_and_no_name_twice() -> None:
+    names = [case.name for case in CASES]
+
+    assert len(set(names)) == len(names)
+    assert len({case.custom_id for case in CASES}) == len(names)
+    assert len(names) >= 40
