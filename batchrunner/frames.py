@@ -63,8 +63,8 @@ class Salvaged:
     """What a claimer finds before its first send.
 
     `registered` holds the lines with a registered record. `records` are durable ones of other lines that are worth
-    copying, each line once. `marks` gives the highest reserved line by epoch, `mark` that of the last claim that reserved
-    any: one that died before that sent nothing, and may not have counted what those before it sent.
+    copying, each line once. `marks` gives the highest reserved line by epoch, `mark` that of the last claim that
+    reserved any: one that died before that sent nothing, and may not have counted what those before it sent.
     """
 
     registered: frozenset[int]

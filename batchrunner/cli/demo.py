@@ -104,7 +104,18 @@ def _simulator() -> Iterator[str]:
     Raises:
         OwnError: it did not start.
     """
-    command = [sys.executable, "-m", "batchrunner", "simulate", "--port", "0", "--latency", "150ms", "--faults", "500:0.006,reset:0.004"]
+    command = [
+        sys.executable,
+        "-m",
+        "batchrunner",
+        "simulate",
+        "--port",
+        "0",
+        "--latency",
+        "150ms",
+        "--faults",
+        "500:0.006,reset:0.004",
+    ]
     with subprocess.Popen(  # noqa: S603 - our own program
         command, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
