@@ -15,8 +15,10 @@ import click
 import pytest
 
 import batchrunner
-from batchrunner import cli, errors, lifecycle
+from batchrunner import errors
+from batchrunner.metrics import METRICS
 from batchrunner.settings import Settings
+from tests.generated import BLOCKS, commands, found, root_command, subclasses
 
 ROOT = Path(__file__).parents[1]
 # Enums whose values are a contract with people and their scripts.
@@ -35,48 +37,15 @@ def mentions(word: str) -> bool:
     return re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", documentation()) is not None
 
 
-def commands(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[str, click.Command]]:
-    """Walk a click group and give every command with the words that call it."""
-    yield " ".join(path), command
-    if isinstance(command, click.Group):
-        context = click.Context(command)
-        for name in command.list_commands(context):
-            found = command.get_command(context, name)
-            assert found is not None
-            if not found.hidden:
-                yield from commands(found, (*path, name))
-
-
-def root_command() -> click.Group:
-    """Find the click group that the console script runs."""
-    groups = [value for value in vars(cli).values() if isinstance(value, click.Group)]
-    assert len(groups) == 1, "batchrunner.cli holds exactly one click group"
-    return groups[0]
-
-
-def subclasses(root: type[errors.BatchrunnerError]) -> Iterator[type[errors.BatchrunnerError]]:
-    """Give a class and everything below it."""
-    yield root
-    for each in root.__subclasses__():
-        yield from subclasses(each)
-
-
 def enums() -> Iterator[type[Enum]]:
     """Give the enums that the package's own modules define, without starting its entry points."""
-    for found in pkgutil.walk_packages(batchrunner.__path__, "batchrunner."):
-        if found.name.endswith("__main__") or ".migrations" in found.name:
+    for each in pkgutil.walk_packages(batchrunner.__path__, "batchrunner."):
+        if each.name.endswith("__main__") or ".migrations" in each.name:
             continue
-        module = importlib.import_module(found.name)
+        module = importlib.import_module(each.name)
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, Enum) and value.__module__ == found.name:
+            if isinstance(value, type) and issubclass(value, Enum) and value.__module__ == each.name:
                 yield value
-
-
-def section(text: str, name: str) -> str:
-    """Give what stands between two markers of the README, without the code fence."""
-    match = re.search(rf"<!-- {name}:begin -->(.*?)<!-- {name}:end -->", text, re.DOTALL)
-    assert match is not None, f"README.md has no section {name}"
-    return re.sub(r"^```\w*$", "", match.group(1), flags=re.MULTILINE).strip()
 
 
 def test_every_command_is_documented() -> None:
@@ -113,11 +82,11 @@ def test_every_error_code_is_documented() -> None:
 
 
 def test_every_code_enum_is_documented() -> None:
-    found = [each for each in enums() if CODE_ENUMS.fullmatch(each.__name__) and not issubclass(each, IntEnum)]
+    kinds = [each for each in enums() if CODE_ENUMS.fullmatch(each.__name__) and not issubclass(each, IntEnum)]
 
-    missing = [f"{each.__name__}.{code.name}" for each in found for code in each if not mentions(str(code.value))]
+    missing = [f"{each.__name__}.{code.name}" for each in kinds for code in each if not mentions(str(code.value))]
 
-    assert found
+    assert kinds
     assert missing == []
 
 
@@ -156,10 +125,33 @@ def make_targets() -> set[str]:
     return set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
-def test_state_diagram_is_the_lifecycle_table() -> None:
-    drawn = section((ROOT / "README.md").read_text(encoding="utf-8"), "lifecycle")
+@pytest.mark.parametrize(("page", "name"), BLOCKS)
+def test_what_is_made_from_code_is_as_the_code_makes_it(page: str, name: str) -> None:
+    """`python -m tests.generated` mends it."""
+    assert found(page, name).group() == BLOCKS[page, name]()
 
-    assert drawn == lifecycle.mermaid().strip()
+
+def test_every_metric_is_documented() -> None:
+    missing = [metric.name for metric in METRICS if not mentions(metric.name)]
+
+    assert missing == []
+
+
+def test_links_to_headings_lead_somewhere() -> None:
+    broken = [
+        f"{page.relative_to(ROOT)}: {file}#{anchor}"
+        for page in [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))]
+        for file, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)]*)\)", page.read_text(encoding="utf-8"))
+        if anchor not in headings(page.parent / file if file else page)
+    ]
+
+    assert broken == []
+
+
+def headings(page: Path) -> set[str]:
+    """Give the anchors that a page's headings make."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_links_between_pages_lead_somewhere() -> None:
