@@ -172,6 +172,11 @@ class Fanout:
             return self._contact_message
         return None
 
+    @property
+    def outage_text(self) -> str | None:
+        """What the upstream's present death looks like, None while it answers."""
+        return f"upstream_down: {self._contact_message}" if self.gate.outage.is_down else None
+
     def set_rates(self, *, rpm: float | None, tpm: float | None) -> None:
         """Take a new share of the rate limits."""
         now_s = self._clock.monotonic_s()
@@ -424,8 +429,7 @@ class Fanout:
         if error in CONNECTION_ERRORS:
             gate.outage.note_failure(now_s, len(self._in_flight) + 1)
             gate.first_contact.note_failure(now_s)
-            if not gate.first_contact.has_answered:
-                self._contact_message = attempt.message
+            self._contact_message = attempt.message
             self._sampler.broken += 1
         elif error is not None:
             self._sampler.broken += 1

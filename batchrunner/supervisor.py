@@ -16,7 +16,7 @@ import msgspec
 
 from batchrunner.errors import WorkerLost
 from batchrunner.metrics import Tally, tally_from_wire
-from batchrunner.pace import Sample, Window, merged
+from batchrunner.pace import Sample, Window, joined, merged
 from batchrunner.ports import Clock
 from batchrunner.settings import Settings
 
@@ -127,7 +127,7 @@ class Supervisor:
         self._bury = bury
         self._children = [_Child(number) for number in range(worker_count)]
         self._stop_grace_s: float | None = None
-        self._stop_sent_at_s = 0.0
+        self._stop_by_s = 0.0
 
     @property
     def pids(self) -> list[int]:
@@ -155,18 +155,26 @@ class Supervisor:
 
     def stop(self, *, grace_s: float) -> None:
         """Have all workers drain; called again it shortens the grace."""
-        self._stop_grace_s = grace_s
-        self._stop_sent_at_s = self._clock.monotonic_s()
+        stop_by_s = self._clock.monotonic_s() + grace_s
+        if self._stop_grace_s is None or stop_by_s < self._stop_by_s:
+            self._stop_grace_s = grace_s
+            self._stop_by_s = stop_by_s
         self._hand_out()
 
     async def run(self) -> None:
         """Keep the workers running until `stop`."""
-        async with asyncio.TaskGroup() as group:
-            pacing = group.create_task(self._pace())
-            async with asyncio.TaskGroup() as crew:
-                for child in self._children:
-                    crew.create_task(self._keep(child))
-            pacing.cancel()
+        try:
+            async with asyncio.TaskGroup() as group:
+                pacing = group.create_task(self._pace())
+                async with asyncio.TaskGroup() as crew:
+                    for child in self._children:
+                        crew.create_task(self._keep(child))
+                pacing.cancel()
+        except BaseExceptionGroup as failed:
+            lost, rest = failed.split(WorkerLost)
+            if lost is None or rest is not None:
+                raise
+            raise _first_of(lost) from failed
 
     async def _keep(self, child: _Child) -> None:
         while True:
@@ -234,7 +242,7 @@ class Supervisor:
 
     def _observe(self) -> None:
         """Show the window's controller all that came since the last time, each sample once."""
-        samples = [sample for child in self._children for sample in child.fresh]
+        samples = [joined(child.fresh) for child in self._children if child.fresh]
         for child in self._children:
             child.fresh.clear()
         if samples:
@@ -276,8 +284,13 @@ class Supervisor:
         """Kill what has not drained long after its grace."""
         if self._stop_grace_s is None:
             return
-        if self._clock.monotonic_s() < self._stop_sent_at_s + self._stop_grace_s + _EXTRA_GRACE_S:
+        if self._clock.monotonic_s() < self._stop_by_s + _EXTRA_GRACE_S:
             return
         for pid in self.pids:
             logger.error("worker did not drain, killed", extra={"action": "worker_killed", "pid": pid})
             os.kill(pid, signal.SIGKILL)
+
+
+def _first_of(group: BaseExceptionGroup[WorkerLost]) -> WorkerLost:
+    first = group.exceptions[0]
+    return _first_of(first) if isinstance(first, BaseExceptionGroup) else first

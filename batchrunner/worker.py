@@ -100,7 +100,7 @@ class Worker:
     def trouble_text(self) -> str | None:
         """Why the work stands still, None while it goes on."""
         trouble = self.trouble or self._pipeline.journal.trouble
-        return f"{trouble.code}: {trouble}" if trouble is not None else None
+        return f"{trouble.code}: {trouble}" if trouble is not None else self.fanout.outage_text
 
     @property
     def lost_text(self) -> str | None:
