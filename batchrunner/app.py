@@ -368,9 +368,10 @@ class _Greeting(msgspec.Struct, frozen=True, kw_only=True):
 class _PipePacer:
     """Gives the supervisor a report at each call and applies the share that came last."""
 
-    def __init__(self, worker: Callable[[], Worker]) -> None:
+    def __init__(self, worker: Callable[[], Worker], clock: SystemClock) -> None:
         self.share: Share | None = None
         self._worker = worker
+        self._clock = clock
 
     def __call__(self, fanout: Fanout) -> None:
         worker = self._worker()
@@ -389,13 +390,13 @@ class _PipePacer:
             worker.stop(grace_s=0.0)
         if self.share is not None:
             fanout.window = self.share.window
-            fanout.set_rates(rpm=self.share.rpm, tpm=self.share.tpm)
+            fanout.gate.set_rates(self._clock.monotonic_s(), rpm=self.share.rpm, tpm=self.share.tpm)
 
 
 async def _work(greeting: _Greeting, stdin: asyncio.StreamReader) -> None:
     adapters = open_adapters(Path(greeting.folder))
     workers: list[Worker] = []
-    pacer = _PipePacer(lambda: workers[0])
+    pacer = _PipePacer(lambda: workers[0], adapters.clock)
     session = worker_session(adapters, Path(greeting.folder), greeting.settings, api_key=greeting.api_key, pacer=pacer)
     async with session as worker:
         workers.append(worker)

@@ -36,6 +36,7 @@ from batchrunner.verdict import (
 
 TICK_S = 0.05
 _TICKS_PER_SWEEP = 10
+_TICKS_PER_REFUSAL = 3
 # Waiting retries hold their lines in memory and tell that the upstream has trouble: beyond this many times the window
 # no fresh line is sent.
 _WAITING_PER_WINDOW = 2
@@ -78,8 +79,9 @@ class Fanout:
         self._lane_of: dict[BatchId, Lane] = {}
         self._waiting = Waiting()
         self._allowed = 0
-        # Places that were refused since the last tick: they stay empty until the window was asked again, or an upstream
-        # that refuses at once would be asked a thousand times a second by each place too many.
+        # Places that were refused lately stay empty until the window was asked again, which takes a while over a pipe: an
+        # upstream that refuses at once would be asked a thousand times a second by each place too many.
+        self._refused_before = 0
         self._refused_places = 0
         self._parked: list[asyncio.Future[None]] = []
         self._slot_count = 0
@@ -177,13 +179,6 @@ class Fanout:
         """What the upstream's present death looks like, None while it answers."""
         return f"upstream_down: {self._contact_message}" if self.gate.outage.is_down else None
 
-    def set_rates(self, *, rpm: float | None, tpm: float | None) -> None:
-        """Take a new share of the rate limits."""
-        now_s = self._clock.monotonic_s()
-        for bucket, rate in ((self.gate.requests, rpm), (self.gate.tokens, tpm)):
-            if bucket is not None and rate is not None:
-                bucket.set_rate(rate, now_s)
-
     @property
     def effective_window(self) -> int:
         """The window, or less where the memory budget would not hold that many answers."""
@@ -198,6 +193,8 @@ class Fanout:
             while not (self._is_closed and not self._in_flight):
                 self._tick(group)
                 ticks += 1
+                if ticks % _TICKS_PER_REFUSAL == 0:
+                    self._refused_before, self._refused_places = self._refused_places, 0
                 if ticks % _TICKS_PER_SWEEP == 0:
                     self._upstream.sweep_deadlines()
                     self._reply_bytes_high = max(float(_REPLY_BYTES_LEAST), self._reply_bytes_high * 0.98)
@@ -218,7 +215,6 @@ class Fanout:
         if self._is_closed:
             return
         self._allowed = self.effective_window
-        self._refused_places = 0
         while self._slot_count < self._allowed:
             self._slot_count += 1
             group.create_task(self._slot())
@@ -247,7 +243,10 @@ class Fanout:
         gate = self.gate
         if now_s >= self.stop_sends_at_s or self.pause_reason is not None or self._is_closed:
             return None
-        if now_s < gate.cooldown.until_s or len(self._in_flight) + self._refused_places >= self._allowed:
+        if (
+            now_s < gate.cooldown.until_s
+            or len(self._in_flight) + self._refused_places + self._refused_before >= self._allowed
+        ):
             return None
         if gate.requests is not None and gate.requests.wait_s(now_s, 1) > 0:
             return None

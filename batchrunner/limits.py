@@ -278,3 +278,9 @@ class Gate:
     first_contact: FirstContact
     requests: TokenBucket | None = None
     tokens: TokenBucket | None = None
+
+    def set_rates(self, now_s: float, *, rpm: float | None, tpm: float | None) -> None:
+        """Take a new share of the rate limits."""
+        for bucket, rate in ((self.requests, rpm), (self.tokens, tpm)):
+            if bucket is not None and rate is not None:
+                bucket.set_rate(rate, now_s)

@@ -85,9 +85,10 @@ class Sample(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 def merged(samples: Sequence[Sample]) -> Sample:
     """Give one sample for several processes over the same span; at least one.
 
-    Samples of spans that overlap only in part may be given, as long as each is given exactly once.
+    Samples of spans that overlap only in part may be given, as long as each is given exactly once: over several rounds
+    their mean span adds up to the time that has passed.
     """
-    span_s = max(sample.span_s for sample in samples)
+    span_s = sum(sample.span_s for sample in samples) / len(samples)
     in_flight_s = sum(sample.in_flight_mean * sample.span_s for sample in samples)
     room_s = sum(sample.in_flight_mean * sample.span_s / max(sample.was_full, 1e-3) for sample in samples)
     return Sample(
@@ -99,6 +100,23 @@ def merged(samples: Sequence[Sample]) -> Sample:
         latency_sum_s=sum(sample.latency_sum_s for sample in samples),
         in_flight_mean=in_flight_s / span_s,
         was_full=min(1.0, in_flight_s / room_s) if room_s > 0.0 else 0.0,
+        short_of=min(samples, key=lambda sample: sample.was_full).short_of,
+    )
+
+
+def joined(samples: Sequence[Sample]) -> Sample:
+    """Give one sample for consecutive spans of one process; at least one."""
+    span_s = sum(sample.span_s for sample in samples)
+    in_flight_s = sum(sample.in_flight_mean * sample.span_s for sample in samples)
+    return Sample(
+        at_s=samples[-1].at_s,
+        span_s=span_s,
+        answered=sum(sample.answered for sample in samples),
+        refused=sum(sample.refused for sample in samples),
+        broken=sum(sample.broken for sample in samples),
+        latency_sum_s=sum(sample.latency_sum_s for sample in samples),
+        in_flight_mean=in_flight_s / span_s,
+        was_full=sum(sample.was_full * sample.span_s for sample in samples) / span_s,
         short_of=min(samples, key=lambda sample: sample.was_full).short_of,
     )
 
