@@ -26,7 +26,7 @@ from batchrunner.cli.run_folder import (
     spool,
     unpacked,
 )
-from batchrunner.errors import NotFound, UsageError
+from batchrunner.errors import UsageError
 
 _READ_BYTES = 1 << 20
 _PACKED = (".gz", ".zst")
@@ -82,8 +82,9 @@ def prepare(request: RunRequest) -> Prepared:
     """Lock the folder, find the input, compare identities. Blocks; the caller unlocks the folder.
 
     Raises:
-        AlreadyRunning, RunDiffers, OutputExists, NotFound, UsageError: as their names say.
+        AlreadyRunning, RunDiffers, OutputExists, UsageError: as their names say.
     """
+    _require_input(request)
     folder = RunFolder(_state_path(request))
     folder.lock()
     try:
@@ -95,6 +96,14 @@ def prepare(request: RunRequest) -> Prepared:
     except BaseException:
         folder.unlock()
         raise
+
+
+def _require_input(request: RunRequest) -> None:
+    """Refuse a missing input before anything is made or set aside."""
+    path = request.input_path
+    if not request.is_from_stdin and not path.is_file():
+        said = "is not a file" if path.exists() else "is not there"
+        raise UsageError(f"INPUT {path} {said}", hint="Check the path.")
 
 
 def _prepare_locked(request: RunRequest, folder: RunFolder) -> Prepared:
@@ -174,8 +183,6 @@ def _source(request: RunRequest, folder: RunFolder, old: RunRecord | None) -> tu
         spool(_chunks(sys.stdin.buffer), spooled)
         return spooled, hash_file(spooled), None
     path = request.input_path
-    if not path.is_file():
-        raise NotFound(f"INPUT {path} is not there" if not path.exists() else f"INPUT {path} is not a file")
     mark = fingerprint(path)
     is_known = old is not None and old.fingerprint == mark
     is_packed = path.suffix in _PACKED

@@ -147,7 +147,10 @@ def run(input_path: Path, output_path: Path, **options: object) -> None:
             hint="Give -u URL or set OPENAI_BASE_URL; without a server, try `batchrunner simulate`.",
         )
     from batchrunner.tuning import tune_process
+    from batchrunner.upstream import join_url
 
+    # Checked before --fresh sets anything aside.
+    join_url(settings.base_url, "/v1/chat/completions")
     with asyncio.Runner(loop_factory=tune_process()) as loop:
         code = loop.run(run_to_end(request, settings, api_key_for(settings)))
     sys.exit(int(code or ExitCode.OK))
