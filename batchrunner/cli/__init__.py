@@ -4,15 +4,17 @@ exit codes.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from batchrunner import __version__
 from batchrunner.cli.exits import ExitCode, exit_code_of
-from batchrunner.errors import BatchrunnerError
+from batchrunner.errors import BatchrunnerError, UsageError
 
 # Name -> (module, one line of help). The help stands here so that listing the commands imports none of them.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -57,7 +59,7 @@ class LazyGroup(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            near = [name for name in COMMANDS if args and name.startswith(args[0][:2])]
+            near = difflib.get_close_matches(args[0], COMMANDS, n=3) if args else []
             if near:
                 raise click.UsageError(f"{error.message} Did you mean {' or '.join(near)}?", ctx) from error
             raise
@@ -75,16 +77,22 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line and end the process with the exit code of the reference page."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        code = cli.main(args=arguments, prog_name="batchrunner", standalone_mode=False)
+        code = cli.main(args=list(arguments), prog_name="batchrunner", standalone_mode=False)
     except click.exceptions.Exit as end:
         code = end.exit_code
     except click.ClickException as error:
         error.show()
-        code = ExitCode.USAGE if isinstance(error, click.UsageError) else ExitCode.TROUBLE
+        is_usage = isinstance(error, click.UsageError)
+        code = ExitCode.USAGE if is_usage else ExitCode.TROUBLE
+        kind = UsageError if is_usage else BatchrunnerError
+        _print_failure(arguments, code, error_code=kind.code, message=error.format_message(), hint=kind.hint)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         code = ExitCode.INTERRUPTED
+        hint = "Run the same command again."
+        _print_failure(arguments, code, error_code="interrupted", message="interrupted", hint=hint)
     except BrokenPipeError:
         # The reader of stdout has left, as `head` does; there is nobody to tell.
         sys.stdout = None
@@ -93,4 +101,14 @@ def main(arguments: list[str] | None = None) -> Any:
         click.echo(f"error: {error.message}", err=True)
         click.echo(f"hint: {error.advice}", err=True)
         code = exit_code_of(error)
+        _print_failure(arguments, code, error_code=error.code, message=error.message, hint=error.advice)
     sys.exit(int(code or 0))
+
+
+def _print_failure(arguments: Sequence[str], code: ExitCode, *, error_code: str, message: str, hint: str) -> None:
+    """Keep the promise of `run --json`: one object, also when there is nothing else to tell."""
+    if arguments[:1] != ["run"] or "--json" not in arguments:
+        return
+    from batchrunner.cli.summary import failure_summary, print_json
+
+    print_json(failure_summary(code, error_code=error_code, message=message, hint=hint))

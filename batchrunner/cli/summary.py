@@ -10,7 +10,7 @@ from batchrunner.cli.console import count_text, duration_text, say
 from batchrunner.cli.exits import ExitCode
 from batchrunner.errors import BatchrunnerError
 from batchrunner.lifecycle import TERMINAL, BatchStatus
-from batchrunner.models import Batch
+from batchrunner.models import NO_USAGE, Batch, Usage
 from batchrunner.supervisor import Live
 
 _TOP_ERRORS = 5
@@ -56,6 +56,32 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     next_command: str | None
 
 
+def failure_summary(code: ExitCode, *, error_code: str, message: str, hint: str) -> Summary:
+    """Give the object for a command that ended before it had a batch to tell of."""
+    return Summary(
+        status=BatchStatus.FAILED.value,
+        exit_code=int(code),
+        batch_id=None,
+        counts=dict.fromkeys(("total", "succeeded", "failed", "refused", "expired", "cancelled", "pending"), 0),
+        usage=_usage_of(NO_USAGE),
+        elapsed_s=0.0,
+        requests_per_s=0.0,
+        retries=0,
+        re_executed=0,
+        top_errors=[],
+        output=None,
+        errors=None,
+        manifest=None,
+        error={"code": error_code, "message": message, "hint": hint},
+        next_command=None,
+    )
+
+
+def print_json(summary: Summary) -> None:
+    """Print the object of --json on stdout."""
+    click.echo(orjson.dumps(msgspec.to_builtins(summary)).decode())
+
+
 def exit_code_for(batch: Batch) -> ExitCode:
     """The exit code that a finished batch stands for."""
     if batch.status is BatchStatus.FAILED:
@@ -82,7 +108,10 @@ def counts_of(batch: Batch) -> dict[str, int]:
 
 def usage_of(batch: Batch) -> dict[str, int]:
     """Tokens as the upstream reported them."""
-    usage = batch.usage
+    return _usage_of(batch.usage)
+
+
+def _usage_of(usage: Usage) -> dict[str, int]:
     return {
         "input_tokens": usage.input_tokens,
         "cached_tokens": usage.cached_tokens,
@@ -95,7 +124,7 @@ def usage_of(batch: Batch) -> dict[str, int]:
 def report(summary: Summary, *, batch: Batch | None, reason: str, is_json: bool) -> None:
     """Print the summary: JSON on stdout, or a few lines on stderr."""
     if is_json:
-        click.echo(orjson.dumps(msgspec.to_builtins(summary)).decode())
+        print_json(summary)
         return
     counts, usage = summary.counts, summary.usage
     if batch is not None and batch.problem_count and batch.status is BatchStatus.FAILED:
