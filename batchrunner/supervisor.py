@@ -175,6 +175,10 @@ class Supervisor:
             if lost is None or rest is not None:
                 raise
             raise _first_of(lost) from failed
+        finally:
+            for child in self._children:
+                if child.process is not None:
+                    await _dismiss(child.process)
 
     async def _keep(self, child: _Child) -> None:
         while True:
@@ -209,7 +213,12 @@ class Supervisor:
         assert process is not None
         assert process.stdout is not None
         while line := await process.stdout.readline():
-            child.report = _REPORT.decode(line)
+            try:
+                child.report = _REPORT.decode(line)
+            except msgspec.DecodeError:
+                # A library may print; what it said is not repeated.
+                logger.warning("worker %d wrote what is no report", child.number, extra={"action": "worker_chatter"})
+                continue
             child.fresh.append(child.report.sample)
         return await process.wait()
 
@@ -264,14 +273,15 @@ class Supervisor:
             taken = sum(max(parts[other], other.may_use) for other in running if other is not child)
             window = max(0, min(parts[child], self.window.size - taken))
             child.grants = (child.grants[1], window)
-            self._send(child, self._share(window=window, parts=len(active)))
+            # An idle worker needs no rate before it has said that it found work.
+            self._send(child, self._share(window=window, part=1 / len(active) if child in active else 0.0))
 
-    def _share(self, *, window: int, parts: int) -> Share:
+    def _share(self, *, window: int, part: float) -> Share:
         settings = self._settings
         return Share(
             window=window,
-            rpm=settings.rpm / parts if settings.rpm else None,
-            tpm=settings.tpm / parts if settings.tpm else None,
+            rpm=settings.rpm * part if settings.rpm else None,
+            tpm=settings.tpm * part if settings.tpm else None,
             stop_grace_s=self._stop_grace_s,
         )
 
@@ -289,6 +299,18 @@ class Supervisor:
         for pid in self.pids:
             logger.error("worker did not drain, killed", extra={"action": "worker_killed", "pid": pid})
             os.kill(pid, signal.SIGKILL)
+
+
+async def _dismiss(process: asyncio.subprocess.Process) -> None:
+    """End a worker that nobody listens to any more: it drains at once when its stdin closes."""
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        async with asyncio.timeout(_EXTRA_GRACE_S):
+            await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.communicate()
 
 
 def _first_of(group: BaseExceptionGroup[WorkerLost]) -> WorkerLost:

@@ -1,0 +1,311 @@
+"""Worker processes: how the limits are shared out, what a death costs, and how the crew ends."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+
+from batchrunner.clock import SystemClock
+from batchrunner.errors import WorkerLost
+from batchrunner.metrics import Tally
+from batchrunner.pace import Sample
+from batchrunner.settings import Settings
+from batchrunner.supervisor import Report, Share, Supervisor, encode_message
+from tests.hostile.peer import until
+from tests.unit.fanning import VirtualClock
+
+LIMIT_S = 30.0
+GREETING = b'{"hello":1}\n'
+
+
+def report(*, in_flight: int = 0, waiting: int = 0, **fields: Any) -> Report:
+    tally = fields.pop("tally", Tally())
+    sample = Sample(at_s=0.0, span_s=0.1)
+    return Report(sample=sample, in_flight=in_flight, waiting=waiting, tally=tally.to_wire(), **fields)
+
+
+# -- shares, without processes ---------------------------------------------------------------------------------------
+
+
+class PaperStdin:
+    """What a child was told."""
+
+    def __init__(self) -> None:
+        self.shares: list[Share] = []
+
+    def write(self, line: bytes) -> None:
+        self.shares.append(msgspec.json.decode(line, type=Share))
+
+    def is_closing(self) -> bool:
+        return False
+
+
+class PaperProcess:
+    """A child that only listens."""
+
+    def __init__(self) -> None:
+        self.stdin = PaperStdin()
+        self.pid = 0
+
+
+async def nobody_dies() -> None:
+    """Bury nobody."""
+
+
+def supervisor_of(count: int, *, clock: Any = None, **settings: Any) -> tuple[Supervisor, list[Any]]:
+    made = Supervisor(
+        command=["never"],
+        greeting=GREETING,
+        worker_count=count,
+        settings=Settings(**settings),
+        clock=clock or VirtualClock(),
+        bury=nobody_dies,
+    )
+    children: list[Any] = made._children
+    for child in children:
+        child.process = PaperProcess()
+    return made, children
+
+
+def told(child: Any) -> Share:
+    share: Share = child.process.stdin.shares[-1]
+    return share
+
+
+@pytest.mark.parametrize(("count", "window"), [*itertools.product([1, 2, 3, 8], [8, 9, 100])])
+def test_window_is_split_evenly_and_wholly_among_busy_workers(count: int, window: int) -> None:
+    made, children = supervisor_of(count, concurrency=window)
+    for child in children:
+        child.report = report(in_flight=1)
+    for _ in range(3):
+        made._hand_out()
+
+    shares = [told(child).window for child in children]
+    assert sum(shares) == window
+    assert max(shares) - min(shares) <= 1
+
+
+def test_idle_workers_keep_one_place_each() -> None:
+    made, children = supervisor_of(3, concurrency=30)
+    children[0].report, children[1].report, children[2].report = report(in_flight=9), report(), report()
+    for _ in range(3):
+        made._hand_out()
+
+    assert [told(child).window for child in children] == [28, 1, 1]
+
+
+def test_share_grows_only_by_what_others_have_let_go_of() -> None:
+    made, children = supervisor_of(2, concurrency=20)
+    children[0].report, children[1].report = report(in_flight=19), report()
+    for _ in range(3):
+        made._hand_out()
+    assert [told(child).window for child in children] == [19, 1]
+
+    children[1].report = report(in_flight=1, waiting=50)
+    made._hand_out()
+    assert told(children[0]).window == 10
+    assert told(children[1]).window == 1
+
+    children[0].report = report(in_flight=14, waiting=1)
+    made._hand_out()
+    made._hand_out()
+    assert told(children[1]).window == 6
+    children[0].report = report(in_flight=10, waiting=1)
+    made._hand_out()
+    assert [told(child).window for child in children] == [10, 10]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_all_together_never_exceed_the_window_whatever_they_report(seed: int) -> None:
+    """Each child holds between none and all of the larger of its last two shares, as one that is slow to listen may."""
+    draw = random.Random(seed)
+    made, children = supervisor_of(3, concurrency=24)
+    for _ in range(60):
+        made._hand_out()
+        limits = [max(*child.grants) for child in children]
+        for child, limit in zip(children, limits, strict=True):
+            held = child.report.in_flight if child.report else 0
+            in_flight = draw.randint(0, max(limit, min(held, limit)))
+            child.report = report(in_flight=in_flight, waiting=draw.choice([0, 5]))
+        assert sum(told(child).window for child in children) <= 24
+
+
+def test_rates_are_shared_out_and_never_more_than_the_limit() -> None:
+    made, children = supervisor_of(3, rpm=600, tpm=90_000)
+    children[0].report = report(in_flight=5)
+    for busy in range(3):
+        children[busy].report = report(in_flight=5)
+        for _ in range(2):
+            made._hand_out()
+
+        assert sum(told(child).rpm or 0.0 for child in children) <= 600.001
+        assert sum(told(child).tpm or 0.0 for child in children) <= 90_000.001
+        assert told(children[busy]).rpm == pytest.approx(600 / (busy + 1))
+
+
+def test_without_limits_no_rate_is_told() -> None:
+    made, children = supervisor_of(2)
+    made._hand_out()
+
+    assert {told(child).rpm for child in children} == {told(child).tpm for child in children} == {None}
+
+
+def test_stop_is_told_to_all_and_again_with_a_shorter_grace() -> None:
+    made, children = supervisor_of(2)
+    made.stop(grace_s=30.0)
+    assert [told(child).stop_grace_s for child in children] == [30.0, 30.0]
+
+    made.stop(grace_s=0.0)
+    assert [told(child).stop_grace_s for child in children] == [0.0, 0.0]
+    made.stop(grace_s=60.0)
+    assert [told(child).stop_grace_s for child in children] == [0.0, 0.0]
+
+
+def test_live_sums_up_all_workers_and_names_the_first_trouble() -> None:
+    made, children = supervisor_of(3, concurrency=9)
+    children[0].report = report(in_flight=2, waiting=3, tally=Tally(attempts=5, succeeded=4))
+    children[1].report = report(in_flight=1, trouble="disk_full: no space", lost="cannot connect")
+    children[1].past.add(Tally(attempts=7, failed=7))
+
+    live = made.live()
+
+    assert (live.window, live.worker_count, live.in_flight, live.waiting) == (9, 3, 3, 3)
+    assert (live.tally.attempts, live.tally.succeeded, live.tally.failed) == (12, 4, 7)
+    assert (live.trouble, live.lost) == ("disk_full: no space", "cannot connect")
+
+
+# -- real processes --------------------------------------------------------------------------------------------------
+
+OBEDIENT = """
+import sys, json
+print(sys.stdin.readline().strip(), file=sys.stderr)
+for line in sys.stdin:
+    share = json.loads(line)
+    sys.stdout.write(REPORT + "\\n")
+    sys.stdout.flush()
+    if share["stop_grace_s"] is not None:
+        break
+"""
+
+
+def script(text: str, **fields: Any) -> list[str]:
+    told_report = encode_message(report(**fields)).decode().strip()
+    return [sys.executable, "-c", f"REPORT = {told_report!r}\n{text}"]
+
+
+@asynccontextmanager
+async def crew(command: list[str], *, count: int = 2) -> AsyncIterator[tuple[Supervisor, list[int]]]:
+    buried: list[int] = []
+
+    async def bury() -> None:
+        buried.append(len(buried))
+
+    made = Supervisor(
+        command=command,
+        greeting=GREETING,
+        worker_count=count,
+        settings=Settings(),
+        clock=SystemClock(),
+        bury=bury,
+    )
+    async with asyncio.timeout(LIMIT_S):
+        yield made, buried
+
+
+async def until_reported(made: Supervisor, count: int, running: asyncio.Task[None]) -> None:
+    await until(lambda: running.done() or sum(child.report is not None for child in made._children) >= count)
+    assert not running.done(), running
+
+
+async def test_crew_works_until_it_is_told_to_stop(capfd: pytest.CaptureFixture[str]) -> None:
+    command = script(OBEDIENT, in_flight=3, tally=Tally(attempts=2, succeeded=2))
+    async with crew(command) as (made, buried):
+        running = asyncio.create_task(made.run())
+        await until_reported(made, 2, running)
+        assert len(made.pids) == 2
+        assert made.live().in_flight == 6
+
+        made.stop(grace_s=1.0)
+        await running
+
+    assert made.pids == []
+    assert len(buried) == 2
+    assert made.live().tally.succeeded == 4
+    assert capfd.readouterr().err.count('{"hello":1}') == 2
+
+
+async def test_worker_that_dies_is_buried_and_started_again_and_its_counts_stay(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    dying = script(
+        """
+import os, pathlib, sys
+sys.stdin.readline()
+sys.stdout.write(REPORT + "\\n")
+sys.stdout.flush()
+sys.stdin.readline()
+os._exit(7)
+""",
+        tally=Tally(attempts=1, succeeded=1),
+    )
+    async with crew(dying, count=1) as (made, buried):
+        running = asyncio.create_task(made.run())
+        await until(lambda: running.done() or len(buried) >= 8)
+        made.stop(grace_s=0.0)
+        await running
+
+    assert made.live().tally.succeeded == len(buried)
+    assert "worker 0 ended with code 7" in caplog.text
+
+
+async def test_worker_that_dies_as_soon_as_it_starts_ends_the_run_with_its_name_and_code() -> None:
+    async with crew([sys.executable, "-c", "raise SystemExit(9)"]) as (made, buried):
+        with pytest.raises(WorkerLost) as lost:
+            await made.run()
+
+    assert all(child.process is None or child.process.returncode is not None for child in made._children)
+    assert "5 times" in lost.value.message
+    assert "code 9" in lost.value.message
+    assert len(buried) >= 5
+
+
+async def test_what_is_no_report_is_not_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    """A library that prints to stdout must not end a run of a million lines."""
+    command = script('print("loading the tokenizer...")\n' + OBEDIENT, in_flight=1)
+    async with crew(command, count=1) as (made, _):
+        running = asyncio.create_task(made.run())
+        await until_reported(made, 1, running)
+        made.stop(grace_s=0.0)
+        await running
+
+    assert "no report" in caplog.text
+
+
+async def test_worker_that_does_not_drain_is_killed_after_its_grace() -> None:
+    deaf = script(
+        """
+import sys, signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+sys.stdin.readline()
+sys.stdout.write(REPORT + "\\n")
+sys.stdout.flush()
+signal.pause()
+"""
+    )
+    async with crew(deaf, count=1) as (made, buried):
+        running = asyncio.create_task(made.run())
+        await until_reported(made, 1, running)
+        made.stop(grace_s=0.0)
+        made._stop_by_s -= 60.0
+        await running
+
+    assert made.pids == []
+    assert len(buried) == 1
