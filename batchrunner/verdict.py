@@ -228,10 +228,15 @@ _ERROR_WORDS = {
     AttemptError.ABORTED: "the request was aborted on our side",
 }
 
+# Here the transport's own words say all that ours do, with the numbers.
+_TIMEOUTS = (AttemptError.TIMEOUT_TOTAL, AttemptError.TIMEOUT_IDLE)
+
 
 def _describe(attempt: Attempt, *, has_error: bool) -> str:
     """Say what happened, with the transport's own words behind; never a byte of the body."""
     status = attempt.status
+    if attempt.error in _TIMEOUTS and attempt.message:
+        return attempt.message
     if attempt.error is not None:
         what = f"{_ERROR_WORDS[attempt.error]} after {attempt.elapsed_s:.1f} s"
     elif 200 <= status < 300:

@@ -315,3 +315,11 @@ def test_messages_say_what_the_transport_said_and_no_byte_of_the_body() -> None:
 def test_refusals_and_connection_errors_are_what_the_window_and_the_breaker_count() -> None:
     assert {429, 503, 529} == REFUSALS
     assert {E.NOT_CONNECTED, E.RESET} == CONNECTION_ERRORS
+
+
+@pytest.mark.parametrize("error", [E.TIMEOUT_TOTAL, E.TIMEOUT_IDLE])
+def test_a_timeout_is_told_once(error: AttemptError) -> None:
+    verdict = verdict_on(failed(error, message="no whole answer within 2 s"), tries=POLICY.max_tries - 1)
+
+    assert isinstance(verdict, GiveUp)
+    assert verdict.message == "gave up after 5 tries; the last one: no whole answer within 2 s"
