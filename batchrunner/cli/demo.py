@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def demo(*, lines: int) -> None:
     if is_new and target.with_name(f"{target.name}.run").exists():
         arguments.append("--fresh")
     if not is_new and _is_over(target):
-        code = _run([*arguments, "-u", _NOWHERE])
+        code = _run(arguments, base_url=_NOWHERE)
     else:
         with _simulator() as url:
             code = _run([*arguments, "-u", url])
@@ -78,10 +79,11 @@ def _is_over(target: Path) -> bool:
     return record is not None and record.finished_exit_code is not None
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], *, base_url: str | None = None) -> int:
     """Run a command of ours with this terminal; its exit code is ours, however it is interrupted."""
+    env = os.environ if base_url is None else os.environ | {"BATCHRUNNER_BASE_URL": base_url}
     say(f"$ batchrunner {' '.join(arguments)}")
-    process = subprocess.Popen([sys.executable, "-m", "batchrunner", *arguments])  # noqa: S603 - our own program
+    process = subprocess.Popen([sys.executable, "-m", "batchrunner", *arguments], env=env)  # noqa: S603 - our own program
 
     def forward(number: int, _: FrameType | None) -> None:
         process.send_signal(number)

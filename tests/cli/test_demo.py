@@ -26,6 +26,7 @@ def test_it_runs_the_sample_and_the_second_time_says_that_all_is_done(tmp_path):
     assert second.code == 0
     assert "already done" in second.err
     assert "completed" not in second.err
+    assert "http" not in second.err
 
 
 @pytest.mark.slow
