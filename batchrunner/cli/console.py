@@ -28,6 +28,11 @@ def duration_text(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: 1 line, 1,200 lines."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def count_text(count: float) -> str:
     """A count for people: 950, 12,400, 3.1 M."""
     return f"{count / 1e6:.1f} M" if count >= 1e7 else f"{round(count):,}"

@@ -74,9 +74,9 @@ def finish(request: RunRequest, prepared: Prepared, runner: Runner, scope: Tenan
 
 
 def is_untouched(prepared: Prepared) -> bool:
-    """Tell whether a finished run's files are still those that it wrote."""
+    """Tell whether a finished run's files are still those that it wrote; one that streams may have written none."""
     wanted = prepared.record.exported
-    return bool(wanted) and all(
+    return (bool(wanted) or str(prepared.output_path) == "-") and all(
         Path(path).is_file() and fingerprint(Path(path)) == mark for path, mark in wanted.items()
     )
 
@@ -228,7 +228,7 @@ def _next_command(prepared: Prepared, batch: Batch, code: ExitCode) -> str | Non
             if "--retry-failed" in same or batch.refused_count == batch.total_count - batch.succeeded_count:
                 return f"batchrunner errors {shlex.quote(str(prepared.folder.path))}"
             return f"{same} --retry-failed"
-        case ExitCode.INPUT_INVALID:
+        case ExitCode.INPUT_INVALID if batch.status in TERMINAL:
             return f"batchrunner validate {shlex.quote(prepared.record.input)}"
         case _:
             return same

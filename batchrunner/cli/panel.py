@@ -95,7 +95,7 @@ class Panel:
         return (
             f"{batch.done_count:,}/{batch.total_count:,} lines, {rate:.1f}/s, {self._eta(batch)} left, "
             f"{batch.failed_count:,} failed, {live.in_flight} in flight (window {live.window}, {live.bound_by}), "
-            f"{live.tally.retries:,} retries"
+            f"{'1 retry' if live.tally.retries == 1 else f'{live.tally.retries:,} retries'}"
         )
 
     def _panel(self, batch: Batch, live: Live) -> RenderableType:

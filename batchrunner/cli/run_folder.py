@@ -198,7 +198,11 @@ def check_same_run(record: RunRecord, wanted: RunRecord) -> None:
     """
     different = differences(record, wanted)
     if different:
-        raise RunDiffers(f"{wanted.output} belongs to another run; {'; '.join(different)}")
+        hint = "Put the original input back, or use" if record.input_sha256 != wanted.input_sha256 else "Use"
+        raise RunDiffers(
+            f"{wanted.output} belongs to another run; {'; '.join(different)}",
+            hint=f"{hint} another output, or start over with --fresh (the old results are kept beside it).",
+        )
 
 
 def check_free(path: Path, *, what: str) -> None:

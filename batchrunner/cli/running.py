@@ -41,9 +41,11 @@ async def run_to_end(request: RunRequest, settings: Settings, api_key: str | Non
     prepared = await asyncio.to_thread(prepare, request)
     try:
         if prepared.record.finished_exit_code is not None and request.retry_failed is None:
-            if export.is_untouched(prepared):
+            is_untouched = export.is_untouched(prepared)
+            if is_untouched and not request.is_streaming:
                 return _already_done(request, prepared)
-            say("the files of this finished run are missing or changed; writing them again")
+            if not is_untouched:
+                say("the files of this finished run are missing or changed; writing them again")
         return await _Run(request, prepared, settings, api_key).run()
     finally:
         prepared.folder.unlock()
@@ -247,6 +249,9 @@ def _pause_stop(reason: str) -> _Stop:
         case PauseReason.MODEL_UNKNOWN:
             return _Stop(ExitCode.STOPPED, "the upstream knows neither model nor route of any line")
         case PauseReason.INPUT_CHANGED:
-            return _Stop(ExitCode.INPUT_INVALID, "the input is not the one that was validated")
+            return _Stop(
+                ExitCode.INPUT_INVALID,
+                "the input is not the one that was validated; put the original back, then run the same command again",
+            )
         case _:
             return _Stop(ExitCode.STOPPED, f"paused: {reason}")

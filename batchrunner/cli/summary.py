@@ -6,7 +6,7 @@ import click
 import msgspec
 import orjson
 
-from batchrunner.cli.console import count_text, duration_text, say
+from batchrunner.cli.console import count_text, counted, duration_text, say
 from batchrunner.cli.exits import ExitCode
 from batchrunner.errors import BatchrunnerError
 from batchrunner.lifecycle import TERMINAL, BatchStatus
@@ -129,21 +129,21 @@ def report(summary: Summary, *, batch: Batch | None, reason: str, is_json: bool)
     counts, usage = summary.counts, summary.usage
     if batch is not None and batch.problem_count and batch.status is BatchStatus.FAILED:
         _say_problems(batch)
-        say(f"input invalid: {batch.problem_count:,} problems, nothing was sent")
+        say(f"input invalid: {counted(batch.problem_count, 'problem')}, nothing was sent")
         say(f"  next: {summary.next_command}")
         return
     is_over = summary.status in set(TERMINAL)
     head = summary.status if is_over else f"stopped: {reason}"
     parts = [f"{count:,} {word}" for word, count in counts.items() if count and word != "total"]
-    say(f"{head}: {counts['total']:,} lines, {', '.join(parts) or 'none done'}")
+    say(f"{head}: {counted(counts['total'], 'line')}, {', '.join(parts) or 'none done'}")
     say(
-        f"  {duration_text(summary.elapsed_s)}, {summary.requests_per_s:.1f} lines/s, {summary.retries:,} retries, "
+        f"  {duration_text(summary.elapsed_s)}, {summary.requests_per_s:.1f} lines/s, {_retries(summary.retries)}, "
         f"{count_text(usage['total_tokens'])} tokens ({count_text(usage['output_tokens'])} out)"
     )
     if summary.re_executed:
         say(f"  re-executed: at most {summary.re_executed:,} lines (sent again after a process died)")
     for group in summary.top_errors:
-        say(f"  {group.code}: {group.count:,} {_of_what(group)}")
+        say(f"  {group.code}: {_of_what(group)}")
     for word, path in (("output", summary.output), ("errors", summary.errors), ("manifest", summary.manifest)):
         if path is not None:
             say(f"  {word}: {path}")
@@ -152,7 +152,13 @@ def report(summary: Summary, *, batch: Batch | None, reason: str, is_json: bool)
 
 
 def _of_what(group: ErrorGroup) -> str:
-    return f"lines, such as {', '.join(group.custom_ids)}" if group.custom_ids else "attempts"
+    if not group.custom_ids:
+        return counted(group.count, "attempt")
+    return f"{counted(group.count, 'line')}, such as {', '.join(group.custom_ids)}"
+
+
+def _retries(count: int) -> str:
+    return "1 retry" if count == 1 else f"{count:,} retries"
 
 
 def _say_problems(batch: Batch) -> None:

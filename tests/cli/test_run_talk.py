@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def test_attempts_that_were_made_good_are_no_errors_of_a_finished_run(url, tmp_p
     again = run_in(tmp_path, "in.jsonl", "-o", "out.jsonl", "-u", url, "--json")
 
     assert called.code == 0, called.err
-    assert "1 retries" in called.err
+    assert "1 retry, " in called.err
     assert "500:" not in called.err
     assert again.json["top_errors"] == []
 
@@ -57,7 +58,7 @@ def test_attempts_before_the_end_are_called_attempts(url, tmp_path):
     called = run_in(tmp_path, "in.jsonl", "-o", "out.jsonl", "-u", url)
 
     assert called.code == 4, called.err
-    assert "  401: 1 attempts\n" in called.err
+    assert "  401: 1 attempt\n" in called.err
 
 
 @pytest.mark.slow
@@ -67,6 +68,28 @@ def test_a_rejected_input_is_called_so(url, tmp_path):
     assert called.code == 5
     assert "input invalid: 31 problems, nothing was sent\n" in called.err
     assert f"next: batchrunner validate {EVERY_ERROR}" in called.err
+
+
+@pytest.mark.slow
+def test_an_input_edited_in_mid_run_is_to_be_put_back(url, tmp_path):
+    source = tmp_path / "in.jsonl"
+    original = chat_line("a") + chat_line("b")
+    source.write_bytes(original)
+    run_in(tmp_path, "in.jsonl", "-o", "out.jsonl", "-u", url, "--limit", 1)
+    known = source.stat()
+    with source.open("r+b") as stream:
+        stream.write(original.replace(b"Say", b"say"))
+    os.utime(source, ns=(known.st_atime_ns, known.st_mtime_ns))
+
+    edited = run_in(tmp_path, "in.jsonl", "-o", "out.jsonl", "-u", url)
+    with source.open("r+b") as stream:
+        stream.write(original)
+    mended = run_in(tmp_path, "in.jsonl", "-o", "out.jsonl", "-u", url)
+
+    assert edited.code == 5
+    assert "put the original back, then run the same command again" in edited.err
+    assert "next: batchrunner run in.jsonl -o out.jsonl" in edited.err
+    assert mended.code == 0, mended.err
 
 
 @pytest.mark.slow
@@ -86,6 +109,19 @@ def test_a_streamed_run_that_is_over_prints_its_lines_again(url, tmp_path):
 
     assert first.json["custom_id"] == "a"
     assert again.out == first.out
+    assert "missing" not in again.err
+
+
+@pytest.mark.slow
+def test_a_streamed_run_with_failed_lines_prints_its_lines_again(url, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(chat_line("a") + chat_line("b", simulate=["always:400"]))
+
+    first = run_in(tmp_path, "in.jsonl", "-o", "-", "-u", url)
+    again = run_in(tmp_path, "in.jsonl", "-o", "-", "-u", url)
+
+    assert (first.code, again.code) == (3, 3), first.err
+    assert again.out == first.out != ""
+    assert "missing" not in again.err
 
 
 def test_the_bar_of_the_panel_has_a_line_of_its_own():
