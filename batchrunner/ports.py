@@ -244,9 +244,9 @@ class Store(Protocol):
     def give_back(self, ref: TaskRef, progress: Progress) -> None:
         """Guarded. Register, then put the task back in the queue: no death, no attempt counted."""
 
-    def fail_task(self, ref: TaskRef, message: str, *, progressed: bool) -> bool:
-        """Guarded. Put the task back with backoff (1 s doubling to 5 min); after 10 failures without progress park it
-        and set the batch's `blocked_by`. True when parked.
+    def fail_task(self, ref: TaskRef, message: str, *, progressed: bool, is_hopeless: bool = False) -> bool:
+        """Guarded. Put the task back with backoff (1 s doubling to 5 min); after 10 failures without progress, or at
+        once if it is hopeless, park it and set the batch's `blocked_by`. True when parked.
         """
 
     def split(self, ref: TaskRef, head: ShardCut, tail: ShardCut) -> None:

@@ -17,7 +17,16 @@ from typing import TypeVar, assert_never
 import msgspec
 
 from batchrunner import crash
-from batchrunner.errors import BatchrunnerError, BlobsUnavailable, DiskFull, Fenced, InputChanged, StoreUnavailable
+from batchrunner.errors import (
+    BatchrunnerError,
+    BlobsUnavailable,
+    DiskFull,
+    Fenced,
+    InputChanged,
+    JournalCorrupt,
+    ReconciliationError,
+    StoreUnavailable,
+)
 from batchrunner.fanout import Fanout
 from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import Attempt, Claim, Held, PauseReason, Progress, RequestLine, SessionId, TaskKind
@@ -34,6 +43,8 @@ _T = TypeVar("_T")
 # A sender must have stopped before anybody else may own the lease.
 _LEASE_MARGIN_S = 3.0
 _QUARANTINE_DEATHS = 3
+# Trying again would find the same bytes.
+_HOPELESS = (InputChanged, JournalCorrupt, ReconciliationError)
 _IDLE_CLAIM_S = 0.2
 _KEEP_S = 0.1
 
@@ -456,11 +467,19 @@ class Worker:
         self._owed.append((claim, error))
 
     async def _pay_owed(self) -> None:
-        """Put failed tasks back with backoff. A full disk is nobody's failure: such a task never parks."""
+        """Put failed tasks back with backoff. A full disk is nobody's failure: such a task never parks; one that no
+        repeat can help does so at once.
+        """
         while self._owed:
             claim, error = self._owed[0]
             code = error.code if isinstance(error, BatchrunnerError) else type(error).__name__
-            fail = partial(self._store.fail_task, claim.ref, f"{code}: {error}", progressed=isinstance(error, DiskFull))
+            fail = partial(
+                self._store.fail_task,
+                claim.ref,
+                f"{code}: {error}",
+                progressed=isinstance(error, DiskFull),
+                is_hopeless=isinstance(error, _HOPELESS),
+            )
             try:
                 await self._call(fail)
             except Fenced:

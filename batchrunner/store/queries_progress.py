@@ -246,11 +246,13 @@ def give_back(conn: Connection, ref: TaskRef, progress: Progress) -> None:
     record(conn, task, progress, ends=_LET_GO | {"state": TaskState.QUEUED, "not_before": None})
 
 
-def fail_task(conn: Connection, ref: TaskRef, message: str, moment: Moment, *, progressed: bool) -> bool:
-    """Queue the task behind a backoff, or park it at the tenth failure in a row; guards as `give_back` does."""
+def fail_task(
+    conn: Connection, ref: TaskRef, message: str, moment: Moment, *, progressed: bool, is_hopeless: bool
+) -> bool:
+    """Queue the task behind a backoff, or park it, at the latest at the tenth failure; guards as `give_back` does."""
     task = guard_held(conn, ref)
     attempts = 1 if progressed else task["attempts"] + 1
-    is_parked = attempts >= _ATTEMPTS_MAX
+    is_parked = is_hopeless or attempts >= _ATTEMPTS_MAX
     message = message[:_ERROR_CHARS_MAX]
     values = _LET_GO | {
         "state": TaskState.PARKED if is_parked else TaskState.QUEUED,

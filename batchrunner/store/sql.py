@@ -115,10 +115,12 @@ class SqlStore(ABC):
         with self.writing() as conn:
             queries_progress.give_back(conn, ref, progress)
 
-    def fail_task(self, ref: TaskRef, message: str, *, progressed: bool) -> bool:
+    def fail_task(self, ref: TaskRef, message: str, *, progressed: bool, is_hopeless: bool = False) -> bool:
         """See Store."""
         with self.writing() as conn:
-            return queries_progress.fail_task(conn, ref, message, self.moment(), progressed=progressed)
+            return queries_progress.fail_task(
+                conn, ref, message, self.moment(), progressed=progressed, is_hopeless=is_hopeless
+            )
 
     def split(self, ref: TaskRef, head: ShardCut, tail: ShardCut) -> None:
         """See Store."""

@@ -1045,6 +1045,17 @@ def test_tenth_failure_parks_the_task_until_resume(world: World) -> None:
     assert (claim.attempts, claim.batch.blocked_by) == (0, None)
 
 
+def test_hopeless_failure_parks_at_once(world: World) -> None:
+    world.running()
+    claim = world.claim()
+
+    is_parked = world.store.fail_task(claim.ref, "boom", progressed=False, is_hopeless=True)
+
+    assert is_parked
+    assert world.batch().blocked_by == "boom"
+    assert world.shards()[0].state is TaskState.PARKED
+
+
 def fail_until_parked(world: World, kinds) -> list[bool]:
     parked = []
     for _ in range(10):

@@ -307,3 +307,21 @@ async def test_run_killed_on_a_full_disk_loses_nothing(tmp_path: Path) -> None:
             assert killed.code == -signal.SIGKILL
             assert ended.code == 0, ended.stderr
             run.check(repeats_max=min(WINDOW + 256, ended.summary["re_executed"]))
+
+
+async def test_damaged_journal_is_told_at_once_and_nothing_is_thrown_away(tmp_path: Path) -> None:
+    async with bench(tmp_path) as run:
+        run.write_input(LINES)
+        assert (await run.run("--limit", "100")).code == 6
+        segment = max((run.state / "blobs" / "journal").rglob("*.seg"), key=lambda path: path.stat().st_size)
+        content = bytearray(segment.read_bytes())
+        content[len(content) // 2] ^= 0x40
+        segment.write_bytes(content)
+
+        ended = await run.run()
+
+        assert ended.code == 1, ended.stderr
+        assert "damaged" in ended.stderr
+        assert "journal_corrupt" in ended.stderr
+        assert not run.output.exists()
+        assert segment.read_bytes() == content
