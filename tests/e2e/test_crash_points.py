@@ -80,3 +80,19 @@ async def test_run_dies_between_sync_and_registering_and_again_in_salvage_and_en
         re_executed = await finish(run)
 
         run.check(repeats_max=min(re_executed, REPEATS_MAX))
+
+
+@pytest.mark.slow
+async def test_workers_that_die_whenever_they_start_end_the_run_and_lose_nothing(tmp_path: Path) -> None:
+    async with bench(tmp_path, latency="5ms") as run:
+        run.write_input(LINES)
+
+        ended = await run.run("--workers", "2", BATCHRUNNER_CRASH_AT="shard.loaded")
+        sent = run.simulator.stats().total
+        await finish(run)
+
+        assert ended.code == 1, ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert "died" in ended.stderr
+        assert sent == 0
+        run.check(repeats_max=0)

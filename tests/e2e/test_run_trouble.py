@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 import sqlite3
@@ -20,7 +21,7 @@ from batchrunner.lifecycle import BatchEvent
 from batchrunner.models import LOCAL_TENANT
 from batchrunner.simulate import Simulator, SimulatorSettings
 from batchrunner.store.sqlite import SqliteStore
-from tests.e2e.harness import Bench, bench, start
+from tests.e2e.harness import Bench, Command, bench, start
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +70,7 @@ async def test_upstream_that_is_down_for_a_while_is_waited_for_and_uses_no_try(t
 
         command = await run.start("--max-tries", "1")
         await run.reach(lambda stats: stats.ok >= 100, command)
-        run.simulator.refuse(5.0)
+        run.simulator.refuse(3.0)
         ended = await command.ended()
 
         assert ended.code == 0, ended.stderr
@@ -232,6 +233,7 @@ async def test_frozen_worker_loses_its_lines_to_another_and_its_late_answers_cou
         run.check(repeats_max=min(WINDOW + 256, ended.summary["re_executed"]))
 
 
+@pytest.mark.long
 async def test_run_ends_although_a_worker_stays_frozen(tmp_path: Path) -> None:
     async with bench(tmp_path, latency="100ms") as run:
         run.environment |= {"BATCHRUNNER_LEASE_S": "4s", "BATCHRUNNER_RENEW_S": "500ms"}
@@ -325,3 +327,30 @@ async def test_damaged_journal_is_told_at_once_and_nothing_is_thrown_away(tmp_pa
         assert "journal_corrupt" in ended.stderr
         assert not run.output.exists()
         assert segment.read_bytes() == content
+
+
+def limit_files(command: Command, size_bytes: int) -> None:
+    """Let the command's files grow no further than this; below zero lifts the limit."""
+    _, hard = resource.prlimit(command.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(command.pid, resource.RLIMIT_FSIZE, (hard if size_bytes < 0 else size_bytes, hard))
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of another process can be set on Linux only")
+@pytest.mark.parametrize("is_killed", [False, True], ids=["goes_on", "killed"])
+async def test_short_writes_lose_nothing(tmp_path: Path, is_killed: bool) -> None:
+    async with bench(tmp_path, latency="20ms") as run:
+        run.write_input(1_000)
+
+        command = await run.start()
+        await run.reach(lambda stats: stats.ok >= 100, command)
+        limit_files(command, 40_000)
+        await command.said("waiting:")
+        limit_files(command, -1)
+        if is_killed:
+            command.kill_group()
+        first = await command.ended()
+        ended = await run.run("--json")
+
+        assert first.code == (-signal.SIGKILL if is_killed else 0), first.stderr
+        assert ended.code == 0, ended.stderr
+        run.check(repeats_max=min(WINDOW + 256, ended.summary["re_executed"]))
