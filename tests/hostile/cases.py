@@ -20,6 +20,7 @@ class Then(StrEnum):
     WAIT = "wait"
     HANG_UP = "hang up"
     RESET = "reset"
+    DRIP = "drip"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ class Words:
             case Then.RESET:
                 await talk.flush()
                 talk.reset()
+            case Then.DRIP:
+                await talk.drip()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

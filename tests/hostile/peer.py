@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
 LIMIT_S = 20.0
+DRIP_S = 0.05
 
 
 class SteppedClock:
@@ -70,6 +71,13 @@ class Talk:
             self._writer.write(message[position : position + 1])
             await self._writer.drain()
             await asyncio.sleep(0)
+
+    async def drip(self) -> None:
+        """A byte now and then until the other side has had enough."""
+        while True:
+            self._writer.write(b".")
+            await self._writer.drain()
+            await asyncio.sleep(DRIP_S)  # real time: the pauses are what is wrong with this peer
 
     async def flush(self) -> None:
         """Wait until the kernel has everything that was said."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 from dataclasses import dataclass
 
 import orjson
@@ -342,3 +343,115 @@ TRANSPORT = [
 ]
 
 CASES = [*PLAIN, *CUSTOM_IDS, *BODIES, *STATUSES, *RETRY_AFTER, *TRANSPORT]
+
+# A run of its own, with deadlines that are soon over.
+TOTAL_S, IDLE_S = 2.4, 0.3
+TOO_LATE = gave_up(f"no whole answer within {TOTAL_S:g} s", LineCode.REQUEST_TIMEOUT)
+UNFINISHED = OK + b"Content-Length: 100000\r\n\r\n"
+
+
+def stood_still(after_bytes: int) -> Failed:
+    return gave_up(f"the answer stood still for {IDLE_S:g} s after {after_bytes} bytes", LineCode.REQUEST_TIMEOUT)
+
+
+STALLS = [
+    line("prompt", ok()),
+    line("never answers, always", b"", expected=TOO_LATE, sends=TRIES),
+    line("never answers, then good", b"", ok()),
+    line("silent in the head, always", b"HTTP/1.1 200", expected=TOO_LATE, sends=TRIES),
+    line("silent after 100 Continue, always", b"HTTP/1.1 100 Continue\r\n\r\n", expected=TOO_LATE, sends=TRIES),
+    line("silent before the body, always", UNFINISHED, expected=stood_still(0), sends=TRIES),
+    line("silent in the body, always", UNFINISHED + b"12345", expected=stood_still(5), sends=TRIES),
+    line("silent in the body, then good", UNFINISHED + b"12345", ok()),
+    line("silent in a chunk, always", chunked(GOOD, end=b"5\r\n12"), expected=stood_still(len(GOOD) + 2), sends=TRIES),
+    line("silent in a refusal, always", refused("500 No")[:-5], expected=stood_still(len(REFUSAL) - 5), sends=TRIES),
+    line("drips, always", Words(UNFINISHED, then=Then.DRIP), expected=TOO_LATE, sends=TRIES),
+    line("drips, then good", Words(UNFINISHED, then=Then.DRIP), ok()),
+]
+
+# A run whose lines may be sent only once.
+IN_DOUBT = "the request may have been processed and may be sent only once"
+NOT_REPEATED = "not repeated, because the line may be sent only once"
+
+
+def unknown(message: str) -> Failed:
+    return Failed(LineCode.OUTCOME_UNKNOWN, f"{message}; {IN_DOUBT}")
+
+
+def unusable(message: str) -> Failed:
+    return Failed(LineCode.INVALID_RESPONSE, f"{message}; {NOT_REPEATED}")
+
+
+ONCE = [
+    line("good", ok()),
+    line("429, then good", refused("429 Slow"), ok()),
+    line("empty 503, then good", refused("503 Full", b""), ok()),
+    line("503 that says something", refused("503 Full"), expected=unknown("status 503")),
+    line("500", refused("500 No"), expected=unknown("status 500")),
+    line("502", refused("502 No", HTML), expected=unknown("status 502")),
+    line("504", refused("504 Late"), expected=unknown("status 504")),
+    line("529", refused("529 Full"), expected=unknown("status 529")),
+    line("400", refused("400 Bad"), expected=Answered(REFUSAL, 400)),
+    line("408", refused("408 Late"), expected=Answered(REFUSAL, 408)),
+    line("409", refused("409 Busy"), expected=Answered(REFUSAL, 409)),
+    line("302", refused("302 Found"), expected=Answered(REFUSAL, 302)),
+    line("page", ok(HTML), expected=unusable("status 200 with a body that is not JSON")),
+    line("error object", ok(REFUSAL), expected=unusable("status 200 with an error object")),
+    line(
+        "cut short",
+        Words(ok()[:-5], then=Then.HANG_UP),
+        expected=unknown(CUT_AFTER.format(len(GOOD) - 5)),
+    ),
+    line(
+        "reset",
+        Words(b"", then=Then.RESET),
+        expected=unknown(f"{LOST} (<peer> closed the connection before it answered)"),
+    ),
+    line("not HTTP", b"SSH-2.0\r\n", expected=unknown(f"{NOT_HTTP} (<peer> answered in broken HTTP (BadStatusLine))")),
+    line(
+        "huge",
+        OK + b"Content-Length: 999999999\r\n\r\n",
+        expected=unusable(f"{TOO_LARGE} (the answer of <peer> is over {REPLY_BYTES_MAX} bytes)"),
+    ),
+]
+
+# A run of answers that are files.
+SPEECH = "/v1/audio/speech"
+SOUND = b"ID3\x04" + bytes(range(256)) * 40 + b"\n\xff"
+
+
+def asset(name: str, line_number: int, content_type: str, suffix: str, *, content: bytes = SOUND) -> LineCase:
+    """A line whose answer is kept beside the output."""
+    sha256 = hashlib.sha256(content).hexdigest()
+    asset_id = f"asset_{line_number}_{sha256[:24]}"
+    kept = {
+        "object": "asset",
+        "id": asset_id,
+        "content_type": content_type,
+        "bytes": len(content),
+        "sha256": sha256,
+        "url": f"assets/{asset_id}{suffix}",
+    }
+    told = answer(content, Content_Type=content_type)
+    return line(name, told, expected=Answered(orjson.dumps(kept)), url=SPEECH)
+
+
+MEDIA = [
+    asset("mp3", 1, "audio/mpeg", ".mp3"),
+    asset("the same bytes again", 2, "audio/mpeg", ".mp3"),
+    asset("picture", 3, "image/png", ".png"),
+    asset("film", 4, "video/mp4", ".mp4"),
+    asset("bytes", 5, "application/octet-stream", ".bin"),
+    asset("unknown sound", 6, "audio/x-new", ".bin"),
+    asset("JSON that is called a sound", 7, "audio/mpeg", ".mp3", content=GOOD),
+    asset("8 MB", 8, "audio/wav", ".wav", content=b"\x00\n" * 4_000_000),
+    line("JSON after all", ok(), url=SPEECH),
+    line("empty sound, then a good answer", answer(b"", Content_Type="audio/mpeg"), ok(), url=SPEECH),
+    line("sound that says no type", answer(SOUND), expected=NOT_JSON, sends=TRIES, url=SPEECH),
+    line(
+        "refusal called a sound",
+        refused("400 Bad", Content_Type="audio/mpeg"),
+        expected=Answered(REFUSAL, 400),
+        url=SPEECH,
+    ),
+]

@@ -56,6 +56,7 @@ class Ended:
     batch: Batch
     output: list[bytes]
     errors: list[bytes]
+    assets: dict[str, bytes]
     sends: Counter[str]
     peer: str
 
@@ -82,6 +83,7 @@ async def _run_cases(folder: Path, cases: Sequence[LineCase], settings: Settings
             batch=batch,
             output=_lines(adapters, scope, batch.output_file_id),
             errors=_lines(adapters, scope, batch.error_file_id),
+            assets=_assets(adapters),
             sends=peer.sends,
             peer=peer.url.split("/")[2],
         )
@@ -137,3 +139,10 @@ def _lines(adapters: Adapters, scope: TenantScope, file_id: FileId | None) -> li
     content = adapters.blobs.read(file.blob, 0, file.size_bytes)
     assert content.endswith(b"\n")
     return content.split(b"\n")[:-1]
+
+
+def _assets(adapters: Adapters) -> dict[str, bytes]:
+    """What was kept beside the output, by name."""
+    blobs = adapters.blobs
+    names = list(blobs.list(f"assets/{BATCH}/"))
+    return {Path(name).name: blobs.read(name, 0, blobs.size_bytes(name)) for name in names}

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from dataclasses import replace
 
 import orjson
 import pytest
 
+from batchrunner.models import OnUnknown
 from batchrunner.results import ResultLines
 from batchrunner.settings import Settings
-from tests.hostile.run_cases import CASES, REPLY_BYTES_MAX, TRIES, Failed, LineCase
+from tests.hostile.run_cases import (
+    CASES,
+    IDLE_S,
+    MEDIA,
+    ONCE,
+    REPLY_BYTES_MAX,
+    STALLS,
+    TOTAL_S,
+    TRIES,
+    Failed,
+    LineCase,
+)
 from tests.hostile.running import BATCH, Ended, run_cases
 
 pytestmark = pytest.mark.slow
@@ -48,9 +62,57 @@ def check(case: LineCase, cases: list[LineCase], ended: Ended) -> None:
         assert ended.sends[case.name] == case.sends
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+def named(cases: list[LineCase]) -> list:
+    return [pytest.param(case, id=case.name) for case in cases]
+
+
+@pytest.mark.parametrize("case", named(CASES))
 def test_line_ends_as_its_case_says(case: LineCase, ended: Ended) -> None:
     check(case, CASES, ended)
+
+
+@pytest.fixture(scope="module")
+def stalled(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """One run of all that falls silent."""
+    settings = replace(QUICK, request_timeout_s=TOTAL_S, idle_timeout_s=IDLE_S)
+    return run_cases(tmp_path_factory.mktemp("stalls"), STALLS, settings)
+
+
+@pytest.mark.parametrize("case", named(STALLS))
+def test_line_whose_answer_does_not_come_ends_in_time(case: LineCase, stalled: Ended) -> None:
+    check(case, STALLS, stalled)
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """One run of lines that may be sent only once."""
+    return run_cases(tmp_path_factory.mktemp("once"), ONCE, QUICK, on_unknown=OnUnknown.FAIL)
+
+
+@pytest.mark.parametrize("case", named(ONCE))
+def test_line_that_may_be_sent_once_ends_as_its_case_says(case: LineCase, once: Ended) -> None:
+    check(case, ONCE, once)
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """One run of answers that are files."""
+    return run_cases(tmp_path_factory.mktemp("media"), MEDIA, QUICK)
+
+
+@pytest.mark.parametrize("case", named(MEDIA))
+def test_answer_that_is_a_file_is_kept_beside_the_output(case: LineCase, media: Ended) -> None:
+    check(case, MEDIA, media)
+
+
+def test_every_asset_is_whole_and_in_a_line(media: Ended) -> None:
+    bodies = [orjson.loads(raw)["response"]["body"] for raw in media.output]
+    named_assets = {each["url"].removeprefix("assets/"): each for each in bodies if each.get("object") == "asset"}
+
+    assert named_assets.keys() == media.assets.keys()
+    for name, content in media.assets.items():
+        assert named_assets[name]["bytes"] == len(content)
+        assert named_assets[name]["sha256"] == hashlib.sha256(content).hexdigest()
 
 
 def test_every_line_is_in_one_file_once_in_input_order(ended: Ended) -> None:
