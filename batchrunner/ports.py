@@ -21,6 +21,7 @@ from batchrunner.models import (
     File,
     FileId,
     NewBatch,
+    Order,
     Progress,
     Publication,
     RejectedInput,
@@ -183,8 +184,10 @@ class TenantScope(Protocol):
     def resume(self, batch_id: BatchId) -> None:
         """Undo `pause`; also puts parked tasks of the batch back in the queue."""
 
-    def hold(self, batch_id: BatchId, hold_at: int | None) -> None:
-        """Let only the first `hold_at` requests run, None for all."""
+    def adjust(self, batch_id: BatchId, *, hold_at: int | None, order: Order) -> None:
+        """Set what may change between tries: let only the first `hold_at` requests run, None for all; lay the output
+        file in `order`, if it is not sealed yet.
+        """
 
     def extents(self, batch_id: BatchId, *, after: int = 0, limit: int = 1000) -> list[Extent]:
         """Registered extents that hold a sequence number above `after`, in sequence order (numbers begin at 1)."""

@@ -113,7 +113,7 @@ class _Run:
             batch = _find(scope, BatchId(record.batches[-1]))
             if batch is not None and batch.status is not BatchStatus.FAILED:
                 scope.resume(batch.id)
-                scope.hold(batch.id, request.limit)
+                scope.adjust(batch.id, hold_at=request.limit, order=Order(request.order))
                 return scope.batch(batch.id)
             record.batches.pop()
         new = self._new_batch(runner)

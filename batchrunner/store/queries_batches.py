@@ -11,7 +11,7 @@ from sqlalchemy import Connection, RowMapping, bindparam, exists, func, insert, 
 
 from batchrunner.errors import NameTaken, NotFound
 from batchrunner.lifecycle import ENDED_BY, SEALING, TERMINAL, BatchEvent, BatchStatus, next_status
-from batchrunner.models import BatchId, File, FileId, NewBatch, PauseReason, TaskKind, TaskState, TenantId
+from batchrunner.models import BatchId, File, FileId, NewBatch, Order, PauseReason, TaskKind, TaskState, TenantId
 from batchrunner.store.moments import Moment
 from batchrunner.store.tables import batches, extents, files, outbox, tasks
 
@@ -213,10 +213,16 @@ def resume(conn: Connection, tenant: TenantId, batch_id: BatchId) -> None:
     )
 
 
-def hold(conn: Connection, tenant: TenantId, batch_id: BatchId, hold_at: int | None) -> None:
-    """Set or lift the hold; claims compare it with the first index of each shard."""
+def adjust(conn: Connection, tenant: TenantId, batch_id: BatchId, *, hold_at: int | None, order: Order) -> None:
+    """Set the hold, which claims compare with the first index of each shard, and the order; guards that a batch that
+    is over stays as it was sealed.
+    """
     batch_of_tenant(conn, tenant, batch_id)
-    conn.execute(update(batches).where(batches.c.id == batch_id).values(hold_at=hold_at))
+    conn.execute(
+        update(batches)
+        .where(batches.c.id == batch_id, batches.c.status.not_in(TERMINAL))
+        .values(hold_at=hold_at, order=order)
+    )
 
 
 def set_blocked(conn: Connection, batch_id: BatchId, blocked_by: str | None) -> None:

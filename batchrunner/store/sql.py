@@ -18,6 +18,7 @@ from batchrunner.models import (
     File,
     FileId,
     NewBatch,
+    Order,
     Progress,
     Publication,
     RejectedInput,
@@ -231,10 +232,10 @@ class SqlTenantScope:
         with self._store.writing() as conn:
             queries_batches.resume(conn, self._tenant, batch_id)
 
-    def hold(self, batch_id: BatchId, hold_at: int | None) -> None:
+    def adjust(self, batch_id: BatchId, *, hold_at: int | None, order: Order) -> None:
         """See TenantScope."""
         with self._store.writing() as conn:
-            queries_batches.hold(conn, self._tenant, batch_id, hold_at)
+            queries_batches.adjust(conn, self._tenant, batch_id, hold_at=hold_at, order=order)
 
     def extents(self, batch_id: BatchId, *, after: int = 0, limit: int = 1000) -> list[Extent]:
         """See TenantScope."""

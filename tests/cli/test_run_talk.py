@@ -93,6 +93,19 @@ def test_an_input_edited_in_mid_run_is_to_be_put_back(url, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_order_may_change_between_tries(url, tmp_path):
+    lines = [chat_line("a"), chat_line("late", simulate=["429(50ms)"]), chat_line("early")]
+    (tmp_path / "in.jsonl").write_bytes(b"".join(lines))
+    run_in(tmp_path, "in.jsonl", "-o", "out.jsonl", "-u", url, "--limit", 1)
+
+    called = run_in(tmp_path, "in.jsonl", "-o", "out.jsonl", "-u", url, "--order", "completion")
+
+    assert called.code == 0, called.err
+    names = [json.loads(line)["custom_id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert names == ["a", "early", "late"]
+
+
+@pytest.mark.slow
 def test_refused_lines_alone_are_not_offered_for_a_retry(url, tmp_path):
     called = run_in(tmp_path, EVERY_ERROR, "-o", "out.jsonl", "-u", url, "--on-invalid", "skip")
 

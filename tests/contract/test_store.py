@@ -22,6 +22,7 @@ from batchrunner.models import (
     LineProblem,
     NewBatch,
     NewExtent,
+    Order,
     Progress,
     Publication,
     RejectedInput,
@@ -257,7 +258,7 @@ def test_batches_are_listed_newest_first_in_pages(world: World) -> None:
         lambda scope: scope.send(BatchId("b1"), BatchEvent.CANCEL_REQUESTED),
         lambda scope: scope.pause(BatchId("b1"), "operator"),
         lambda scope: scope.resume(BatchId("b1")),
-        lambda scope: scope.hold(BatchId("b1"), 0),
+        lambda scope: scope.adjust(BatchId("b1"), hold_at=0, order=Order.INPUT),
         lambda scope: scope.extents(BatchId("b1")),
         lambda scope: scope.shards(BatchId("b1")),
     ],
@@ -551,13 +552,30 @@ def test_a_breakers_pause_does_not_replace_an_operators(world: World) -> None:
 
 def test_claim_leaves_shards_beyond_the_hold(world: World) -> None:
     world.running(shards=3)
-    world.scope.hold(BatchId("b1"), 11)
+    world.scope.adjust(BatchId("b1"), hold_at=11, order=Order.INPUT)
 
     assert [shard_in(world.claim()).first_index, shard_in(world.claim()).first_index] == [0, 10]
     assert world.claims_nothing()
 
-    world.scope.hold(BatchId("b1"), None)
+    world.scope.adjust(BatchId("b1"), hold_at=None, order=Order.INPUT)
     assert shard_in(world.claim()).first_index == 20
+
+
+def test_order_may_change_while_a_batch_is_not_over(world: World) -> None:
+    world.running()
+
+    world.scope.adjust(BatchId("b1"), hold_at=None, order=Order.COMPLETION)
+
+    assert world.batch().order is Order.COMPLETION
+
+
+def test_adjust_leaves_a_batch_that_is_over(world: World) -> None:
+    world.running()
+    world.scope.send(BatchId("b1"), BatchEvent.GAVE_UP)
+
+    world.scope.adjust(BatchId("b1"), hold_at=3, order=Order.COMPLETION)
+
+    assert (world.batch().hold_at, world.batch().order) == (None, Order.INPUT)
 
 
 def test_live_lease_is_not_taken_and_a_dead_one_is(world: World) -> None:
@@ -725,7 +743,7 @@ def test_watch_tells_what_is_held_and_what_was_taken(world: World) -> None:
     assert world.claim(TWO).ref.task_id == kept.ref.task_id
     renewer.renew(ONE, LEASE_S)
     renewer.close()
-    world.scope.hold(BatchId("b1"), 5)
+    world.scope.adjust(BatchId("b1"), hold_at=5, order=Order.INPUT)
     world.scope.pause(BatchId("b1"), "operator")
 
     seen = {held.task_id: held for held in world.store.watch(ONE).held}
