@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar, assert_never
 
@@ -227,6 +228,16 @@ class Worker:
             retry_count=run.retry_count,
         )
 
+    def _last_progress(self, run: ShardRun) -> Progress:
+        """Tell all of a shard whose exchanges have ended, unless answers are lost to a journal that cannot write."""
+        progress = self._progress(run)
+        if run.journal.waiting_records:
+            return progress
+        # A line that may be sent once is not sent again, nor is any of a batch that has ended.
+        is_over = run.is_at_most_once or run.is_left_for_good
+        again = 0 if is_over else run.aborted_count
+        return replace(progress, is_whole=True, re_executed_count=progress.re_executed_count + again)
+
     def _registered(self, run: ShardRun, progress: Progress) -> None:
         del run.unregistered[: len(progress.extents)]
         run.re_executed_count -= progress.re_executed_count
@@ -265,6 +276,7 @@ class Worker:
         self.fanout.stop(run)
         if run.in_flight_count > 0:
             if self._clock.monotonic_s() >= (run.leave_by_s or 0.0):
+                run.aborted_count = run.aborted_count or run.in_flight_count
                 self.fanout.abort(run)
             return
         if run.is_finished:
@@ -273,7 +285,7 @@ class Worker:
         if run.journal.waiting_records and self._pipeline.journal.trouble is None:
             self._pipeline.journal.request_sync()
             return
-        await self._call(self._store.give_back, run.claim.ref, self._progress(run))
+        await self._call(self._store.give_back, run.claim.ref, self._last_progress(run))
         crash.point("give_back.committed")
         self._drop(run)
 
@@ -334,6 +346,7 @@ class Worker:
 
     def _follow(self, run: ShardRun, held: Held, now_s: float) -> None:
         if held.status is not BatchStatus.IN_PROGRESS:
+            run.is_left_for_good = True
             self._leave(run, by_s=now_s + self._settings.cancel_grace_s)
         elif held.is_paused:
             self._leave(run, by_s=float("inf"))
@@ -423,13 +436,11 @@ class Worker:
         except Fenced:
             return
         except InputChanged as error:
-            logger.error("%s", error, extra={"action": "input_changed", "batch_id": claim.batch.id})  # noqa: TRY400 - no bug
             self._owe(claim, error)
             scope = self._store.scope(claim.batch.tenant)
             await self._call(scope.pause, claim.batch.id, PauseReason.INPUT_CHANGED.value)
             return
         except Exception as error:
-            logger.exception("shard not loaded", extra={"action": "task_failed", "task_id": claim.ref.task_id})
             self._owe(claim, error)
             return
         self._runs[claim.ref.task_id] = run
@@ -444,7 +455,6 @@ class Worker:
         except Fenced:
             logger.warning("step lost to a newer holder", extra={"action": "step_fenced", "task_id": task_id})
         except Exception as error:
-            logger.exception("step failed", extra={"action": "task_failed", "task_id": task_id, "kind": claim.kind})
             self._owe(claim, error)
         finally:
             self._renewals.step_ended(task_id)
@@ -464,6 +474,17 @@ class Worker:
                 await self._clock.sleep(1.0)
 
     def _owe(self, claim: Claim, error: Exception) -> None:
+        """Remember a task that failed; what we know the cause of needs no traceback."""
+        extra = {"action": "task_failed", "task_id": claim.ref.task_id, "kind": claim.kind}
+        is_known = isinstance(error, DiskFull | BlobsUnavailable | StoreUnavailable | InputChanged)
+        logger.log(
+            logging.WARNING if is_known else logging.ERROR,
+            "%s failed: %s",
+            claim.kind,
+            error,
+            exc_info=None if is_known else error,
+            extra=extra,
+        )
         self._owed.append((claim, error))
 
     async def _pay_owed(self) -> None:

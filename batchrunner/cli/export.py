@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shlex
@@ -20,6 +21,7 @@ from batchrunner.cli.folding import Folded, fold
 from batchrunner.cli.preparing import Prepared, RunRequest
 from batchrunner.cli.run_folder import Fingerprint, fingerprint, sync_folder, write_whole
 from batchrunner.cli.summary import ErrorGroup, Outcome, Summary, counts_of, exit_code_for, usage_of
+from batchrunner.errors import BlobsUnavailable, DiskFull
 from batchrunner.lifecycle import TERMINAL
 from batchrunner.models import Batch
 from batchrunner.ports import TenantScope
@@ -122,16 +124,21 @@ def _place(source: Path | None, target: Path) -> dict[str, Fingerprint]:
     """Make `target` a file of its own with the bytes of `source`, empty without one: temp, fsync, rename, fsync the
     folder.
     """
-    if source is None:
-        write_whole(target, b"")
-    else:
-        temporary = target.with_name(f".{target.name}.tmp")
-        with source.open("rb") as reading, temporary.open("wb") as writing:
-            shutil.copyfileobj(reading, writing, _COPY_BYTES)
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        with temporary.open("wb") as writing:
+            if source is not None:
+                with source.open("rb") as reading:
+                    shutil.copyfileobj(reading, writing, _COPY_BYTES)
             writing.flush()
             os.fsync(writing.fileno())
         temporary.replace(target)
         sync_folder(target.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        kind = DiskFull if error.errno == errno.ENOSPC else BlobsUnavailable
+        hint = "Every result is kept. Make room, or mend the folder, then run the same command again."
+        raise kind(f"{target} cannot be written: {error.strerror}", hint=hint) from error
     return {str(target.resolve()): fingerprint(target)}
 
 
