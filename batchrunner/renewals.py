@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from batchrunner.errors import StoreUnavailable
+from batchrunner.errors import DiskFull, StoreUnavailable
 from batchrunner.models import SessionId
 from batchrunner.ports import Clock, Renewer, Store
 from batchrunner.settings import Settings
@@ -68,7 +68,7 @@ class Renewals:
                 renewer = renewer or self._store.renewer()
                 renewer.renew(self._session, self._settings.lease_s)
                 self.renewed_at_s = began_s
-            except StoreUnavailable as error:
+            except (StoreUnavailable, DiskFull) as error:
                 logger.warning("leases not renewed: %s", error, extra={"action": "renewal_failed"})
         if renewer is not None:
             renewer.close()
