@@ -374,7 +374,8 @@ class Claim:
 
     `earlier` lists (epoch, session) of every claim before this one, oldest first: where unregistered bytes may lie.
     `extents` are the registered ones of a shard, in sequence order. `orphaned_by_death` tells that the previous holder
-    died.
+    died. `whole_epoch` is the last epoch whose holder gave the shard back whole: it and those before leave no doubt
+    that has not been counted.
     """
 
     ref: TaskRef
@@ -386,16 +387,21 @@ class Claim:
     extents: tuple[Extent, ...]
     attempts: int
     orphaned_by_death: bool
+    whole_epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What a holder wants to register at one go."""
+    """What a holder wants to register at one go. `is_whole`, of a shard given back: every exchange of the holder has
+    ended, what it brought is in here or registered, and the lines of those that it broke off are counted as
+    re-executed.
+    """
 
     extents: tuple[NewExtent, ...] = ()
     intent_mark: int | None = None
     re_executed_count: int = 0
     retry_count: int = 0
+    is_whole: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -245,7 +245,9 @@ class Store(Protocol):
         """
 
     def give_back(self, ref: TaskRef, progress: Progress) -> None:
-        """Guarded. Register, then put the task back in the queue: no death, no attempt counted."""
+        """Guarded. Register, then put the task back in the queue: no death, no attempt counted. Progress that is whole
+        makes this epoch the task's `whole_epoch`.
+        """
 
     def fail_task(self, ref: TaskRef, message: str, *, progressed: bool, is_hopeless: bool = False) -> bool:
         """Guarded. Put the task back with backoff (1 s doubling to 5 min); after 10 failures without progress, or at

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Container, Iterator
+from dataclasses import replace
 from itertools import takewhile
 
 from batchrunner import crash
@@ -22,6 +23,7 @@ from batchrunner.models import (
     LineCode,
     NewExtent,
     OnUnknown,
+    Progress,
     RecordKind,
     RequestLine,
     ShardCut,
@@ -62,6 +64,7 @@ class ShardRun:
         if self.is_at_most_once or self.is_quarantined:
             self.intent_mark = claim.shard.intent_mark
         self.re_executed_count = 0
+        self.aborted_count = 0
         self.retry_count = 0
         self.in_flight_count = 0
         self.is_stopped = False
@@ -70,6 +73,7 @@ class ShardRun:
         self.registered_at_s = 0.0
         self.unregistered: list[NewExtent] = []
         self.leave_by_s: float | None = None
+        self.is_left_for_good = False
         self._buffer = buffer
         self._rules = rules
         self._done = done
@@ -168,6 +172,29 @@ class ShardRun:
         """Journal the final result of a line; it is durable after the next group commit."""
         self.journal.add(line_number, kind, usage, payload)
         self._left_count -= 1
+
+    def progress(self, *, intent_mark: int | None = None) -> Progress:
+        """Give what is durable and not registered yet; asked again before it is, the same and what came since."""
+        self.unregistered.extend(self.journal.take_registrable())
+        return Progress(
+            extents=tuple(self.unregistered),
+            intent_mark=intent_mark,
+            re_executed_count=self.re_executed_count,
+            retry_count=self.retry_count,
+        )
+
+    def last_progress(self) -> Progress:
+        """Give all of a shard whose exchanges have ended: whole, unless answers wait for a journal that cannot write.
+
+        Lines whose exchanges were broken off are sent again, but not if they may be sent only once or their batch has
+        ended.
+        """
+        progress = self.progress()
+        if self.journal.waiting_records:
+            return progress
+        is_over = self.is_at_most_once or self.is_left_for_good
+        again = progress.re_executed_count + (0 if is_over else self.aborted_count)
+        return replace(progress, is_whole=True, re_executed_count=again)
 
     def take_over(self, records: Salvaged, blobs: Blobs) -> None:
         """Copy what earlier holders left durable and unregistered into this claim's own journal. Blocks."""
@@ -301,11 +328,20 @@ def load(blobs: Blobs, journal: Journal, claim: Claim, rules: LineRules) -> Shar
         for line in run.open_lines(shard.intent_mark):
             run.end_open_line(line, LineCode.OUTCOME_UNKNOWN, _UNKNOWN)
     else:
-        run.re_executed_count = len(run.open_lines(max(found.mark, shard.intent_mark)))
+        run.re_executed_count = len(run.open_lines(_doubtful_mark(claim, found)))
     if shard.is_quarantined and shard.deaths >= _POISON_DEATHS:
         for line in run.open_lines(shard.intent_mark)[:1]:
             run.end_open_line(line, LineCode.POISON_REQUEST, _POISON)
     return run
+
+
+def _doubtful_mark(claim: Claim, found: Salvaged) -> int:
+    """The highest line that a holder may have sent without telling, 0 if the last that sent any gave the shard back
+    whole. Nothing is sent without a mark, so a claim that left none leaves no doubt either.
+    """
+    assert claim.shard is not None
+    is_told = max(found.marks, default=0) <= claim.whole_epoch
+    return 0 if is_told else max(found.mark, claim.shard.intent_mark)
 
 
 def read_checked(blobs: Blobs, claim: Claim) -> bytes:

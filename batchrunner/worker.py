@@ -11,7 +11,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import TypeVar, assert_never
 
@@ -219,25 +218,6 @@ class Worker:
             )
             self._drop(run)
 
-    def _progress(self, run: ShardRun, *, intent_mark: int | None = None) -> Progress:
-        run.unregistered.extend(run.journal.take_registrable())
-        return Progress(
-            extents=tuple(run.unregistered),
-            intent_mark=intent_mark,
-            re_executed_count=run.re_executed_count,
-            retry_count=run.retry_count,
-        )
-
-    def _last_progress(self, run: ShardRun) -> Progress:
-        """Tell all of a shard whose exchanges have ended, unless answers are lost to a journal that cannot write."""
-        progress = self._progress(run)
-        if run.journal.waiting_records:
-            return progress
-        # A line that may be sent once is not sent again, nor is any of a batch that has ended.
-        is_over = run.is_at_most_once or run.is_left_for_good
-        again = 0 if is_over else run.aborted_count
-        return replace(progress, is_whole=True, re_executed_count=progress.re_executed_count + again)
-
     def _registered(self, run: ShardRun, progress: Progress) -> None:
         del run.unregistered[: len(progress.extents)]
         run.re_executed_count -= progress.re_executed_count
@@ -245,7 +225,7 @@ class Worker:
         run.registered_at_s = self._clock.monotonic_s()
 
     async def _register(self, run: ShardRun, *, intent_mark: int | None = None) -> None:
-        progress = self._progress(run, intent_mark=intent_mark)
+        progress = run.progress(intent_mark=intent_mark)
         run.registered_at_s = self._clock.monotonic_s()
         if progress == Progress():
             return
@@ -266,7 +246,7 @@ class Worker:
             self._pipeline.journal.request_sync()
             return
         crash.point("settle.before_commit")
-        await self._call(self._store.settle, run.claim.ref, self._progress(run))
+        await self._call(self._store.settle, run.claim.ref, run.progress())
         crash.point("settle.committed")
         self._drop(run)
         self.step_done.set()
@@ -285,7 +265,7 @@ class Worker:
         if run.journal.waiting_records and self._pipeline.journal.trouble is None:
             self._pipeline.journal.request_sync()
             return
-        await self._call(self._store.give_back, run.claim.ref, self._last_progress(run))
+        await self._call(self._store.give_back, run.claim.ref, run.last_progress())
         crash.point("give_back.committed")
         self._drop(run)
 

@@ -141,7 +141,8 @@ def report(summary: Summary, *, batch: Batch | None, reason: str, is_json: bool)
         f"{count_text(usage['total_tokens'])} tokens ({count_text(usage['output_tokens'])} out)"
     )
     if summary.re_executed:
-        say(f"  re-executed: at most {summary.re_executed:,} lines (sent again after a process died)")
+        again = counted(summary.re_executed, "line")
+        say(f"  re-executed: at most {again} (under way when a process died or was stopped at once)")
     for group in summary.top_errors:
         say(f"  {group.code}: {_of_what(group)}")
     for word, path in (("output", summary.output), ("errors", summary.errors), ("manifest", summary.manifest)):

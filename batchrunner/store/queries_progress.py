@@ -243,7 +243,10 @@ def end_task(conn: Connection, task: RowMapping) -> None:
 def give_back(conn: Connection, ref: TaskRef, progress: Progress) -> None:
     """Register and queue the task for anybody; guards that a task that has ended does not come back."""
     task = guard_held(conn, ref)
-    record(conn, task, progress, ends=_LET_GO | {"state": TaskState.QUEUED, "not_before": None})
+    ends = _LET_GO | {"state": TaskState.QUEUED, "not_before": None}
+    if progress.is_whole:
+        ends |= {"whole_epoch": task["epoch"]}
+    record(conn, task, progress, ends=ends)
 
 
 def fail_task(

@@ -56,4 +56,5 @@ def claim_of(
         extents=tuple(extents),
         attempts=task["attempts"],
         orphaned_by_death=task["orphaned_by_death"],
+        whole_epoch=task["whole_epoch"],
     )

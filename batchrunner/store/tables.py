@@ -144,6 +144,7 @@ tasks = Table(
     Column("checksum", BigInteger),
     Column("skipped", Packed(tuple[int, ...])),
     _number("intent_mark"),
+    _number("whole_epoch"),
     _number("succeeded_count"),
     _number("failed_count"),
     *_tokens(),

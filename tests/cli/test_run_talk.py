@@ -106,6 +106,29 @@ def test_the_order_may_change_between_tries(url, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_clean_stop_leaves_no_line_to_be_sent_again(url, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b"".join(chat_line(f"c{number}") for number in range(40)))
+
+    held = run_in(tmp_path, "in.jsonl", "-o", "out.jsonl", "-u", url, "--limit", 7, "--json")
+    whole = run_in(tmp_path, "in.jsonl", "-o", "out.jsonl", "-u", url, "--json")
+
+    assert (held.code, whole.code) == (6, 0), whole.err
+    assert (held.json["re_executed"], whole.json["re_executed"]) == (0, 0)
+
+
+@pytest.mark.slow
+def test_a_refused_key_leaves_no_line_to_be_sent_again(url, tmp_path):
+    lines = [chat_line(f"c{number}", simulate="always:401") for number in range(40)]
+    (tmp_path / "in.jsonl").write_bytes(b"".join(lines))
+
+    first = run_in(tmp_path, "in.jsonl", "-o", "out.jsonl", "-u", url, "--json")
+    again = run_in(tmp_path, "in.jsonl", "-o", "out.jsonl", "-u", url, "--json")
+
+    assert (first.code, again.code) == (4, 4), again.err
+    assert again.json["re_executed"] == 0
+
+
+@pytest.mark.slow
 def test_refused_lines_alone_are_not_offered_for_a_retry(url, tmp_path):
     called = run_in(tmp_path, EVERY_ERROR, "-o", "out.jsonl", "-u", url, "--on-invalid", "skip")
 

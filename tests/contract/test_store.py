@@ -1031,6 +1031,20 @@ def test_give_back_keeps_results_and_counts_nothing(world: World) -> None:
     assert (again.attempts, shard_in(again).deaths, again.orphaned_by_death) == (1, 0, False)
 
 
+def test_give_back_of_a_whole_progress_is_remembered_until_the_next(world: World) -> None:
+    world.running()
+    first = world.claim()
+    assert first.whole_epoch == 0
+
+    world.store.give_back(first.ref, Progress(is_whole=True, re_executed_count=3))
+    second = world.claim(TWO)
+    world.store.give_back(second.ref, Progress())
+    third = world.claim()
+
+    assert (second.whole_epoch, third.whole_epoch) == (first.ref.epoch, first.ref.epoch)
+    assert world.batch().re_executed_count == 3
+
+
 def test_failed_task_backs_off_doubling_up_to_five_minutes(world: World) -> None:
     world.running()
     waits = []

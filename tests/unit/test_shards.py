@@ -286,11 +286,12 @@ def die_after(blobs: LocalBlobs, kinds: dict[int, RecordKind], *, mark: int) -> 
         shard.flush()
 
 
-def taken_over(blobs: LocalBlobs, journal: Journal, **changes: Any) -> ShardRun:
+def taken_over(blobs: LocalBlobs, journal: Journal, *, whole_epoch: int = 0, **changes: Any) -> ShardRun:
     batch = batch_of(source="input", **{name: changes.pop(name) for name in ["on_unknown"] if name in changes})
     claim, _ = claim_of(range(1, 8), batch=batch, epoch=2, **changes)
     ref = replace(claim.ref, epoch=2)
-    return load(blobs, journal, replace(claim, ref=ref, earlier=((1, SessionId("dead")),)), LineRules())
+    claim = replace(claim, ref=ref, earlier=((1, SessionId("dead")),), whole_epoch=whole_epoch)
+    return load(blobs, journal, claim, LineRules())
 
 
 def registrable(run: ShardRun) -> tuple[int, int, int]:
@@ -310,6 +311,16 @@ def test_takeover_keeps_durable_successes_and_runs_the_rest(blobs: LocalBlobs) -
         assert handed_out(run) == [1, 3, 4, 6, 7]
         assert run.re_executed_count == 4
         assert registrable(run) == (2, 0, 7)
+        run.journal.close()
+
+
+def test_takeover_from_a_holder_that_gave_back_whole_has_no_line_in_doubt(blobs: LocalBlobs) -> None:
+    die_after(blobs, {2: RecordKind.SUCCEEDED}, mark=6)
+
+    with contextlib.closing(Journal(blobs, SessionId("heir"), on_durable=lambda: None)) as journal:
+        run = taken_over(blobs, journal, whole_epoch=1)
+
+        assert run.re_executed_count == 0
         run.journal.close()
 
 

@@ -165,7 +165,7 @@ def _tasks() -> None:
         sa.Column("line_count", sa.BigInteger()),
         sa.Column("checksum", sa.BigInteger()),
         sa.Column("skipped", sa.Text()),
-        *_numbers("intent_mark", "succeeded_count", "failed_count"),
+        *_numbers("intent_mark", "whole_epoch", "succeeded_count", "failed_count"),
         *_tokens(),
         _points("batch_id", "batches.id"),
         sa.PrimaryKeyConstraint("id"),
