@@ -23,7 +23,7 @@ import msgspec
 from batchrunner import crash
 from batchrunner.blobs.local import LocalBlobs
 from batchrunner.clock import SystemClock, SystemRng
-from batchrunner.errors import NotFound, UsageError
+from batchrunner.errors import BatchrunnerError, NotFound, UsageError
 from batchrunner.fanout import Fanout
 from batchrunner.journal import Journal
 from batchrunner.limits import Breaker, Cooldown, FirstContact, Gate, Outage, TokenBucket
@@ -80,6 +80,18 @@ def was_anything_sent(folder: Path, batch_ids: Sequence[str]) -> bool:
         return False
     finally:
         adapters.store.close()
+
+
+class LogLine(logging.Formatter):
+    """A log record as one line: an error of ours tells in its words, only one that nobody expects has its traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See logging.Formatter."""
+        error = record.exc_info[1] if record.exc_info else None
+        if not isinstance(error, BatchrunnerError):
+            return super().format(record)
+        told = logging.makeLogRecord(record.__dict__ | {"exc_info": None, "exc_text": None})
+        return f"{super().format(told)}: {error.code}: {error.message}"
 
 
 class SessionLocks:
@@ -431,7 +443,9 @@ def worker_main() -> None:
     """Run this process as a worker of the supervisor at the other end of its pipes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     arm_crash_point()
-    logging.basicConfig(level=logging.WARNING, format="worker %(process)d: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogLine("worker %(process)d: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     with asyncio.Runner(loop_factory=tune_process()) as runner:
         runner.run(_worker_process())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -12,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from batchrunner.app import LogLine
 from batchrunner.cli.console import count_text, duration_text, is_terminal, say
 from batchrunner.clock import SystemClock
 from batchrunner.models import Batch
@@ -20,6 +23,7 @@ from batchrunner.supervisor import Live
 _LINE_EVERY_S = 30.0
 _RATE_OVER_S = 10.0
 _clock = SystemClock()
+_logger = logging.getLogger("batchrunner")
 
 
 class Rate:
@@ -43,6 +47,21 @@ class Rate:
         return (lines_now - lines) / span_s, (tokens_now - tokens) / span_s
 
 
+class _LogTalk(logging.Handler):
+    """Shows log records as talk above the panel."""
+
+    def __init__(self, say_it: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self.setFormatter(LogLine())
+        self._say = say_it
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        # The panel tells by itself what the work waits for, and when it goes on.
+        if getattr(record, "action", None) != "worker_waits":
+            self._say(self.format(record))
+
+
 class Panel:
     """Shows how a run stands; use as a context around the run."""
 
@@ -53,8 +72,10 @@ class Panel:
         self._line_at_s = _clock.monotonic_s() + _LINE_EVERY_S
         self._trouble: str | None = None
         self._live: RichLive | None = None
+        self._log = _LogTalk(self.say)
 
     def __enter__(self) -> Self:
+        _logger.addHandler(self._log)
         if self._is_live:
             self._live = RichLive(console=Console(stderr=True), refresh_per_second=5, transient=True)
             self._live.start()
@@ -63,6 +84,7 @@ class Panel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        _logger.removeHandler(self._log)
         if self._live is not None:
             self._live.stop()
 

@@ -14,7 +14,7 @@ from batchrunner import crash
 from batchrunner.app import Crew, Runner, arm_crash_point
 from batchrunner.cli import export
 from batchrunner.cli.choosing import choose_failed
-from batchrunner.cli.console import say
+from batchrunner.cli.console import counted, say
 from batchrunner.cli.exits import MEANINGS, ExitCode
 from batchrunner.cli.panel import Panel
 from batchrunner.cli.preparing import Prepared, RunRequest, prepare
@@ -70,6 +70,7 @@ class _Run:
         self._api_key = api_key
         self._stop = _Stop()
         self._interrupts = 0
+        self._panel = Panel(is_json=request.is_json)
         self._crew: Crew | None = None
 
     async def run(self) -> ExitCode:
@@ -85,7 +86,7 @@ class _Run:
             say(self._opening(batch))
             done_before = batch.done_count
             if batch.status not in TERMINAL:
-                with Panel(is_json=self._request.is_json) as panel:
+                with self._panel as panel:
                     batch = await self._watch(scope, batch.id, panel, stream)
             if stream is not None:
                 await stream.advance(batch.id)
@@ -199,7 +200,8 @@ class _Run:
         if self._interrupts == 1:
             grace_s = self._settings.drain_grace_s
             word = signal.Signals(number).name
-            say(f"{word}: waiting up to {grace_s:.0f} s for {live.in_flight} requests in flight; again to stop at once")
+            count = counted(live.in_flight, "request")
+            self._panel.say(f"{word}: waiting up to {grace_s:.0f} s for {count} in flight; again to stop at once")
             self._crew.stop(grace_s=grace_s)
         else:
             self._crew.stop(grace_s=0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from batchrunner.cli.panel import bar
+from batchrunner.cli.panel import Panel, bar
+from batchrunner.errors import DiskFull
 from tests.cli.calling import ENVIRONMENT, ROOT, Called, call, chat_line, finish, simulator, spawn
 
 EVERY_ERROR = ROOT / "sample_inputs" / "every_error.jsonl"
@@ -168,6 +170,31 @@ def test_the_bar_of_the_panel_has_a_line_of_its_own():
         console.print("next")
 
     assert captured.get().splitlines()[-1] == "next"
+
+
+def log_of_a_failure(error):
+    """What the panel says of a step that failed, with a log record before it that the panel tells by itself."""
+    said = []
+    panel = Panel(is_json=False)
+    logger = logging.getLogger("batchrunner.worker")
+    panel._log._say = said.append
+    with panel:
+        logger.warning("waiting: %s", error, extra={"action": "worker_waits"})
+        try:
+            raise error
+        except type(error):
+            logger.exception("step failed", extra={"action": "task_failed"})
+    return said
+
+
+def test_log_records_of_expected_errors_are_one_line_of_the_panel():
+    assert log_of_a_failure(DiskFull("no space left")) == ["step failed: disk_full: no space left"]
+
+
+def test_log_records_of_errors_that_nobody_expects_keep_their_traceback():
+    (said,) = log_of_a_failure(ZeroDivisionError("odd"))
+
+    assert said.startswith("step failed\nTraceback")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["completion", "--help"]])
