@@ -12,7 +12,7 @@ import msgspec
 import orjson
 from msgspec import Meta, Raw, Struct
 
-from batchrunner.models import NO_USAGE, BatchId, Usage
+from batchrunner.models import NO_USAGE, BatchId, LineProblem, Usage
 
 # A count that no answer can have; whoever reports more, or less than none, is not believed.
 _TOKENS_MAX = 1 << 40
@@ -187,6 +187,19 @@ class ResultLines:
         response = b"null" if status is None else _response(status, request_id, as_json(body))
         error = b"null" if code is None else b'{"code":%b,"message":%b}' % (_text(code), _text(message))
         return self._line(line_number, custom_id, response, error)
+
+    def refused(self, problem: LineProblem) -> bytes:
+        """Give the line of a request that was refused before anything was sent; `line` is where it stands in the input.
+
+        Source: code, message, param, line of OpenAI's Batch object, `errors.data[]`.
+        """
+        error = b'{"code":%b,"message":%b,"param":%b,"line":%d}' % (
+            _text(problem.code),
+            _text(problem.message),
+            _text(problem.param),
+            problem.line_number or 1,
+        )
+        return self._line(problem.line_number or 0, problem.custom_id, b"null", error)
 
     def _line(self, line_number: int, custom_id: str | None, response: bytes, error: bytes) -> bytes:
         return b'{"id":"%b","custom_id":%b,"response":%b,"error":%b}\n' % (

@@ -284,10 +284,7 @@ class Sealing:
 
     def _put_refused(self, problem: LineProblem, rest: Iterator[LineProblem]) -> LineProblem | None:
         self._ledger.refused += 1
-        line = self._results.failed(
-            problem.line_number or 0, problem.custom_id, code=problem.code, message=problem.message
-        )
-        self._errors.add(line)
+        self._errors.add(self._results.refused(problem))
         return next(rest, None)
 
     def _missing(self, shard: Claim, results: Container[int]) -> dict[int, str | None]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrunner.models import NO_USAGE, BatchId, LineCode, Usage
+from batchrunner.models import NO_USAGE, BatchId, LineCode, LineProblem, Usage
 from batchrunner.results import ReplyFacts, ResultLines, as_json, is_json, one_line, reply_facts
 
 RESULTS = ResultLines(BatchId("batch_1"))
@@ -89,6 +89,15 @@ def test_a_failure_that_is_an_answer_has_no_error() -> None:
     value = read(RESULTS.failed(3, "a", code=None, message="", status=400, body=b'{"error":1}'))
 
     assert (value["response"]["status_code"], value["response"]["body"], value["error"]) == (400, {"error": 1}, None)
+
+
+@pytest.mark.parametrize("param", ["body.model", None])
+def test_a_refused_line_says_where_it_stands_and_which_field_is_at_fault(param: str | None) -> None:
+    problem = LineProblem("invalid_type", "model is a number", param, 7, "a")
+    line = json.loads(RESULTS.refused(problem))
+
+    assert (line["id"], line["custom_id"], line["response"]) == (RESULTS.id(7), "a", None)
+    assert line["error"] == {"code": "invalid_type", "message": "model is a number", "param": param, "line": 7}
 
 
 def test_ids_are_the_same_each_time_and_differ_by_line_and_batch() -> None:
