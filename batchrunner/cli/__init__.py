@@ -98,11 +98,28 @@ def main(arguments: list[str] | None = None) -> Any:
         sys.stdout = None
         code = ExitCode.TROUBLE
     except BatchrunnerError as error:
-        click.echo(f"error: {error.message}", err=True)
-        click.echo(f"hint: {error.advice}", err=True)
-        code = exit_code_of(error)
-        _print_failure(arguments, code, error_code=error.code, message=error.message, hint=error.advice)
+        code = _end_with(arguments, error)
+    except BaseExceptionGroup as group:
+        first = _first_error(group)
+        if first is None:
+            raise
+        code = _end_with(arguments, first)
     sys.exit(int(code or 0))
+
+
+def _end_with(arguments: Sequence[str], error: BatchrunnerError) -> ExitCode:
+    click.echo(f"error: {error.message}", err=True)
+    click.echo(f"hint: {error.advice}", err=True)
+    code = exit_code_of(error)
+    _print_failure(arguments, code, error_code=error.code, message=error.message, hint=error.advice)
+    return code
+
+
+def _first_error(group: BaseExceptionGroup[BaseException]) -> BatchrunnerError | None:
+    """The error of ours that ended a group of tasks; a group that holds any other is a bug to be seen whole."""
+    leaves = [_first_error(each) if isinstance(each, BaseExceptionGroup) else each for each in group.exceptions]
+    own = [each for each in leaves if isinstance(each, BatchrunnerError)]
+    return own[0] if len(own) == len(leaves) else None
 
 
 def _print_failure(arguments: Sequence[str], code: ExitCode, *, error_code: str, message: str, hint: str) -> None:
