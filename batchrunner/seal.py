@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import msgspec
 
 from batchrunner import crash
-from batchrunner.errors import DiskFull, JournalCorrupt, ReconciliationError
+from batchrunner.errors import DiskFull, InputChanged, JournalCorrupt, NotFound, ReconciliationError
 from batchrunner.frames import Damage, Record, read_records, results_within, salvage, segment_of
 from batchrunner.journal import Journal, copy_salvaged
 from batchrunner.lifecycle import EndedBy
@@ -57,6 +59,11 @@ _UNFINISHED = {
     ),
     EndedBy.CANCEL: (LineCode.BATCH_CANCELLED, "This request was not executed because the batch was cancelled."),
 }
+
+_LOST = (
+    LineCode.INPUT_LOST,
+    "The input could not be read any more when the batch ended, so that this request has lost its custom_id.",
+)
 
 
 class _Sink:
@@ -146,6 +153,7 @@ class Sealing:
         self._beat = beat
         self._results = ResultLines(claim.batch.id)
         self._ledger = _Ledger()
+        self._lines_of: dict[TaskId, range] = {}
         stem = f"files/{claim.batch.id}/{claim.ref.epoch}-{claim.session}"
         self._output = _Sink(blobs, f"{stem}-output.jsonl")
         self._errors = _Sink(blobs, f"{stem}-errors.jsonl")
@@ -161,6 +169,7 @@ class Sealing:
         """
         shards = self._store.fence(self._claim.ref)
         crash.point("seal.fenced")
+        self._lines_of = _lines_by_task(shards)
         for shard in shards:
             self._salvage_tail(shard)
         scope = self._store.scope(self._batch.tenant)
@@ -192,7 +201,7 @@ class Sealing:
         progress = Progress()
         registered = sum(extent.count for extent in shard.extents)
         if registered < shard.shard.line_count and shard.earlier:
-            found = salvage(self._blobs, shard, lines=self._lines_of(shard))
+            found = salvage(self._blobs, shard, lines=self._lines_of[shard.ref.task_id])
             if found.records:
                 own = self._journal.open(self._batch.id, shard.ref, first_mark=0)
                 copy_salvaged(self._blobs, found.records, own)
@@ -201,12 +210,6 @@ class Sealing:
                 own.close()
         self._store.salvage_sealed(self._claim.ref, shard.ref, progress)
         crash.point("seal.salvaged")
-
-    def _lines_of(self, shard: Claim) -> range:
-        """The line numbers that a shard still has; a holder frozen before a split may have answered others."""
-        assert shard.shard is not None
-        count = read_checked(self._blobs, shard).count(b"\n")
-        return range(shard.shard.first_line, shard.shard.first_line + count + 1)
 
     def _extents(self) -> list[Extent]:
         scope = self._store.scope(self._batch.tenant)
@@ -278,7 +281,7 @@ class Sealing:
         ended_by = self._batch.ended_by
         if ended_by not in _UNFINISHED:
             raise ReconciliationError(f"line {number} has no result although every shard was settled")
-        code, message = _UNFINISHED[ended_by]
+        code, message = _UNFINISHED[ended_by] if custom_id is not None else _LOST
         self._ledger.unfinished += 1
         self._errors.add(self._results.failed(number, custom_id, code=code, message=message))
 
@@ -287,11 +290,23 @@ class Sealing:
         self._errors.add(self._results.refused(problem))
         return next(rest, None)
 
-    def _missing(self, shard: Claim, results: Container[int]) -> dict[int, str | None]:
-        """The lines of a shard without a record, with their custom_ids where the input can still be read."""
+    def _missing(self, shard: Claim, results: Mapping[int, object]) -> dict[int, str | None]:
+        """The lines of a shard without a record, with their custom_ids where the input can still be read.
+
+        Where it cannot, only their number is known: which of the shard's lines are blank, and so are no requests, is
+        not, and the first that may be one stand for them.
+        """
         row = shard.shard
         assert row is not None
-        buffer = read_checked(self._blobs, shard)
+        try:
+            buffer = read_checked(self._blobs, shard)
+        except (InputChanged, NotFound) as error:
+            count = row.line_count - len(results)
+            logger.error("%d lines lost: %s", count, error, extra={"action": "input_lost", "batch_id": self._batch.id})  # noqa: TRY400 - no bug
+            open_numbers = (
+                number for number in self._lines_of[row.task_id] if number not in results and number not in row.skipped
+            )
+            return dict.fromkeys(islice(open_numbers, count))
         lines = iter_lines(buffer, row.first_line, row.skipped, self._rules)
         return {line.line_number: line.custom_id for line in lines if line.line_number not in results}
 
@@ -337,6 +352,13 @@ class Sealing:
             blob=sink.name,
             created_at=self._clock.now(),
         )
+
+
+def _lines_by_task(shards: Sequence[Claim]) -> dict[TaskId, range]:
+    """The line numbers that each shard still has; a holder frozen before a split may have answered others."""
+    firsts = [shard.shard.first_line for shard in shards if shard.shard is not None]
+    ends = [*firsts[1:], sys.maxsize]
+    return {shard.ref.task_id: range(first, end) for shard, first, end in zip(shards, firsts, ends, strict=False)}
 
 
 class _FarPayload:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 
 import pytest
 
 from batchrunner import crash
+from batchrunner.blobs.local import LocalBlobs
 from batchrunner.errors import Fenced, InputChanged, JournalCorrupt
 from batchrunner.lifecycle import BatchEvent, BatchStatus
 from batchrunner.models import LineCode, OnUnknown, Progress, TaskKind
@@ -242,6 +244,39 @@ def test_deadline_ends_what_is_left(place: Place) -> None:
     assert place.batch().status is BatchStatus.EXPIRED
     assert place.batch().expired_count == 13
     assert place.check().codes == {LineCode.BATCH_EXPIRED: 13}
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_deadline_ends_what_is_left_of_an_input_that_cannot_be_read(place: Place, *, is_gone: bool) -> None:
+    one = place.hand("one")
+    place.begin(one, lines=20, deadline_at=place.clock.now() + timedelta(minutes=1))
+    one.validate()
+    run = one.take()
+    one.answer(run, 7)
+    one.store.give_back(run.claim.ref, Progress())
+    if is_gone:
+        place.input.unlink()
+    else:
+        place.input.write_bytes(b"")
+
+    place.clock.advance(61.0)
+    one.store.sweep()
+    one.seal()
+
+    batch = place.batch()
+    errors = [json.loads(line) for line in error_lines(place, one)]
+    assert (batch.status, batch.expired_count, batch.succeeded_count) == (BatchStatus.EXPIRED, 13, 7)
+    assert [(each["custom_id"], each["error"]["code"]) for each in errors] == [(None, LineCode.INPUT_LOST)] * 13
+    assert len({each["id"] for each in errors}) == 13
+
+
+def error_lines(place: Place, hand: Hand) -> list[bytes]:
+    """The lines of the sealed errors file."""
+    file_id = place.batch().error_file_id
+    assert file_id is not None
+    file = place.scope(hand).file(file_id)
+    content = LocalBlobs(place.folder / "blobs").read(file.blob, 0, file.size_bytes)
+    return content.splitlines()
 
 
 def test_changed_input_is_found_before_a_line_goes_out(place: Place) -> None:
