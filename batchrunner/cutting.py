@@ -6,11 +6,15 @@ How the bytes are chunked makes no difference to where the cuts lie. What a line
 from __future__ import annotations
 
 from collections.abc import Iterator
+from io import BytesIO
+from operator import itemgetter
 
 import msgspec
 
 _BOM = b"\xef\xbb\xbf"
-_OPEN, _CLOSE, _RETURN = b"{}\r"
+_OPEN, _CLOSE = b"{}"
+_first = itemgetter(0)
+_last_but_one = itemgetter(-2)
 
 
 class Block(msgspec.Struct, frozen=True, gc=False):
@@ -57,20 +61,23 @@ class Cutter:
         self._lines_max = lines_max
         self._bytes_max = bytes_max
         self._line_bytes_max = line_bytes_max
-        self._buffer = bytearray()
         self._has_begun = False
         self._byte_start = 0
         self._first_line = 1
-        # In the buffer: where the unfinished line begins, how far it was searched, and the whole lines before it.
-        self._line_start = 0
-        self._searched = 0
-        self._line_count = 0
-        self._is_plain = True
+        # The whole lines of the next block, each with its 0x0A, and the line that has not ended yet.
+        self._lines: list[bytes] = []
+        self._held_bytes = 0
+        self._buffer = bytearray()
         # Bytes of a line that is too long and has not ended yet; they are counted, not kept.
         self._dropped_bytes = 0
 
     def feed(self, chunk: bytes) -> Iterator[Block | LongLine]:
         """Take the next bytes and give what they complete. The iterator has to be used up before the next call."""
+        if not self._has_begun:
+            self._buffer += chunk
+            if len(self._buffer) < len(_BOM):
+                return
+            chunk = self._begin()
         if self._dropped_bytes:
             end = chunk.find(b"\n")
             if end < 0:
@@ -78,76 +85,89 @@ class Cutter:
                 return
             yield self._long_line(self._dropped_bytes + end)
             chunk = chunk[end + 1 :]
-        self._buffer += chunk
-        if self._has_begun or len(self._buffer) >= len(_BOM):
-            self._skip_mark()
-            yield from self._whole_lines()
+        yield from self._split(chunk)
 
     def finish(self) -> Iterator[Block | LongLine]:
         """Give what is left; the last line needs no 0x0A. Nothing can be fed after it."""
         if not self._has_begun:
-            self._skip_mark()
-            yield from self._whole_lines()
+            yield from self._split(self._begin())
         if self._dropped_bytes:
             yield self._long_line(self._dropped_bytes)
             return
-        start, count, is_plain = self._line_start, self._line_count, self._is_plain
-        if count and len(self._buffer) > max(start, self._bytes_max):
-            yield self._cut(start, count, is_plain=is_plain)
-            start, count, is_plain = 0, 0, True
-        if start < len(self._buffer):
-            is_plain = is_plain and _is_plain(self._buffer, start, len(self._buffer))
-            count += 1
-        if count:
-            yield self._cut(len(self._buffer), count, is_plain=is_plain)
+        if self._buffer:
+            if self._lines and self._held_bytes + len(self._buffer) > self._bytes_max:
+                yield self._cut()
+            self._lines.append(bytes(self._buffer))
+        if self._lines:
+            yield self._cut()
 
-    def _skip_mark(self) -> None:
-        if not self._has_begun and self._buffer.startswith(_BOM):
-            del self._buffer[: len(_BOM)]
-            self._byte_start = len(_BOM)
+    def _begin(self) -> bytes:
+        """Give the first bytes without their mark."""
         self._has_begun = True
+        content = bytes(self._buffer)
+        self._buffer.clear()
+        if content.startswith(_BOM):
+            self._byte_start = len(_BOM)
+            return content[len(_BOM) :]
+        return content
 
-    def _whole_lines(self) -> Iterator[Block | LongLine]:
-        buffer, find = self._buffer, self._buffer.find
-        bytes_max, lines_max, line_bytes_max = self._bytes_max, self._lines_max, self._line_bytes_max
-        start, count, is_plain = self._line_start, self._line_count, self._is_plain
-        opening, closing = _OPEN, _CLOSE
+    def _split(self, chunk: bytes) -> Iterator[Block | LongLine]:
+        if b"\n" not in chunk:
+            self._buffer += chunk
+        else:
+            lines = BytesIO(chunk).readlines()
+            if self._buffer:
+                self._buffer += lines[0]
+                lines[0] = bytes(self._buffer)
+                self._buffer.clear()
+            if not chunk.endswith(b"\n"):
+                self._buffer += lines.pop()
+            yield from self._take(lines)
+        if len(self._buffer) > self._line_bytes_max:
+            if self._lines:
+                yield self._cut()
+            self._dropped_bytes = len(self._buffer)
+            self._buffer.clear()
+
+    def _take(self, lines: list[bytes]) -> Iterator[Block | LongLine]:
+        """Take whole lines, and give the blocks that they fill."""
+        size_bytes = self._held_bytes + sum(map(len, lines))
+        if size_bytes > min(self._bytes_max, self._line_bytes_max):
+            yield from self._take_measured(lines)
+            return
         # Mostly all that is held is too little for any limit, and no line needs to be measured.
-        is_tight = len(buffer) > min(bytes_max, line_bytes_max)
-        end = find(b"\n", self._searched)
-        while end >= 0:
-            # The line does not fit into the block, or must stand alone.
-            if is_tight and count and (end >= bytes_max or end - start > line_bytes_max):
-                yield self._cut(start, count, is_plain=is_plain)
-                start, end, count, is_plain = 0, end - start, 0, True
-            if is_tight and end - start > line_bytes_max:
-                del buffer[: end + 1]
-                yield self._long_line(end)
-            else:
-                if is_plain and (buffer[end - 1] != closing or buffer[start] != opening):
-                    is_plain = _is_plain(buffer, start, end)
-                start = end + 1
-                count += 1
-                if count == lines_max:
-                    yield self._cut(start, count, is_plain=is_plain)
-                    start, count, is_plain = 0, 0, True
-            end = find(b"\n", start)
-        if len(buffer) - start > line_bytes_max:
-            if count:
-                yield self._cut(start, count, is_plain=is_plain)
-            self._dropped_bytes = len(buffer)
-            buffer.clear()
-            start, count, is_plain = 0, 0, True
-        self._line_start, self._line_count, self._is_plain, self._searched = start, count, is_plain, len(buffer)
+        start = 0
+        while start + self._lines_max <= len(self._lines) + len(lines):
+            end = start + self._lines_max - len(self._lines)
+            self._lines += lines[start:end]
+            start = end
+            yield self._cut()
+        rest = lines[start:]
+        self._lines += rest
+        self._held_bytes = size_bytes if start == 0 else sum(map(len, rest))
 
-    def _cut(self, end: int, count: int, *, is_plain: bool) -> Block:
-        """Take whole lines out of the buffer."""
-        with memoryview(self._buffer) as view:
-            content = bytes(view[:end])
-        del self._buffer[:end]
-        block = Block(content, self._byte_start, self._first_line, count, is_plain)
-        self._byte_start += end
-        self._first_line += count
+    def _take_measured(self, lines: list[bytes]) -> Iterator[Block | LongLine]:
+        for line in lines:
+            size_bytes = len(line) - 1
+            is_too_long = size_bytes > self._line_bytes_max
+            # The line does not fit into the block, or must stand alone.
+            if self._lines and (is_too_long or self._held_bytes + len(line) > self._bytes_max):
+                yield self._cut()
+            if is_too_long:
+                yield self._long_line(size_bytes)
+                continue
+            self._lines.append(line)
+            self._held_bytes += len(line)
+            if len(self._lines) == self._lines_max:
+                yield self._cut()
+
+    def _cut(self) -> Block:
+        """Make a block of the lines held."""
+        lines = self._lines
+        block = Block(b"".join(lines), self._byte_start, self._first_line, len(lines), _are_plain(lines))
+        self._byte_start += len(block.content)
+        self._first_line += len(lines)
+        self._lines, self._held_bytes = [], 0
         return block
 
     def _long_line(self, size: int) -> LongLine:
@@ -158,8 +178,17 @@ class Cutter:
         return line
 
 
-def _is_plain(buffer: bytearray, start: int, end: int) -> bool:
+def _are_plain(lines: list[bytes]) -> bool:
+    if set(map(_first, lines)) != {_OPEN}:
+        return False
+    whole = lines if lines[-1].endswith(b"\n") else lines[:-1]
+    # Nearly always it can be told from the byte before each 0x0A; no line is shorter than two bytes here.
+    if set(map(_last_but_one, whole)) <= {_CLOSE}:
+        return whole is lines or _is_plain(lines[-1])
+    return all(map(_is_plain, lines))
+
+
+def _is_plain(line: bytes) -> bool:
     """Tell whether a line begins with `{` and ends with `}`, before a carriage return at most."""
-    if end > start and buffer[end - 1] == _RETURN:
-        end -= 1
-    return end - start > 1 and buffer[start] == _OPEN and buffer[end - 1] == _CLOSE
+    line = line.removesuffix(b"\n").removesuffix(b"\r")
+    return len(line) > 1 and line[0] == _OPEN and line[-1] == _CLOSE

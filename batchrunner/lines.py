@@ -175,7 +175,8 @@ _OPENERS = b"[{"
 NOT_OPENERS = bytes(byte for byte in range(256) if byte not in _OPENERS + b"\n")
 _NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 AS_SQUARE = bytes.maketrans(b"{}", b"[]")
-_UTF8_SLICE_BYTES = 1024 * 1024
+# What is decoded takes up to four times its bytes, to be thrown away: it should not leave the cache.
+_UTF8_SLICE_BYTES = 64 * 1024
 
 
 def model_of(line: RequestLine) -> str | None:
@@ -192,15 +193,12 @@ def is_utf8(raw: bytes) -> bool:
     """Tell whether all bytes are valid UTF-8, in parts that a JSON decoder would skip too."""
     if raw.isascii():
         return True
+    start, size_bytes = 0, len(raw)
     try:
-        if len(raw) <= _UTF8_SLICE_BYTES:
-            raw.decode()
-            return True
-        # A decoded string takes up to four times its bytes, so a long one is never decoded whole.
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        for start in range(0, len(raw), _UTF8_SLICE_BYTES):
-            decoder.decode(raw[start : start + _UTF8_SLICE_BYTES])
-        decoder.decode(b"", final=True)
+        with memoryview(raw) as view:
+            while start < size_bytes:
+                end = start + _UTF8_SLICE_BYTES
+                start += codecs.utf_8_decode(view[start:end], "strict", end >= size_bytes)[1]
     except UnicodeDecodeError:
         return False
     return True

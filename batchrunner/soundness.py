@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from operator import attrgetter
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
-from msgspec import UNSET, Struct
+from msgspec import UNSET, Raw, Struct
 
 from batchrunner.lines import AS_SQUARE, NOT_OPENERS, NULL, Body, LineRules, accepted_url, is_utf8
 
@@ -18,6 +20,18 @@ class _WholeLine(Struct, gc=False):
     url: str | None = None
 
 
+class _UniformBody(Protocol):
+    content: Raw
+
+
+class _UniformLine(Protocol):
+    """A line whose method, url and model were compared while it was read, and whose body was seen not to stream."""
+
+    custom_id: str
+    body: _UniformBody
+
+
+_decode_line = msgspec.json.Decoder(_WholeLine).decode
 _decode_lines = msgspec.json.Decoder(_WholeLine).decode_lines
 
 
@@ -34,13 +48,57 @@ def sound_lines(block: bytes, count: int, rules: LineRules) -> SoundLines | None
     The caller knows that the block has `count` lines, each beginning with `{` and ending with `}` before its 0x0A. No
     JSON value can hold such a line break, so as many values as lines means one value a line.
     """
+    if len(block) > rules.line_bytes_max or not is_utf8(block):
+        return None
+    found = _uniform_lines(block, count, rules) or _typed_lines(block, count, rules)
+    return None if found is None or _is_any_too_deep(block, rules.depth_max) else found
+
+
+def _is_any_too_deep(block: bytes, depth_max: int) -> bool:
+    """Tell whether more brackets than allowed open in any line; some may lie in strings or side by side."""
+    return b"[" * (depth_max + 1) in block.translate(AS_SQUARE, NOT_OPENERS)
+
+
+def _uniform_lines(block: bytes, count: int, rules: LineRules) -> SoundLines | None:
+    """Judge lines that all name the url and the model of the first. None: they do not, or something is wrong."""
     try:
-        if len(block) > rules.line_bytes_max or not is_utf8(block):
+        first = _decode_line(block[: block.find(b"\n") + 1] or block)
+        needs = rules.needs_of_given.get(first.url or "")
+        if needs is None or not needs.fields or first.url is None or not first.body.model:
             return None
+        if rules.model is not None and first.body.model != rules.model:
+            return None
+        lines = _uniform_decoder(first.url, first.body.model, needs.fields[0])(block)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    custom_ids = [line.custom_id for line in lines]
+    if len(lines) != count or not _are_usable(custom_ids, rules):
+        return None
+    contents = [line.body.content for line in lines]
+    # Comparing lengths first spares the comparison of contents.
+    if len(NULL) in map(len, contents) and NULL in contents:
+        return None
+    return SoundLines(custom_ids, {first.body.model})
+
+
+@lru_cache(maxsize=16)
+def _uniform_decoder(url: str, model: str, field: str) -> Callable[[bytes], list[_UniformLine]]:
+    content = ("content", Raw, msgspec.field(name=field))
+    body = msgspec.defstruct("_Body", [("model", Literal[model]), content, ("stream", None, None)], gc=False)
+    line = msgspec.defstruct(
+        "_Line",
+        [("custom_id", str), ("method", Literal["POST"]), ("url", Literal[url]), ("body", body)],
+        gc=False,
+    )
+    return msgspec.json.Decoder(line).decode_lines  # type: ignore[return-value]
+
+
+def _typed_lines(block: bytes, count: int, rules: LineRules) -> SoundLines | None:
+    try:
         lines = _decode_lines(block)
     except (msgspec.DecodeError, RecursionError):
         return None
-    if len(lines) != count or b"[" * (rules.depth_max + 1) in block.translate(AS_SQUARE, NOT_OPENERS):
+    if len(lines) != count:
         return None
     bodies = [line.body for line in lines]
     found = SoundLines([line.custom_id for line in lines], {body.model for body in bodies})
@@ -58,8 +116,7 @@ def _are_alike_and_sound(lines: list[_WholeLine], bodies: list[Body], found: Sou
         return False
     if rules.model is not None and found.models != {rules.model}:
         return False
-    lengths = set(map(len, found.custom_ids))
-    if not 0 < min(lengths) <= max(lengths) <= rules.custom_id_chars_max or "\0" in "".join(found.custom_ids):
+    if not _are_usable(found.custom_ids, rules):
         return False
     if any([body.stream for body in bodies]):  # noqa: C419  a list is twice as fast as a generator
         return False
@@ -67,3 +124,8 @@ def _are_alike_and_sound(lines: list[_WholeLine], bodies: list[Body], found: Sou
         return True
     values = list(map(attrgetter(needs.fields[0]), bodies))
     return UNSET not in values and NULL not in values
+
+
+def _are_usable(custom_ids: list[str], rules: LineRules) -> bool:
+    lengths = set(map(len, custom_ids))
+    return 0 < min(lengths) <= max(lengths) <= rules.custom_id_chars_max and "\0" not in "".join(custom_ids)

@@ -237,8 +237,12 @@ class Validator:
 
     def _take_sound(self, block: Block) -> bool:
         """Take a block whose lines are all plain and sound; False if it has to be looked at line by line."""
-        if self._chosen is not None or not self._rules.is_settled:
+        if self._chosen is not None:
             return False
+        if not self._rules.is_settled:
+            self._learn_from_first(block)
+            if not self._rules.is_settled:
+                return False
         sound = sound_lines(block.content, block.line_count, self._rules)
         if sound is None:
             return False
@@ -246,6 +250,14 @@ class Validator:
         self._note_models(sound.models)
         self._remember(block, block.line_count, array("q", list(map(hash, sound.custom_ids))), [])
         return True
+
+    def _learn_from_first(self, block: Block) -> None:
+        """Learn what the first line teaches, as looking at each line would."""
+        line_number, raw = next(split_lines(block.content, block.first_line))
+        self._rules = self._rules.learn_url(raw)
+        found = parse_line(raw, line_number, self._rules)
+        if isinstance(found, RequestLine):
+            self._rules = self._rules.learn_model(found)
 
     def _take_one_by_one(self, block: Block) -> None:
         hashes = array("q")

@@ -477,3 +477,15 @@ def test_a_good_line_comes_out_as_it_went_in(custom_id: str, body: dict[str, Any
     found = accepted(raw)
 
     assert (found.custom_id, found.url, found.body) == (custom_id, CHAT_COMPLETIONS, json.dumps(body).encode())
+
+
+@pytest.mark.parametrize("character", ["é", "東", "\U0001f600"])
+def test_utf8_is_checked_across_the_slices_it_is_decoded_in(character: str) -> None:
+    code = character.encode()
+    for before in range(lines._UTF8_SLICE_BYTES - 4, lines._UTF8_SLICE_BYTES + 1):
+        whole = b"a" * before + code + b"b" * lines._UTF8_SLICE_BYTES + code
+
+        assert lines.is_utf8(whole)
+        assert not lines.is_utf8(whole[:-1])
+        assert not lines.is_utf8(whole[: before + 1])
+        assert not lines.is_utf8(whole[: before + 1] + whole)

@@ -402,6 +402,52 @@ def test_a_block_is_sound_only_if_each_of_its_lines_is(rows: list[bytes]) -> Non
         assert found is None
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        line("b", url=...),
+        line("b", url=EMBEDDINGS, body={"model": "m", "input": "x"}),
+        line("b", body={"model": "other", "messages": []}),
+        line("b", body={"model": "", "messages": []}),
+        line("b", body={"messages": []}),
+        line("b", body={"model": "m"}),
+        line("b", body={"model": "m", "messages": None}),
+        line("b", body={"model": "m", "messages": 1234}),
+        line("b", body=BODY | {"stream": True}),
+        line("b", body=BODY | {"stream": False}),
+        line("b", body=BODY | {"stream": 1}),
+        line("b", method="GET"),
+        line(""),
+        line("a\0b"),
+        line("x" * 513),
+        line("b", x=json.loads("[" * 125 + "]" * 125)),
+        line("b", x=json.loads("[" * 128 + "]" * 128)),
+        line("b").replace(b'"messages"', b'"x":"\xff","messages"'),
+    ],
+)
+@pytest.mark.parametrize("rules", [replace(CHAT, wants_url=True), LineRules(wants_url=False)])
+def test_a_line_unlike_the_first_is_judged_as_it_is_alone(odd: bytes, rules: LineRules) -> None:
+    is_sound = isinstance(parse_line(odd, 2, rules), RequestLine)
+
+    assert (sound_lines(line("a") + b"\n" + odd + b"\n", 2, rules) is not None) == is_sound
+    assert (sound_lines(odd + b"\n" + line("a"), 2, rules) is not None) == is_sound
+
+
+@pytest.mark.parametrize("is_strict", [False, True])
+def test_the_first_block_is_judged_at_once_too(monkeypatch: pytest.MonkeyPatch, is_strict: bool) -> None:
+    judged: list[int] = []
+
+    def parse_and_note(raw: bytes, line_number: int, rules: LineRules) -> RequestLine | LineProblem:
+        judged.append(line_number)
+        return parse_line(raw, line_number, rules)
+
+    monkeypatch.setattr(validation, "parse_line", parse_and_note)
+
+    found = validate(b"\n".join(line(str(number)) for number in range(50)), replace(CHAT, is_strict=is_strict))
+
+    assert (found.total_count, found.model, judged) == (50, "m", [1])
+
+
 def test_a_value_over_two_lines_is_not_made_up_for_by_two_values_on_one() -> None:
     """As many values as lines, and yet two lines are no JSON: the cut of each line has to be seen."""
     whole = line("a")
