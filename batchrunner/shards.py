@@ -63,6 +63,10 @@ class ShardRun:
         self.intent_wanted = 0
         if self.is_at_most_once or self.is_quarantined:
             self.intent_mark = claim.shard.intent_mark
+        # Deaths of holders, without a line done since, that may have had lines of this shard under way; and the last
+        # line that any holder may have sent, None where that cannot be read any more.
+        self.deaths_at_work = 0
+        self.suspects_end: int | None = None
         self.re_executed_count = 0
         self.aborted_count = 0
         self.retry_count = 0
@@ -268,6 +272,23 @@ class ShardRun:
         )
         return head, tail
 
+    def cut_suspects(self) -> tuple[ShardCut, ShardCut] | None:
+        """Work out a split behind the last line that any holder may have sent; None if no request lies beyond it."""
+        if self.suspects_end is None or self.is_touched:
+            return None
+        position, kept = 0, 0
+        for number in range(self.shard.first_line, self.suspects_end + 1):
+            end = self._buffer.find(b"\n", position)
+            if end < 0:
+                return None
+            if number not in self._skipped and not is_blank(self._buffer[position:end]):
+                kept += 1
+            position = end + 1
+        tail_lines = self.shard.line_count - kept
+        if kept < 1 or tail_lines < 1:
+            return None
+        return self._cut_at(position, self.suspects_end, self.shard.first_index + kept, tail_lines)
+
     def drop_tail(self, tail: ShardCut) -> None:
         """Forget the lines that a split gave away."""
         self._end -= tail.byte_end - tail.byte_start
@@ -324,6 +345,10 @@ def load(blobs: Blobs, journal: Journal, claim: Claim, rules: LineRules) -> Shar
     run = ShardRun(claim, buffer, rules, own, set(found.registered))
     run.take_over(found, blobs)
     crash.point("salvage.copied")
+    if not found.damages:
+        run.suspects_end = max(found.marks.values(), default=first_mark)
+    if shard.deaths and not found.records:
+        run.deaths_at_work = sum(epoch in found.marks for epoch, _ in claim.earlier[-shard.deaths :])
     if is_at_most_once:
         for line in run.open_lines(shard.intent_mark):
             run.end_open_line(line, LineCode.OUTCOME_UNKNOWN, _UNKNOWN)

@@ -405,11 +405,11 @@ class Worker:
         """
         assert claim.shard is not None
         try:
-            if claim.shard.deaths >= _QUARANTINE_DEATHS and not claim.shard.is_quarantined:
-                await self._call(self._store.quarantine, claim.ref)
-                return
             run = await self._call(self._pipeline.load_shard, claim)
             crash.point("shard.loaded")
+            if run.deaths_at_work >= _QUARANTINE_DEATHS and not claim.shard.is_quarantined:
+                await self._quarantine(run)
+                return
             # What was salvaged and may be sent again is on record before the first line goes out: a second death must
             # not hide the repeats of the first.
             await self._register(run)
@@ -425,6 +425,14 @@ class Worker:
             return
         self._runs[claim.ref.task_id] = run
         self.fanout.add(run)
+
+    async def _quarantine(self, run: ShardRun) -> None:
+        """Have the lines that may have killed their holders sent one at a time; those never sent go on as they are."""
+        run.journal.close()
+        cut = run.cut_suspects()
+        if cut is not None:
+            await self._call(self._store.split, run.claim.ref, *cut)
+        await self._call(self._store.quarantine, run.claim.ref)
 
     async def _run_step(self, claim: Claim) -> None:
         """Validate or seal in a thread, with its own proof of life."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -311,6 +312,70 @@ def test_at_most_once_line_in_doubt_is_never_sent_again(place: Place) -> None:
     checked = place.check()
     assert checked.codes == {LineCode.OUTCOME_UNKNOWN: 1}
     assert checked.failed == ["request-00004"]
+
+
+def test_deaths_of_holders_that_had_sent_nothing_of_a_shard_do_not_count_against_it(place: Place) -> None:
+    finder = place.hand("finder")
+    place.begin(finder, lines=10)
+    finder.validate()
+    for death in range(4):
+        victim = place.hand(f"victim-{death}")
+        victim.take()
+        lose(place, victim, finder)
+
+    run = finder.take()
+
+    assert run.shard.deaths == 4
+    assert run.deaths_at_work == 0
+
+
+def test_salvaged_results_clear_a_shard_of_the_deaths_before(place: Place) -> None:
+    finder = place.hand("finder")
+    place.begin(finder, lines=10)
+    finder.validate()
+    for death in range(3):
+        victim = place.hand(f"victim-{death}")
+        run = victim.take()
+        victim.answer(run, 1 if death == 2 else 0)
+        victim.next_line(run)
+        lose(place, victim, finder)
+
+    run = finder.take()
+
+    assert run.shard.deaths == 3
+    assert run.deaths_at_work == 0
+
+
+def test_only_lines_that_may_have_been_sent_are_quarantined(place: Place) -> None:
+    place.settings = replace(place.settings, shard_lines_max=100)
+    finder = place.hand("finder")
+    place.begin(finder, lines=100)
+    finder.validate()
+    for death in range(3):
+        victim = place.hand(f"victim-{death}")
+        run = victim.take()
+        if death == 0:
+            victim.answer(run, 2)
+            victim.register(run)
+        victim.next_line(run)
+        lose(place, victim, finder)
+
+    suspect = finder.take()
+    cut = suspect.cut_suspects()
+    assert cut is not None
+    finder.store.split(suspect.claim.ref, *cut)
+    finder.store.quarantine(suspect.claim.ref)
+    rest = finder.take()
+    finder.answer(rest)
+    finder.settle(rest)
+
+    assert suspect.deaths_at_work == 3
+    assert suspect.suspects_end is not None
+    assert 3 <= suspect.suspects_end < 100
+    assert rest.shard.first_line == suspect.suspects_end + 1
+    assert rest.shard.line_count == 100 - suspect.suspects_end
+    assert finder.find(TaskKind.SHARD) is None
+    assert finder.find(TaskKind.SHARD, quarantined=True) is not None
 
 
 def test_line_that_kills_its_holder_again_and_again_is_given_up(place: Place) -> None:
