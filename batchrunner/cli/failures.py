@@ -39,7 +39,7 @@ _HINTS: dict[str, str] = {
     LineCode.INVALID_RESPONSE: "The answer was no usable JSON: see whether a proxy stands in front of the upstream.",
     LineCode.OUTCOME_UNKNOWN: "Perhaps processed, so not sent twice; --retry-failed=outcome_unknown sends it again.",
     LineCode.POISON_REQUEST: "Something died each time this line was under way: try it alone first.",
-    LineCode.INPUT_LOST: "The input was gone or changed at the end: put it back and run those of its lines that are missing.",
+    LineCode.INPUT_LOST: "The input was gone or changed at the end: put it back and run what is missing.",
     "context_length_exceeded": "Prompt and max_tokens exceed the model's context: shorten one of them.",
     "model_not_found": "See which models the server has with `batchrunner doctor -u URL`; mend `model` in the input.",
     "400": "The request itself is refused: the message says why; mend these lines in the input.",
