@@ -36,7 +36,8 @@ class Killer:
     def __init__(self, run: Bench, scale: Scale, *, seed: int, lost_per_kill: int = 0) -> None:
         self._run = run
         self._rng = random.Random(seed)
-        self._gap_max = 2 * (scale.lines - scale.kills * lost_per_kill) // (scale.kills + 1)
+        # On average the last kill comes after three quarters of the lines, so that it does not come too late.
+        self._gap_max = 3 * (scale.lines - scale.kills * lost_per_kill) // (2 * (scale.kills + 1))
         self._repeats = 0
 
     async def wait(self, command: Command) -> None:
