@@ -79,8 +79,8 @@ class Fanout:
         self._lane_of: dict[BatchId, Lane] = {}
         self._waiting = Waiting()
         self._allowed = 0
-        # Places that were refused lately stay empty until the window was asked again, which takes a while over a pipe: an
-        # upstream that refuses at once would be asked a thousand times a second by each place too many.
+        # Places that were refused lately stay empty until the window was asked again, which takes a while over a pipe:
+        # an upstream that refuses at once would be asked a thousand times a second by each place too many.
         self._refused_before = 0
         self._refused_places = 0
         self._parked: list[asyncio.Future[None]] = []
