@@ -174,7 +174,7 @@ def test_the_bar_of_the_panel_has_a_line_of_its_own():
 
 def log_of_a_failure(error):
     """What the panel says of a step that failed, with a log record before it that the panel tells by itself."""
-    said = []
+    said: list[str] = []
     panel = Panel(is_json=False)
     logger = logging.getLogger("batchrunner.worker")
     panel._log._say = said.append
