@@ -74,10 +74,10 @@ class Command:
                     return line.decode(errors="replace")
         raise AssertionError(f"it ended without saying {words!r}: {b''.join(self.talk)!r}")
 
-    async def ended(self) -> Ended:
+    async def ended(self, *, within_s: float = COMMAND_S) -> Ended:
         """Wait for its end."""
         try:
-            async with asyncio.timeout(COMMAND_S):
+            async with asyncio.timeout(within_s):
                 out, err = await self.process.communicate()
         except TimeoutError:
             self.kill_group()

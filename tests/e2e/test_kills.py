@@ -18,16 +18,17 @@ COMMIT_GROUP = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """How large the run is and how often it is killed."""
+    """How large the run is, how often it is killed, and how long the rest after the last kill may take."""
 
     lines: int
     kills: int
     latency: str
+    rest_s: float
 
 
-QUICK = Scale(lines=1_500, kills=3, latency="50ms")
+QUICK = Scale(lines=1_500, kills=3, latency="50ms", rest_s=60.0)
 # Undisturbed it takes a little over three minutes.
-FULL = Scale(lines=10_000, kills=50, latency="300ms")
+FULL = Scale(lines=10_000, kills=50, latency="300ms", rest_s=400.0)
 
 
 class Killer:
@@ -74,7 +75,7 @@ async def kill_all(
         command.kill_group()
         ended = await command.ended()
         assert ended.code == -signal.SIGKILL, ended.stderr
-    ended = await run.run(*flags, "--json")
+    ended = await (await run.start(*flags, "--json")).ended(within_s=scale.rest_s)
     killer.check_repeats(per_kill_max=WINDOW + COMMIT_GROUP * workers)
     return ended
 
@@ -100,7 +101,7 @@ async def kill_single_workers(folder: Path, scale: Scale, *, seed: int) -> None:
             killer.check_repeats(per_kill_max=WINDOW + COMMIT_GROUP)
             workers = command.workers()
             workers[killer.choose(len(workers))].kill()
-        ended = await command.ended()
+        ended = await command.ended(within_s=scale.rest_s)
 
         assert ended.code == 0, ended.stderr
         killer.check_repeats(per_kill_max=WINDOW + COMMIT_GROUP)
