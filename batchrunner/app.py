@@ -26,7 +26,7 @@ from batchrunner.clock import SystemClock, SystemRng
 from batchrunner.errors import BatchrunnerError, NotFound, UsageError
 from batchrunner.fanout import Fanout
 from batchrunner.journal import Journal
-from batchrunner.limits import Breaker, Cooldown, FirstContact, Gate, Outage, TokenBucket
+from batchrunner.limits import Breaker, Cooldown, FirstContact, Gate, Outage, ReadBudget, TokenBucket
 from batchrunner.metrics import Tally
 from batchrunner.models import LOCAL_TENANT, BatchId, SessionId
 from batchrunner.pace import Window
@@ -175,7 +175,8 @@ async def worker_session(
         on_durable=lambda: _call_soon(loop, worker.durable),
         tick_s=settings.journal_tick_s,
     )
-    upstream = _upstream(adapters, settings, api_key)
+    gate = _gate(settings)
+    upstream = _upstream(adapters, settings, api_key, gate.reading)
     pipeline = Pipeline(
         store=adapters.store, blobs=adapters.blobs, journal=journal, clock=adapters.clock, settings=settings
     )
@@ -185,7 +186,7 @@ async def worker_session(
         clock=adapters.clock,
         rng=adapters.rng,
         settings=settings,
-        gate=_gate(settings),
+        gate=gate,
     )
     worker = Worker(
         session=session,
@@ -210,7 +211,7 @@ def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) ->
     loop.call_soon_threadsafe(callback)
 
 
-def _upstream(adapters: Adapters, settings: Settings, api_key: str | None) -> AiohttpUpstream:
+def _upstream(adapters: Adapters, settings: Settings, api_key: str | None, budget: ReadBudget) -> AiohttpUpstream:
     if settings.base_url is None:
         raise UsageError("no upstream is named", hint="Give -u URL or set OPENAI_BASE_URL.")
     return AiohttpUpstream(
@@ -221,6 +222,7 @@ def _upstream(adapters: Adapters, settings: Settings, api_key: str | None) -> Ai
         idle_timeout_s=settings.idle_timeout_s,
         connect_timeout_s=settings.connect_timeout_s,
         reply_bytes_max=settings.reply_bytes_max,
+        budget=budget,
     )
 
 

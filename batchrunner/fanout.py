@@ -182,9 +182,12 @@ class Fanout:
     @property
     def effective_window(self) -> int:
         """The window, or less where the memory budget would not hold that many answers."""
-        held = sum(run.buffer_bytes for lane in self._lanes for run in lane.runs) + self._journal.waiting_bytes
-        budget = max(1, int((self._memory_bytes_max - held) / self._reply_bytes_high))
-        return min(self.window, budget)
+        return min(self.window, max(1, int(self._memory_left_bytes / self._reply_bytes_high)))
+
+    @property
+    def _memory_left_bytes(self) -> int:
+        held_bytes = sum(run.buffer_bytes for lane in self._lanes for run in lane.runs) + self._journal.waiting_bytes
+        return self._memory_bytes_max - held_bytes
 
     async def run(self) -> None:
         """Work until `close`; then return when no exchange is under way."""
@@ -212,6 +215,7 @@ class Fanout:
     def _tick(self, group: asyncio.TaskGroup) -> None:
         now_s = self._clock.monotonic_s()
         self._sampler.note_in_flight(now_s, len(self._in_flight))
+        self.gate.reading.set_limit(self._memory_left_bytes)
         if self._is_closed:
             return
         self._allowed = self.effective_window
@@ -265,11 +269,7 @@ class Fanout:
         return self._journal.is_full or len(self._waiting) > _WAITING_PER_WINDOW * self.window
 
     def _probe(self, now_s: float) -> Work | None:
-        """While the upstream is down, one line at a time finds out whether it is back.
-
-        The line that waits longest, but a fresh one before one that the upstream has died of: were that line the cause,
-        it would keep all others from being sent.
-        """
+        """While the upstream is down, one line finds out whether it is back, if possible one that is no suspect."""
         if not (self.waiting_count or self.untouched_count) or not self.gate.outage.may_send(now_s):
             return None
         is_suspect = bool(self._waiting) and self._waiting.first().failed_at_s is not None

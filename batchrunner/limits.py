@@ -1,4 +1,4 @@
-"""When nothing may be sent, however large the window: rate limits, a shared cooldown, and the breakers.
+"""When nothing may be sent or read, however large the window: rate limits, a cooldown, breakers, a budget of memory.
 
 Pure rules; all times are monotonic seconds, passed in.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import msgspec
 
@@ -268,9 +268,99 @@ class FirstContact:
         return not self.has_answered and now_s - self._failing_since_s >= FIRST_CONTACT_S
 
 
+class Reader(Protocol):
+    """An answer that is being read."""
+
+    started_at_s: float
+
+    @property
+    def missing_bytes(self) -> int:
+        """What may still come of it, as far as is known; at least 1."""
+
+    def pause(self) -> None:
+        """Read nothing more for now."""
+
+    def resume(self) -> None:
+        """Read on."""
+
+
+class ReadBudget:
+    """Bytes of unfinished answers that may be held at once; beyond that nothing is read on for a while.
+
+    One answer, the oldest, is always read on: it ends, and makes room. What was read to its end counts until the limit
+    is set anew, for it is still in memory, and only then in the sums of others.
+    """
+
+    __slots__ = ("_delivered_bytes", "_held_bytes", "_leader", "_limit_bytes", "_paused", "_running")
+
+    def __init__(self) -> None:
+        self._limit_bytes = math.inf
+        self._held_bytes = 0
+        self._delivered_bytes = 0
+        self._leader: Reader | None = None
+        self._running: set[Reader] = set()
+        self._paused: set[Reader] = set()
+
+    def set_limit(self, limit_bytes: float) -> None:
+        """Say how much memory is left for answers; to be repeated many times a second."""
+        self._limit_bytes = limit_bytes
+        self._delivered_bytes = 0
+        if self._paused:
+            self._go_on()
+
+    def take(self, reader: Reader, size_bytes: int) -> None:
+        """Count what was read of an unfinished answer; if that is too much, only the oldest is read on."""
+        self._held_bytes += size_bytes
+        self._running.add(reader)
+        if self._room() >= 0.0:
+            return
+        if self._leader is None:
+            self._leader = min(self._running | self._paused, key=_age)
+            if self._leader in self._paused:
+                self._resume(self._leader)
+        for each in self._running - {self._leader}:
+            self._running.discard(each)
+            self._paused.add(each)
+            each.pause()
+
+    def release(self, reader: Reader, size_bytes: int, *, is_delivered: bool) -> None:
+        """Give back what was counted for an answer that has ended."""
+        self._held_bytes -= size_bytes
+        if is_delivered:
+            self._delivered_bytes += size_bytes
+        self._running.discard(reader)
+        self._paused.discard(reader)
+        if reader is self._leader:
+            self._leader = None
+        if self._paused:
+            self._go_on()
+
+    def _room(self) -> float:
+        return self._limit_bytes - self._held_bytes - self._delivered_bytes
+
+    def _go_on(self) -> None:
+        room = self._room()
+        for reader in sorted(self._paused, key=_age):
+            if room <= 0.0 and self._leader is not None:
+                return
+            room -= reader.missing_bytes
+            if room <= 0.0 and self._leader is None:
+                self._leader = reader
+            self._resume(reader)
+
+    def _resume(self, reader: Reader) -> None:
+        self._paused.discard(reader)
+        self._running.add(reader)
+        reader.resume()
+
+
+def _age(reader: Reader) -> float:
+    return reader.started_at_s
+
+
 @dataclass(slots=True)
 class Gate:
-    """All that may forbid the next send, besides the window."""
+    """All that may forbid the next send or the reading of its answer, besides the window."""
 
     cooldown: Cooldown
     outage: Outage
@@ -278,6 +368,7 @@ class Gate:
     first_contact: FirstContact
     requests: TokenBucket | None = None
     tokens: TokenBucket | None = None
+    reading: ReadBudget = field(default_factory=ReadBudget)
 
     def set_rates(self, now_s: float, *, rpm: float | None, tpm: float | None) -> None:
         """Take a new share of the rate limits."""

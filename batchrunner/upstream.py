@@ -17,6 +17,7 @@ from yarl import URL
 
 from batchrunner import __version__
 from batchrunner.errors import UsageError
+from batchrunner.limits import ReadBudget
 from batchrunner.models import Attempt, AttemptError
 from batchrunner.ports import Clock
 from batchrunner.upstream_wire import Dialer, Failure, Reply, Wire
@@ -97,6 +98,7 @@ class AiohttpUpstream:
         keepalive_s: float = 4.0,
         reply_bytes_max: int = 32 * 1024 * 1024,
         ca_bundle: Path | None = None,
+        budget: ReadBudget | None = None,
     ) -> None:
         base = _parse_base(base_url)
         self._base_url = base_url
@@ -107,7 +109,11 @@ class AiohttpUpstream:
         self._reply_bytes_max = reply_bytes_max
         self._shared_head = _shared_head(base, api_key, headers or {})
         self._dialer = Dialer(
-            base, connect_timeout_s=connect_timeout_s, reply_bytes_max=reply_bytes_max, ca_bundle=ca_bundle
+            base,
+            connect_timeout_s=connect_timeout_s,
+            reply_bytes_max=reply_bytes_max,
+            ca_bundle=ca_bundle,
+            budget=budget or ReadBudget(),
         )
         self._heads: dict[str, bytes] = {}
         # Used from the right, so that what a smaller window leaves over grows old on the left.
@@ -115,6 +121,7 @@ class AiohttpUpstream:
         self._busy: set[Wire] = set()
         self._openings: dict[asyncio.Task[Wire | Failure], _Opening] = {}
         self._is_closed = False
+        self._swept_at_s = clock.monotonic_s()
 
     async def send(
         self, url: str, body: bytes, *, idempotency_key: str | None, is_at_most_once: bool = False
@@ -197,7 +204,11 @@ class AiohttpUpstream:
             if opening.started_at_s <= oldest_start_s:
                 opening.end(task, total)
         for wire in list(self._busy):
-            if wire.started_at_s <= oldest_start_s:
+            if wire.is_paused:
+                # It waits for us: that time is none of the peer's.
+                wire.started_at_s += now_s - max(wire.started_at_s, self._swept_at_s)
+                wire.progress_at_s = now_s
+            elif wire.started_at_s <= oldest_start_s:
                 wire.end(total.error, total.message)
             elif wire.received_bytes != wire.progress_bytes:
                 wire.progress_bytes = wire.received_bytes
@@ -205,6 +216,7 @@ class AiohttpUpstream:
             elif wire.progress_bytes >= 0 and now_s - wire.progress_at_s >= self._idle_timeout_s:
                 told = f"the answer stood still for {self._idle_timeout_s:g} s after {wire.progress_bytes} bytes"
                 wire.end(AttemptError.TIMEOUT_IDLE, told)
+        self._swept_at_s = now_s
         while self._idle and now_s - self._idle[0].idle_since_s >= self._keepalive_s:
             self._idle.popleft().abort()
 

@@ -7,6 +7,7 @@ every use of that semi-public ground is in this module. It knows nothing of line
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 import ssl
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from multidict import CIMultiDictProxy
 from yarl import URL
 
 from batchrunner.errors import UsageError
+from batchrunner.limits import ReadBudget
 from batchrunner.models import AttemptError
 
 # As much as asyncio's own transports ask the kernel for in one read.
@@ -28,6 +30,7 @@ _READ_BYTES = 256 * 1024
 # Above this, copying head and body into one piece costs more than a second write.
 _JOINED_BYTES_MAX = 64 * 1024
 _INTERIM_ANSWERS_MAX = 100
+_PRIVATE: dict[str, int] = {} if os.name == "nt" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,8 @@ class Wire(asyncio.BufferedProtocol):
     """
 
     __slots__ = (
+        "_budget",
+        "_charged_bytes",
         "_chunks",
         "_connection",
         "_failure",
@@ -80,6 +85,7 @@ class Wire(asyncio.BufferedProtocol):
         "_interim_count",
         "_loop",
         "_message",
+        "_pages",
         "_parser",
         "_payload",
         "_peer",
@@ -91,6 +97,7 @@ class Wire(asyncio.BufferedProtocol):
         "has_heard",
         "idle_since_s",
         "is_open",
+        "is_paused",
         "progress_at_s",
         "progress_bytes",
         "started_at_s",
@@ -105,6 +112,7 @@ class Wire(asyncio.BufferedProtocol):
         peer: str,
         read_buffer: memoryview,
         reply_bytes_max: int,
+        budget: ReadBudget,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._connection = connection
@@ -113,6 +121,9 @@ class Wire(asyncio.BufferedProtocol):
         self._peer = peer
         self._read_buffer = read_buffer
         self._reply_bytes_max = reply_bytes_max
+        self._budget = budget
+        self._charged_bytes = 0
+        self.is_paused = False
         # Bodies are decoded later, so the parser never gives more than it was fed: no flow control is needed.
         self._parser = HttpResponseParser(
             self,  # type: ignore[arg-type]
@@ -130,6 +141,7 @@ class Wire(asyncio.BufferedProtocol):
         self._message: RawResponseMessage | None = None
         self._payload: StreamReader | None = None
         self._chunks: list[bytes] = []
+        self._pages: mmap.mmap | None = None
         self._size_bytes = 0
         self._interim_count = 0
         self.has_heard = False
@@ -150,11 +162,18 @@ class Wire(asyncio.BufferedProtocol):
         else:
             self._transport.write(head)
             self._transport.write(body)
+        outcome: Reply | Failure | None = None
         try:
-            return await waiter
+            outcome = await waiter
+            return outcome
         except asyncio.CancelledError:
             self.abort()
             raise
+        finally:
+            self._drop_pages()
+            if self._charged_bytes:
+                self._budget.release(self, self._charged_bytes, is_delivered=isinstance(outcome, Reply))
+                self._charged_bytes = 0
 
     def end(self, error: AttemptError, message: str) -> None:
         """End the exchange that is under way for a reason of our own, and close the connection."""
@@ -215,7 +234,7 @@ class Wire(asyncio.BufferedProtocol):
         assert message is not None
         chunk = payload.read_nowait()
         if chunk:
-            self._chunks.append(chunk)
+            self._keep(chunk)
             self._size_bytes += len(chunk)
         if self._size_bytes > self._reply_bytes_max:
             self._refuse_size()
@@ -223,13 +242,57 @@ class Wire(asyncio.BufferedProtocol):
             self._complete(message, is_reusable=not message.should_close)
         elif _declared_bytes(message) > self._reply_bytes_max:
             self._refuse_size()
+        else:
+            read_bytes = self._size_bytes - self._charged_bytes
+            self._charged_bytes = self._size_bytes
+            self._budget.take(self, read_bytes)
+
+    def _keep(self, chunk: bytes) -> None:
+        """Gather a body: in pieces while it is small, then in pages of its own, which leave no holes in the heap."""
+        if self._pages is None:
+            if self._size_bytes + len(chunk) <= _READ_BYTES:
+                self._chunks.append(chunk)
+                return
+            size_bytes = (_declared_bytes(self._message) if self._message else 0) or self._reply_bytes_max
+            # Pages that nothing was written to cost nothing.
+            self._pages = mmap.mmap(-1, size_bytes + _READ_BYTES, **_PRIVATE)
+            self._pages.write(b"".join(self._chunks))
+            self._chunks.clear()
+        self._pages.write(chunk)
+
+    def _body(self) -> bytes:
+        if self._pages is not None:
+            return self._pages[: self._size_bytes]
+        return self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+
+    @property
+    def missing_bytes(self) -> int:
+        """See Reader: by the announced length, or one read more."""
+        declared = _declared_bytes(self._message) if self._message is not None else 0
+        return max(_READ_BYTES, declared - self._size_bytes)
+
+    def pause(self) -> None:
+        """See Reader. The peer waits when the kernel's buffers are full."""
+        self.is_paused = True
+        self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """See Reader."""
+        self.is_paused = False
+        if self.is_open:
+            self._transport.resume_reading()
+
+    def _drop_pages(self) -> None:
+        if self._pages is not None:
+            self._pages.close()
+            self._pages = None
 
     def _refuse_size(self) -> None:
         self.end(AttemptError.TOO_LARGE, f"the answer of {self._peer} is over {self._reply_bytes_max} bytes")
 
     def _complete(self, message: RawResponseMessage, *, is_reusable: bool) -> None:
-        chunks = self._chunks
-        self._settle(Reply(message.code, message.headers, chunks[0] if len(chunks) == 1 else b"".join(chunks)))
+        self._settle(Reply(message.code, message.headers, self._body()))
+        self._drop_pages()
         # A request that is not wholly written when its answer ends would run into the next one.
         if not is_reusable or self._transport.is_closing() or self._transport.get_write_buffer_size():
             self.abort()
@@ -283,10 +346,19 @@ class Dialer:
         UsageError: the CA bundle cannot be read.
     """
 
-    def __init__(self, base: URL, *, connect_timeout_s: float, reply_bytes_max: int, ca_bundle: Path | None) -> None:
+    def __init__(
+        self,
+        base: URL,
+        *,
+        connect_timeout_s: float,
+        reply_bytes_max: int,
+        ca_bundle: Path | None,
+        budget: ReadBudget,
+    ) -> None:
         self.peer = f"{base.host_subcomponent}:{base.port}"
         self._reply_bytes_max = reply_bytes_max
         self._connect_timeout_s = connect_timeout_s
+        self._budget = budget
         # The fan-out bounds what is in flight, and idle connections are kept by the owner of the wires.
         self._connector = aiohttp.TCPConnector(limit=0, ssl=_trust(ca_bundle) if ca_bundle else True)
         self._request = aiohttp.ClientRequest("POST", base, loop=asyncio.get_running_loop())
@@ -311,6 +383,7 @@ class Dialer:
             peer=self.peer,
             read_buffer=self._read_buffer,
             reply_bytes_max=self._reply_bytes_max,
+            budget=self._budget,
         )
         transport.set_protocol(wire)
         return wire

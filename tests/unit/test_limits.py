@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from bisect import bisect_left
 from itertools import accumulate, pairwise
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrunner.limits import Breaker, Cooldown, FirstContact, Outage, TokenBucket, estimate_tokens
+from batchrunner.limits import Breaker, Cooldown, FirstContact, Outage, ReadBudget, TokenBucket, estimate_tokens
 from batchrunner.models import PauseReason
 
 AUTH, MODEL = PauseReason.AUTHENTICATION, PauseReason.MODEL_UNKNOWN
@@ -370,3 +371,125 @@ def test_after_an_answer_contact_is_never_lost() -> None:
     contact.note_failure(100.0)
 
     assert not contact.is_lost(1e6)
+
+
+class PaperReader:
+    """An answer of `size_bytes` that is read in steps."""
+
+    def __init__(self, budget: ReadBudget, started_at_s: float, size_bytes: int) -> None:
+        self.started_at_s = started_at_s
+        self.is_paused = False
+        self.read_bytes = 0
+        self._budget = budget
+        self._size_bytes = size_bytes
+
+    @property
+    def missing_bytes(self) -> int:
+        return max(1, self._size_bytes - self.read_bytes)
+
+    def pause(self) -> None:
+        assert not self.is_paused
+        self.is_paused = True
+
+    def resume(self) -> None:
+        assert self.is_paused
+        self.is_paused = False
+
+    def read(self, size_bytes: int) -> bool:
+        """Read on; true at the end."""
+        assert not self.is_paused
+        size_bytes = min(size_bytes, self._size_bytes - self.read_bytes)
+        self.read_bytes += size_bytes
+        if self.read_bytes == self._size_bytes:
+            self._budget.release(self, self.read_bytes - size_bytes, is_delivered=True)
+            return True
+        self._budget.take(self, size_bytes)
+        return False
+
+
+def test_read_budget_reads_on_only_the_oldest_once_it_is_exceeded() -> None:
+    budget = ReadBudget()
+    budget.set_limit(100)
+    young, oldest, youngest = (PaperReader(budget, at_s, 1000) for at_s in (2.0, 1.0, 3.0))
+    young.read(40)
+    oldest.read(40)
+    assert [reader.is_paused for reader in (young, oldest)] == [False, False]
+
+    youngest.read(40)
+
+    assert [reader.is_paused for reader in (young, oldest, youngest)] == [True, False, True]
+    oldest.read(40)
+    assert [reader.is_paused for reader in (young, oldest, youngest)] == [True, False, True]
+
+
+def test_read_budget_lets_the_next_oldest_go_on_when_there_is_room() -> None:
+    budget = ReadBudget()
+    budget.set_limit(100)
+    leader, young, old = (PaperReader(budget, at_s, 80) for at_s in (1.0, 3.0, 2.0))
+    for reader in (leader, young, old):
+        reader.read(40)
+    assert [reader.is_paused for reader in (leader, young, old)] == [False, True, True]
+
+    leader.read(40)
+    assert [young.is_paused, old.is_paused] == [True, False]
+    budget.set_limit(200)
+
+    assert not young.is_paused
+
+
+def test_read_budget_counts_what_was_delivered_until_the_limit_is_set_anew() -> None:
+    budget = ReadBudget()
+    budget.set_limit(100)
+    delivered = PaperReader(budget, 1.0, 90)
+    delivered.read(89)
+    assert delivered.read(1)
+    leader, late = (PaperReader(budget, at_s, 60) for at_s in (2.0, 3.0))
+    leader.read(20)
+    late.read(20)
+    assert late.is_paused
+
+    budget.set_limit(100)
+
+    assert not late.is_paused
+
+
+def test_read_budget_without_any_room_still_reads_one_answer_after_the_other() -> None:
+    budget = ReadBudget()
+    budget.set_limit(-1000)
+    readers = [PaperReader(budget, float(number), 50) for number in range(20)]
+    for reader in readers:
+        reader.read(10)
+    ended: list[PaperReader] = []
+    while len(ended) < 20:
+        going = [reader for reader in readers if not reader.is_paused and reader not in ended]
+        assert len(going) == 1
+        if going[0].read(10):
+            ended.append(going[0])
+
+    assert [reader.started_at_s for reader in ended] == [float(number) for number in range(20)]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_read_budget_is_kept_to_one_read_each_and_one_whole_answer(seed: int) -> None:
+    """Answers of many sizes, some cut off, with a limit that moves: memory is bounded and everybody ends."""
+    draw = random.Random(seed)
+    budget = ReadBudget()
+    budget.set_limit(1000)
+    readers = [PaperReader(budget, float(number), draw.randrange(2, 400)) for number in range(60)]
+    running = list(readers)
+    for _ in range(100_000):
+        going = [reader for reader in running if not reader.is_paused]
+        if not going:
+            break
+        reader = draw.choice(going)
+        if draw.random() < 0.01:
+            budget.release(reader, reader.read_bytes, is_delivered=False)
+            running.remove(reader)
+        elif reader.read(20):
+            running.remove(reader)
+        held = sum(each.read_bytes for each in running)
+        assert held <= 1000 + 20 * len(running) + 400
+        if draw.random() < 0.2:
+            budget.set_limit(1000)
+
+    assert running == []
