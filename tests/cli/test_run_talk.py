@@ -96,7 +96,7 @@ def test_an_input_edited_in_mid_run_is_to_be_put_back(url, tmp_path):
 
 @pytest.mark.slow
 def test_the_order_may_change_between_tries(url, tmp_path):
-    lines = [chat_line("a"), chat_line("late", simulate=["429(50ms)"]), chat_line("early")]
+    lines = [chat_line("a"), chat_line("late", simulate=["500", "500", "500"]), chat_line("early")]
     (tmp_path / "in.jsonl").write_bytes(b"".join(lines))
     run_in(tmp_path, "in.jsonl", "-o", "out.jsonl", "-u", url, "--limit", 1)
 
