@@ -72,7 +72,7 @@ def check_output(folder: Path, lines: int) -> None:
     assert found == lines
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_large_answers_at_once_stay_within_a_small_budget(tmp_path: Path) -> None:
     """Without the budget the process would hold 240 MB of answers more than it may."""
     peak_bytes = asyncio.run(peak_of_run(tmp_path, 150, budget_mib=64))
