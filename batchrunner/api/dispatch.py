@@ -1,0 +1,264 @@
+"""One request from its first byte to its last: route, key, limit, handler, answer, log line."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
+
+from aiohttp import web
+
+from batchrunner.api import auth
+from batchrunner.api.auth import Caller
+from batchrunner.api.envelope import Refusal, no_such_route, refusal_of, server_fault, wrong_method
+from batchrunner.api.http import Answer, ApiParts, Call, Route
+from batchrunner.api.idempotency import answer_once
+from batchrunner.errors import BatchrunnerError
+
+logger = logging.getLogger(__name__)
+
+STRICT_PREFIX = "/openai"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_ID_CHARS_MAX = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What stands at a path: its routes by method, and the names looked up in it."""
+
+    routes: Mapping[str, Route]
+    path_params: Mapping[str, str]
+    is_strict: bool
+
+    @property
+    def allowed(self) -> list[str]:
+        """The methods that the path takes."""
+        methods = set(self.routes) | {"OPTIONS"} | ({"HEAD"} if "GET" in self.routes else set())
+        return sorted(methods)
+
+
+class Router:
+    """Finds routes by path. A trailing slash makes no difference; each segment is decoded once."""
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        self._patterns: dict[int, list[tuple[tuple[str, ...], dict[str, Route]]]] = {}
+        for route in routes:
+            segments = tuple(route.path.strip("/").split("/"))
+            known = self._patterns.setdefault(len(segments), [])
+            for pattern, methods in known:
+                if pattern == segments:
+                    methods[route.method] = route
+                    break
+            else:
+                known.append((segments, {route.method: route}))
+        for known in self._patterns.values():
+            # A literal segment wins over a name, wherever both would match.
+            known.sort(key=lambda each: [part.startswith("{") for part in each[0]])
+
+    def match(self, raw_path: str) -> Match | None:
+        """Find what stands at a path as it came, None if nothing does."""
+        is_strict = raw_path.startswith(f"{STRICT_PREFIX}/v1/")
+        path = raw_path.removeprefix(STRICT_PREFIX) if is_strict else raw_path
+        try:
+            given = tuple(unquote_to_bytes(each).decode() for each in _segments(path))
+        except UnicodeDecodeError:
+            return None
+        for pattern, routes in self._patterns.get(len(given), ()):
+            params = _params(pattern, given)
+            if params is not None:
+                return Match(routes, params, is_strict)
+        return None
+
+
+def _segments(path: str) -> list[str]:
+    trimmed = path.removeprefix("/")
+    return (trimmed.removesuffix("/") if trimmed != "/" else "").split("/")
+
+
+def _params(pattern: Sequence[str], given: Sequence[str]) -> dict[str, str] | None:
+    params: dict[str, str] = {}
+    for wanted, each in zip(pattern, given, strict=True):
+        if wanted.startswith("{"):
+            if not each or len(each) > _ID_CHARS_MAX or not each.isprintable():
+                return None
+            params[wanted[1:-1]] = each
+        elif wanted != each:
+            return None
+    return params
+
+
+class Dispatcher:
+    """The one handler of the aiohttp application: it knows the table, and every answer leaves through it."""
+
+    def __init__(self, parts: ApiParts, routes: Sequence[Route]) -> None:
+        self._parts = parts
+        self._router = Router(routes)
+        self._ring = auth.KeyRing(parts.store.find_key, parts.clock)
+        self._meters = auth.Meters(parts.clock)
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Answer a request, whatever happens."""
+        turn = _Turn(self._parts, request)
+        try:
+            answer = await self._answer(turn)
+        except Refusal as refusal:
+            answer = _refused(refusal)
+        except BatchrunnerError as error:
+            answer = _refused(refusal_of(error))
+            if answer.status >= 500:
+                logger.exception("request %s failed", turn.request_id, extra=turn.known(answer.status))
+        except Exception:
+            logger.exception("request %s failed", turn.request_id, extra=turn.known(500))
+            answer = _refused(server_fault())
+        return await turn.send(answer)
+
+    async def _answer(self, turn: _Turn) -> Answer:
+        request = turn.request
+        raw_path = request.rel_url.raw_path
+        match = self._router.match(raw_path)
+        if match is None:
+            raise no_such_route(request.method, raw_path)
+        if request.method == "OPTIONS":
+            turn.template = next(iter(match.routes.values())).path
+            return Answer(status=204, headers={"allow": ", ".join(match.allowed)})
+        route = match.routes.get("GET" if request.method == "HEAD" else request.method)
+        if route is None:
+            raise wrong_method(request.method, raw_path, match.allowed)
+        turn.template = route.path
+        caller = await self._admit(turn, route)
+        call = Call(
+            parts=self._parts,
+            route=route,
+            request=request,
+            request_id=turn.request_id,
+            path=raw_path,
+            path_params=match.path_params,
+            is_strict=match.is_strict,
+            tenant=caller.tenant,
+            key=caller.key,
+        )
+        return await answer_once(call)
+
+    async def _admit(self, turn: _Turn, route: Route) -> Caller:
+        """Find out who calls, and whether they may. Raises: Refusal."""
+        if route.scope is None:
+            return auth.OPEN_CALLER
+        if self._parts.is_open:
+            auth.check_open_door(turn.request)
+            return auth.OPEN_CALLER
+        secret = auth.bearer_of(turn.request.headers)
+        if secret is None:
+            raise auth.no_key()
+        digest = auth.digest_of(secret)
+        key = self._ring.remembered(digest)
+        if key is None:
+            key = await asyncio.get_running_loop().run_in_executor(self._parts.executor, self._ring.look_up, digest)
+            if key is None:
+                raise auth.wrong_key(secret)
+            self._ring.remember(digest, key)
+        turn.key_id = key.id
+        auth.check_scope(key, route.scope)
+        turn.limit_headers = self._meters.admit(key)
+        return Caller(tenant=key.tenant, key=key)
+
+
+class _Turn:
+    """One request and its answer: the headers that every answer has, and the log line at its end."""
+
+    def __init__(self, parts: ApiParts, request: web.Request) -> None:
+        self.request = request
+        self.template = "-"
+        self.key_id = "-"
+        self.limit_headers: Mapping[str, str] = {}
+        self._clock = parts.clock
+        self._began_s = parts.clock.monotonic_s()
+        given = request.headers.get("x-request-id", "")
+        self.request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{parts.rng.token_hex(16)}"
+
+    def known(self, status: int) -> dict[str, object]:
+        """What a log line tells: never a body, never an id of a tenant's object."""
+        return {
+            "action": "request",
+            "method": self.request.method,
+            "route": self.template,
+            "status": status,
+            "elapsed_ms": self._elapsed_ms(),
+            "key_id": self.key_id,
+            "request_id": self.request_id,
+        }
+
+    async def send(self, answer: Answer) -> web.StreamResponse:
+        """Write the answer. One that cannot be ended as announced is broken off, so that nobody takes it for whole."""
+        response = self._response(answer)
+        try:
+            if answer.chunks is not None:
+                await self._stream(response, answer)
+            return response
+        except ConnectionError:
+            logger.debug("request %s: the caller hung up", self.request_id, extra=self.known(499))
+            return response
+        finally:
+            logger.info(
+                "%s %s %d %d ms %s %s",
+                self.request.method,
+                self.template,
+                answer.status,
+                self._elapsed_ms(),
+                self.key_id,
+                self.request_id,
+                extra=self.known(answer.status),
+            )
+
+    async def _stream(self, response: web.StreamResponse, answer: Answer) -> None:
+        assert answer.chunks is not None
+        await response.prepare(self.request)
+        if self.request.method == "HEAD":
+            return
+        try:
+            async for chunk in answer.chunks:
+                await response.write(chunk)
+            await response.write_eof()
+        except ConnectionError:
+            raise
+        except Exception:
+            logger.exception("request %s broke off", self.request_id, extra=self.known(answer.status))
+            if self.request.transport is not None:
+                self.request.transport.abort()
+        finally:
+            await _close(answer)
+
+    def _response(self, answer: Answer) -> web.StreamResponse:
+        headers = {
+            "x-request-id": self.request_id,
+            "openai-processing-ms": str(self._elapsed_ms()),
+            "openai-version": "2020-10-01",
+            "x-content-type-options": "nosniff",
+            **self.limit_headers,
+            **answer.headers,
+        }
+        if answer.status != 204:
+            headers["content-type"] = answer.content_type
+        if answer.chunks is None:
+            return web.Response(body=answer.body, status=answer.status, headers=headers)
+        response = web.StreamResponse(status=answer.status, headers=headers)
+        response.content_length = answer.size_bytes
+        if answer.size_bytes is None:
+            response.enable_chunked_encoding()
+        return response
+
+    def _elapsed_ms(self) -> int:
+        return round((self._clock.monotonic_s() - self._began_s) * 1000)
+
+
+def _refused(refusal: Refusal) -> Answer:
+    return Answer(body=refusal.body(), status=refusal.status, headers=refusal.headers())
+
+
+async def _close(answer: Answer) -> None:
+    """End a generator that was not read to its end."""
+    close = getattr(answer.chunks, "aclose", None)
+    if close is not None:
+        await close()

@@ -1,0 +1,221 @@
+"""What every endpoint is made of: a Route of the table, the Call that reaches its handler, and the Answer it gives.
+
+Handlers see no sockets and no other tenant; whatever blocks goes through `Call.blocking`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+import msgspec
+import orjson
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from batchrunner.api.envelope import Refusal, body_too_large
+from batchrunner.api.typed import StructT, read_json, read_parameters
+from batchrunner.holdings import ApiKey, KeyScope, Replay
+from batchrunner.models import TenantId
+from batchrunner.ports import Blobs, Clock, Rng, Store, TenantScope
+from batchrunner.settings import MIB, Settings
+
+JSON = "application/json"
+BODY_BYTES_MAX = MIB
+# A socket that gives nothing for so long is given up; one that trickles is held by the caps on bytes only.
+BODY_IDLE_S = 60.0
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_encode = msgspec.json.Encoder().encode
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+
+class Reading:
+    """Blobs that downloads of this process read just now, so that nobody deletes them. Of one event loop."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    @contextmanager
+    def hold(self, name: str) -> Iterator[None]:
+        """Count the blob as read while the block runs."""
+        self._counts[name] += 1
+        try:
+            yield
+        finally:
+            self._counts[name] -= 1
+            self._counts += Counter()
+
+    def names(self) -> frozenset[str]:
+        """Name what is being read."""
+        return frozenset(self._counts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiParts:
+    """What the API is made of. `executor` runs whatever blocks; `is_open` means no keys, which is for loopback only.
+
+    `reading` names the blobs that must not be deleted now.
+    """
+
+    store: Store
+    blobs: Blobs
+    clock: Clock
+    rng: Rng
+    settings: Settings
+    is_open: bool
+    executor: Executor
+    reading: Reading = field(default_factory=Reading)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a handler gives: whole bytes, or `chunks` to be streamed; `size_bytes` is their sum where it is known.
+
+    Chunks are not asked for when only the head is wanted; a generator's `finally` runs in any case once it was started.
+    """
+
+    body: bytes = b""
+    status: int = 200
+    content_type: str = JSON
+    headers: Mapping[str, str] = field(default_factory=dict)
+    chunks: AsyncIterator[bytes] | None = None
+    size_bytes: int | None = None
+
+
+def json_answer(value: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
+    """Answer with a struct, or anything that is JSON, in the order of its fields."""
+    body = _encode(value) if isinstance(value, msgspec.Struct) else orjson.dumps(value, default=_encode_struct)
+    return Answer(body=body, status=status, headers=headers or {})
+
+
+def _encode_struct(value: object) -> object:
+    if isinstance(value, msgspec.Struct):
+        return orjson.Fragment(_encode(value))
+    raise TypeError(f"{type(value).__name__} has no JSON")
+
+
+Handler = Callable[["Call"], Awaitable[Answer]]
+# Gives the answer to a create whose first request died between making the object and answering.
+Presenter = Callable[["Call", str], Awaitable[Answer]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """One row of the table. `path` holds `{name}` for what is looked up; paths under /v1 are served, strictly, under
+    /openai/v1 as well.
+
+    `scope` is what a key must have, None asks for no key. A route that creates has `present`, which answers with the
+    object of that id, and takes an Idempotency-Key. `request`, `query` and `answer` describe; handlers read by them.
+    """
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str
+    scope: KeyScope | None = KeyScope.READ
+    request: type[msgspec.Struct] | None = None
+    query: type[msgspec.Struct] | None = None
+    answer: type[msgspec.Struct] | None = None
+    # What does not fit into a struct: the media type of the request or of a streamed answer.
+    request_media: str = JSON
+    answer_media: str = JSON
+    body_bytes_max: int = BODY_BYTES_MAX
+    present: Presenter | None = None
+    is_streamed_in: bool = False
+
+    @property
+    def is_create(self) -> bool:
+        """Tell whether it takes an Idempotency-Key."""
+        return self.present is not None
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names in the path, in order."""
+        return tuple(_PLACEHOLDER.findall(self.path))
+
+
+@dataclass(slots=True, kw_only=True)
+class Call:
+    """One request on its way through a handler. `is_strict` means that it came under /openai/v1.
+
+    `replay` is to be handed to the Store's create, which notes what was made for the request's Idempotency-Key.
+    `replayed` is the answer that a streamed create has already; whether it is one and the same shows only at its end.
+    """
+
+    parts: ApiParts
+    route: Route
+    request: web.Request
+    request_id: str
+    path: str
+    path_params: Mapping[str, str]
+    is_strict: bool
+    tenant: TenantId
+    key: ApiKey | None = None
+    replay: Replay | None = None
+    replayed: Replay | None = None
+    _body: bytes | None = None
+
+    @property
+    def scope(self) -> TenantScope:
+        """The caller's view of the Store; its methods block."""
+        return self.parts.store.scope(self.tenant)
+
+    @property
+    def query(self) -> Mapping[str, str]:
+        """The query string; of a name given twice the last counts."""
+        return dict(self.request.query)
+
+    def parameters(self, kind: type[StructT]) -> StructT:
+        """Read the query string. Raises: Refusal."""
+        return read_parameters(self.query, kind)
+
+    async def blocking(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run what blocks, such as any method of Store and Blobs, off the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.parts.executor, partial(function, *args, **kwargs))
+
+    async def body(self) -> bytes:
+        """Read the whole body. Raises: Refusal when it is above the route's cap or stops coming."""
+        if self._body is None:
+            pieces = [piece async for piece in self.incoming(self.route.body_bytes_max)]
+            self._body = b"".join(pieces)
+        return self._body
+
+    async def json(self, kind: type[StructT]) -> StructT:
+        """Read the body as a struct; under /openai/v1 with no unknown keys. Raises: Refusal."""
+        return read_json(await self.body(), kind, is_strict=self.is_strict)
+
+    async def incoming(self, size_bytes_max: int) -> AsyncIterator[bytes]:
+        """Give the body as it comes, decoded.
+
+        Raises:
+            Refusal: above the cap, too slow, or broken off.
+        """
+        announced = self.request.content_length
+        if announced is not None and announced > size_bytes_max:
+            raise body_too_large(size_bytes_max)
+        size_bytes = 0
+        while piece := await self._piece():
+            size_bytes += len(piece)
+            if size_bytes > size_bytes_max:
+                raise body_too_large(size_bytes_max)
+            yield piece
+
+    async def _piece(self) -> bytes:
+        try:
+            async with asyncio.timeout(BODY_IDLE_S):
+                return await self.request.content.readany()
+        except TimeoutError:
+            raise Refusal("The request body did not arrive in time.", status=408, code="request_timeout") from None
+        except (web.RequestPayloadError, HttpProcessingError, ConnectionError) as error:
+            raise Refusal("The request body ended early or is broken.", code="incomplete_body") from error
