@@ -13,8 +13,7 @@ from typing import Any
 import msgspec
 from jsonschema import Draft202012Validator
 
-from batchrunner.simulate_replies import expected_reply
-from batchrunner.simulate_tally import SimulatorStats
+from batchrunner.simulate import SimulatorStats, expected_reply
 
 _SCHEMAS = Path(__file__).parents[1] / "schemas"
 

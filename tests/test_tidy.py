@@ -23,10 +23,10 @@ LONG_FUNCTIONS: dict[str, str] = {}
 # These three carry the theory of the whole: the error tree, the lifecycle, the walk of the data.
 ESSAYS = {"batchrunner.errors", "batchrunner.lifecycle", "batchrunner.pipeline"}
 # Real clocks and real chance live behind the ports; the simulator is a server of its own.
-REAL_TIME = re.compile(r"batchrunner\.(clock|simulate\w*)(\..*)?")
+REAL_TIME = re.compile(r"batchrunner\.(clock|simulate)(\..*)?")
 ENTRY_POINTS = re.compile(r"batchrunner(\.__main__|\.cli|\.store\.migrations\..*)?")
 EDGES = re.compile(
-    r"(clock|tuning|simulate\w*|store|blobs|upstream\w*|poster|client|supervisor|app|api|dashboard|cli)?|__main__"
+    r"(clock|tuning|simulate|store|blobs|upstream\w*|poster|client|supervisor|app|api|dashboard|cli)?|__main__"
 )
 
 TIME_AND_CHANCE = re.compile(

@@ -30,7 +30,7 @@ from batchrunner.pipeline import Pipeline, create
 from batchrunner.ports import TenantScope
 from batchrunner.settings import Settings
 from batchrunner.shards import ShardRun
-from batchrunner.simulate_replies import model_answer
+from batchrunner.simulate.replies import model_answer
 from batchrunner.store.sqlite import SqliteStore
 from tests.contract.conftest import ManualClock
 from tests.e2e.harness import chat_line

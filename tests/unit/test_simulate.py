@@ -19,8 +19,8 @@ import pytest
 
 from batchrunner.errors import UsageError
 from batchrunner.simulate import Simulator, SimulatorSettings, expected_reply
-from batchrunner.simulate_connection import Connection
-from batchrunner.simulate_rules import (
+from batchrunner.simulate.connection import Connection
+from batchrunner.simulate.rules import (
     FaultKind,
     parse_duration,
     parse_fault,
@@ -28,7 +28,7 @@ from batchrunner.simulate_rules import (
     parse_latency,
     parse_script,
 )
-from batchrunner.simulate_wire import Answer, Request, RequestReader
+from batchrunner.simulate.wire import Answer, Request, RequestReader
 
 CHAT = "/v1/chat/completions"
 TIMEOUT_S = 20

@@ -16,8 +16,8 @@ from typing import Final
 import msgspec
 import orjson
 
-from batchrunner.simulate_rules import Fault, FaultKind
-from batchrunner.simulate_wire import Answer, Request
+from batchrunner.simulate.rules import Fault, FaultKind
+from batchrunner.simulate.wire import Answer, Request
 
 MISSING_MODEL: Final = "missing-model"
 _CHAT: Final = "/v1/chat/completions"

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible upstream that calls no model, for demos, tests and benchmarks.
+"""The upstream itself, for demos, tests and benchmarks.
 
 It answers every body in its own way, takes its time, has few slots, fails as it is told to, and counts what came.
 """
@@ -18,18 +18,17 @@ from typing import Final, Self
 import orjson
 
 from batchrunner.errors import UsageError
-from batchrunner.simulate_connection import Connection
-from batchrunner.simulate_replies import (
+from batchrunner.simulate.connection import Connection
+from batchrunner.simulate.replies import (
     ENDPOINTS,
     error_answer,
-    expected_reply,
     faulty_answer,
     model_answer,
     models_answer,
     unknown_path_answer,
     wrong_method_answer,
 )
-from batchrunner.simulate_rules import (
+from batchrunner.simulate.rules import (
     Fault,
     FaultKind,
     FaultRates,
@@ -40,10 +39,8 @@ from batchrunner.simulate_rules import (
     parse_latency,
     parse_script,
 )
-from batchrunner.simulate_tally import BodyCounts, SimulatorStats, Tally, body_key
-from batchrunner.simulate_wire import Answer, Request, header_of
-
-__all__ = ["Simulator", "SimulatorSettings", "SimulatorStats", "expected_reply", "serve_until_signalled"]
+from batchrunner.simulate.tally import BodyCounts, SimulatorStats, Tally, body_key
+from batchrunner.simulate.wire import Answer, Request, header_of
 
 _BACKLOG: Final = 4096
 _PAD: Final = b" " * (256 * 1024)

@@ -11,8 +11,8 @@ import struct
 from collections.abc import Callable
 from typing import Final, Protocol, cast
 
-from batchrunner.simulate_replies import error_answer
-from batchrunner.simulate_wire import Answer, Request, RequestError, RequestReader, answer_bytes, head_bytes
+from batchrunner.simulate.replies import error_answer
+from batchrunner.simulate.wire import Answer, Request, RequestError, RequestReader, answer_bytes, head_bytes
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 # A client that pipelines without reading is held back here; until then its going away is noticed at once.
