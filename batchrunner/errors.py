@@ -10,6 +10,12 @@ BatchrunnerError
 │   ├── AlreadyRunning          another process works on the same state folder
 │   ├── NotFound                no such batch, file or blob
 │   ├── TransitionRefused       a status and event that are not in the lifecycle table
+│   ├── KeyRefused              no API key, or none that is valid
+│   ├── PermissionRefused       the key does not cover the request
+│   ├── QuotaExceeded           a limit of the key is reached
+│   ├── PayloadTooLarge         the body is larger than the server takes
+│   ├── IdempotencyRunning      the first request with the Idempotency-Key has not ended
+│   ├── IdempotencyMismatch     the Idempotency-Key was used for another request
 │   └── FolderUnsuitable        the state folder lies where locks or sync cannot be trusted
 ├── PeerError                   the upstream is at fault
 │   ├── UpstreamUnreachable     no request of this process was ever answered
@@ -114,6 +120,54 @@ class TransitionRefused(CallerError):
     code = "transition_refused"
     http_status = 409
     hint = "Read the batch's status first; a finished batch does not change."
+
+
+class KeyRefused(CallerError):
+    """The request has no API key, or one that is unknown, revoked or expired."""
+
+    code = "key_refused"
+    http_status = 401
+    hint = "Send a valid key as `Authorization: Bearer KEY`; `batchrunner keys create` makes one."
+
+
+class PermissionRefused(CallerError):
+    """The key is valid, but does not cover the request."""
+
+    code = "permission_refused"
+    http_status = 403
+    hint = "Use a key with the scope or limit that the request needs."
+
+
+class QuotaExceeded(CallerError):
+    """A limit of the key is reached: its rate, its open batches or its queued lines."""
+
+    code = "quota_exceeded"
+    http_status = 429
+    hint = "Wait until batches have ended, or have the key's limits raised."
+
+
+class PayloadTooLarge(CallerError):
+    """The request's body is larger than the server takes."""
+
+    code = "payload_too_large"
+    http_status = 413
+    hint = "Send less in one request; a large file can be sent in parts with /v1/uploads."
+
+
+class IdempotencyRunning(CallerError):
+    """The first request with this Idempotency-Key has not ended."""
+
+    code = "idempotency_running"
+    http_status = 409
+    hint = "Send the request again in a moment: the answer of the first one comes back."
+
+
+class IdempotencyMismatch(CallerError):
+    """The Idempotency-Key was used for another request."""
+
+    code = "idempotency_mismatch"
+    http_status = 422
+    hint = "Use a new Idempotency-Key for each new request."
 
 
 class FolderUnsuitable(CallerError):

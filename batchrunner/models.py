@@ -21,6 +21,10 @@ SessionId = NewType("SessionId", str)
 
 LOCAL_TENANT = TenantId("local")
 
+# The dialects of batches that came over HTTP: OpenAI's with everything that we add, and what OpenAI itself would take.
+OPENAI = "openai"
+OPENAI_STRICT = "openai-strict"
+
 
 class TaskKind(StrEnum):
     """What a worker may claim."""
@@ -158,7 +162,7 @@ class AttemptError(StrEnum):
 
 class Attempt(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """One HTTP exchange. Either `error` is None and `status` and `body` hold the whole answer, or `error` says what
-    went wrong.
+    went wrong. For an answer that was kept as an asset `body` is the JSON that stands for it, and so `content_type`.
 
     `status` is 0 when no status line came. `started_at_s` is on the monotonic clock.
     `retry_after_s` is what the answer's headers asked for, None without such a header.
@@ -194,7 +198,10 @@ class ShardCut(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class File:
-    """Stored bytes with a purpose. `blob` is their name in Blobs."""
+    """Stored bytes with a purpose. `blob` is their name in Blobs, `validation_blob` that of a report on their lines.
+
+    A file that was deleted has `deleted_at`: only a listing's cursor still finds it.
+    """
 
     id: FileId
     tenant: TenantId
@@ -205,12 +212,18 @@ class File:
     blob: str
     created_at: datetime
     expires_at: datetime | None = None
+    deleted_at: datetime | None = None
+    line_count: int | None = None
+    validation_blob: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewBatch:
     """What a batch is created from. `deadline_at` None means no deadline. `chosen_blob` names a blob of line numbers (8
     bytes each, little endian, ascending) that limits the batch to these lines of its source.
+
+    `input_name` is the input as the caller named it; with `input_file_id` None it is the name of a file that is not
+    there, and validation says so.
     """
 
     id: BatchId
@@ -230,29 +243,18 @@ class NewBatch:
     parent_id: BatchId | None = None
     chosen_blob: str | None = None
     input_sha256: str | None = None
+    input_name: str | None = None
+    output_expires_after_s: int | None = None
+    webhook_url: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """One order as the store knows it. Counts are of registered records; what is pending follows from them."""
+class Batch(NewBatch):
+    """One order as the store knows it: what it was created from, and what became of it. Counts are of registered
+    records; what is pending follows from them. From `journal_ended_at` on its extents are gone and only its files have
+    the results.
+    """
 
-    id: BatchId
-    tenant: TenantId
-    dialect: str
-    endpoint: str | None
-    input_file_id: FileId | None
-    source: str
-    completion_window: str | None
-    deadline_at: datetime | None
-    on_invalid: OnInvalid
-    on_unknown: OnUnknown
-    order: Order
-    priority: int
-    hold_at: int | None
-    metadata: dict[str, str]
-    parent_id: BatchId | None
-    chosen_blob: str | None
-    input_sha256: str | None
     status: BatchStatus
     version: int
     ended_by: EndedBy | None
@@ -285,6 +287,7 @@ class Batch:
     failed_at: datetime | None
     expired_at: datetime | None
     cancelled_at: datetime | None
+    journal_ended_at: datetime | None
 
     @property
     def done_count(self) -> int:
@@ -369,6 +372,14 @@ class NewExtent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Repair:
+    """A registered extent with damaged bytes, and its intact parts, which keep their sequence numbers."""
+
+    damaged: Extent
+    parts: tuple[Extent, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
     """A task in the hands of a worker session, with what it needs to start.
 
@@ -392,12 +403,13 @@ class Claim:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What a holder wants to register at one go. `is_whole`, of a shard given back: every exchange of the holder has
-    ended, what it brought is in here or registered, and the lines of those that it broke off are counted as
-    re-executed.
+    """What a holder wants to register at one go; `repairs` are of extents of earlier epochs. `is_whole`, of a shard
+    given back: every exchange of the holder has ended, what it brought is in here or registered, and the lines of those
+    that it broke off are counted as re-executed.
     """
 
     extents: tuple[NewExtent, ...] = ()
+    repairs: tuple[Repair, ...] = ()
     intent_mark: int | None = None
     re_executed_count: int = 0
     retry_count: int = 0

@@ -10,6 +10,16 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Protocol
 
+from batchrunner.holdings import (
+    NO_LIMITS,
+    KeyLimits,
+    LiveShare,
+    OpenCounts,
+    Replay,
+    Upload,
+    UploadId,
+    UploadPart,
+)
 from batchrunner.lifecycle import BatchEvent
 from batchrunner.models import (
     AcceptedInput,
@@ -25,6 +35,7 @@ from batchrunner.models import (
     Progress,
     Publication,
     RejectedInput,
+    Repair,
     SessionId,
     Shard,
     ShardCut,
@@ -34,6 +45,7 @@ from batchrunner.models import (
     TenantId,
     Watch,
 )
+from batchrunner.upkeep import KeyRing, Upkeep
 
 
 class Clock(Protocol):
@@ -125,11 +137,21 @@ class BlobWriter(Protocol):
     """A blob on its way. Used by one thread at a time. Exactly one of `commit` and `abort` ends it."""
 
     def write(self, chunk: bytes) -> None:
-        """Add bytes. Raises: DiskFull, BlobsUnavailable."""
+        """Add bytes. When this raises, nothing was taken of a chunk of at most 256 KiB: it may be written again.
 
-    def commit(self) -> None:
-        """Return once the whole blob is durable and readable under its name. Raises: NameTaken, DiskFull,
-        BlobsUnavailable.
+        Raises:
+            DiskFull, BlobsUnavailable: the chunk is not in the blob.
+        """
+
+    def commit(self, last_part: str | None = None) -> None:
+        """Return once the whole blob is durable and readable under its name.
+
+        `last_part` takes the place of what stands behind the last slash of that name, for whoever knows it only now.
+
+        Raises:
+            NameTaken: a blob of that name exists.
+            DiskFull: it may be committed again.
+            BlobsUnavailable: what was written may be lost; only `abort` may follow.
         """
 
     def abort(self) -> None:
@@ -153,20 +175,98 @@ class Renewer(Protocol):
 class TenantScope(Protocol):
     """The only way to a tenant's rows. Ids of other tenants are answered like missing ones."""
 
-    def add_file(self, file: File) -> None:
-        """Make the file's row; its blob is live from then on."""
+    def add_file(self, file: File, *, replay: Replay | None = None) -> File:
+        """Make the file's row; its blob is live from then on. May be repeated. `replay` as in `create_batch`.
+
+        Raises:
+            NameTaken: the id is another file's.
+            BlobsUnavailable: the blob was given up meanwhile.
+        """
 
     def file(self, file_id: FileId) -> File:
-        """Raises: NotFound."""
+        """Raises: NotFound; also for a file that was deleted or is past its `expires_at`."""
 
-    def create_batch(self, new: NewBatch) -> Batch:
-        """Make the batch and its validate task in one transaction."""
+    def files(
+        self, *, limit: int, after: FileId | None = None, purpose: str | None = None, newest_first: bool = True
+    ) -> list[File]:
+        """Those behind `after`, by (created_at, id). `after` may be a deleted one. Raises: NotFound."""
+
+    def note_lines(self, file_id: FileId, *, line_count: int, validation_blob: str | None) -> None:
+        """Keep what a validation of the file found. Raises: NotFound."""
+
+    def delete_file(self, file_id: FileId) -> None:
+        """Hide it at once; the bytes stay while something reads them. Raises: NotFound."""
+
+    def add_upload(self, upload: Upload, *, replay: Replay | None = None) -> Upload:
+        """Make a pending upload. May be repeated."""
+
+    def upload(self, upload_id: UploadId) -> Upload:
+        """Raises: NotFound. A pending one past its `expires_at` is `expired`."""
+
+    def add_part(self, part: UploadPart, *, replay: Replay | None = None) -> UploadPart:
+        """Keep a part; its blob is live from then on. May be repeated.
+
+        Raises:
+            NotFound: no such upload.
+            TransitionRefused: it is not pending; the message names the status. So in the next two.
+        """
+
+    def parts(self, upload_id: UploadId) -> list[UploadPart]:
+        """All parts, oldest first. Raises: NotFound."""
+
+    def complete_upload(self, upload_id: UploadId, file: File, *, replay: Replay | None = None) -> Upload:
+        """Make the file and end the upload in one transaction."""
+
+    def cancel_upload(self, upload_id: UploadId) -> Upload:
+        """End the upload; its parts are dropped. Repeating it is no error."""
+
+    def create_batch(self, new: NewBatch, *, replay: Replay | None = None, limits: KeyLimits = NO_LIMITS) -> Batch:
+        """Make the batch and its validate task in one transaction, unless the tenant has reached a limit.
+
+        With `replay` (its `object_id` and `body` do not matter) the same transaction notes the id as the answer of that
+        key. Where one is noted already for the same fingerprint nothing is made, and that object comes back.
+
+        Raises:
+            NotFound: the input or parent is not there; of a retry, the parent's input was freed.
+            QuotaExceeded: a limit is reached.
+            IdempotencyMismatch: the key belongs to another request.
+        """
 
     def batch(self, batch_id: BatchId) -> Batch:
-        """Raises: NotFound."""
+        """Raises: NotFound; also for a deleted one. So in all that follow."""
 
     def batches(self, *, limit: int, after: BatchId | None = None) -> list[Batch]:
-        """Newest first, those older than `after`."""
+        """Newest first, those older than `after`, which may be a deleted one."""
+
+    def children(self, batch_id: BatchId) -> list[Batch]:
+        """Batches that retry this one, oldest first."""
+
+    def delete_batch(self, batch_id: BatchId) -> None:
+        """Hide it; its files stay. Raises: NotFound, TransitionRefused when it is not over."""
+
+    def live(self, batch_id: BatchId) -> list[LiveShare]:
+        """What workers reported for the batch within the last 5 s. Raises: NotFound."""
+
+    def open_counts(self) -> OpenCounts:
+        """What is unfinished."""
+
+    def begin_idempotent(self, route: str, key: str, fingerprint: str | None, *, lease_s: float) -> Replay | None:
+        """Take the key for a request: None means go on, and renew, finish or drop it. Otherwise the answer of the first
+        request; where either fingerprint is None it is the caller's to compare them. Answers are kept for 24 h.
+
+        Raises:
+            IdempotencyRunning: another request holds the key, and its lease has not run out.
+            IdempotencyMismatch: the key belongs to another request.
+        """
+
+    def renew_idempotent(self, route: str, key: str, *, lease_s: float) -> None:
+        """Extend the lease of a key that is held."""
+
+    def finish_idempotent(self, replay: Replay) -> None:
+        """Keep the answer, unless one is kept already; an object noted by a create stays the one it was."""
+
+    def drop_idempotent(self, route: str, key: str) -> None:
+        """Forget a request that made nothing, so that it may be sent again."""
 
     def send(self, batch_id: BatchId, event: BatchEvent) -> bool:
         """Move the batch by compare-and-set on the status and version seen now; False when somebody else was first.
@@ -196,7 +296,7 @@ class TenantScope(Protocol):
         """All shards of the batch by first_line."""
 
 
-class Store(Protocol):
+class Store(KeyRing, Upkeep, Protocol):
     """Batches, tasks, extents and sessions. No row per line. All times of leases are the Store's own.
 
     Guarded methods take a TaskRef and first update that task's row where id and epoch match; where none does they raise
@@ -233,10 +333,14 @@ class Store(Protocol):
         A claim over a live row whose lease ran out counts as a death of the former holder.
         """
 
+    def report_live(self, session: SessionId, shares: Sequence[LiveShare]) -> None:
+        """Say what the session does now, in place of what it said before."""
+
     def register(self, ref: TaskRef, progress: Progress) -> None:
         """Guarded. Make extents exist: sequence numbers are drawn from the batch's row, counts and usage of shard and
         batch move by the same difference, the last row grows when the new bytes are contiguous. Progress resets
-        attempts and deaths.
+        attempts and deaths. Repairs take damaged bytes out of the extents of earlier epochs, and what was in them out
+        of the counts; numbers once given are not given again. Repeating a repair changes nothing.
         """
 
     def settle(self, ref: TaskRef, progress: Progress) -> bool:
@@ -246,7 +350,7 @@ class Store(Protocol):
 
     def give_back(self, ref: TaskRef, progress: Progress) -> None:
         """Guarded. Register, then put the task back in the queue: no death, no attempt counted. Progress that is whole
-        makes this epoch the task's `whole_epoch`.
+        makes this epoch the task's `whole_epoch`, and its intent mark stands even if it is lower.
         """
 
     def fail_task(self, ref: TaskRef, message: str, *, progressed: bool, is_hopeless: bool = False) -> bool:
@@ -284,6 +388,12 @@ class Store(Protocol):
     def salvage_sealed(self, ref: TaskRef, shard: TaskRef, progress: Progress) -> None:
         """Guarded by both. Register what the sealer salvaged for a sealed shard and mark that shard final."""
 
+    def repair_sealed(self, ref: TaskRef, repairs: Sequence[tuple[TaskRef, Sequence[Repair]]]) -> Batch:
+        """Guarded by the seal task and each final shard named. Cut damage out of their extents; counts follow. If every
+        line had been settled, the shards that lack one now go back to the queue with the batch (results_damaged) and
+        the seal task waits; if a cancel came meanwhile, `ended_by` becomes cancel. Gives the batch as it is then.
+        """
+
     def publish(self, ref: TaskRef, publication: Publication) -> Batch:
         """Guarded. One transaction: file rows, counts, usage, the status by the event that the batch's status asks for
         now (sealed_whole, or sealed_partial when ended_by is not settled), the outbox row; the seal task is settled.
@@ -301,15 +411,48 @@ class Store(Protocol):
         """Let go of all connections."""
 
 
+class AssetSink(Protocol):
+    """A media answer on its way into Blobs, used by one coroutine. Exactly one of `finish` and `abort` ends it."""
+
+    async def write(self, chunks: Sequence[bytes]) -> None:
+        """Add bytes, at least one; returns once they are taken, which lasts as long as there is no space for them."""
+
+    async def finish(self) -> bytes:
+        """Make the asset durable, waiting for space; gives the JSON that stands for it in the result line.
+
+        Raises:
+            BlobsUnavailable: it is lost; `abort` has to follow.
+        """
+
+    def abort(self) -> None:
+        """Leave nothing behind, sooner or later. May be called while `write` or `finish` is being cancelled."""
+
+
+class AssetOwner(Protocol):
+    """A line, as far as its answer may be media."""
+
+    def open_asset(self, content_type: str) -> AssetSink:
+        """Begin to keep an answer of that type; writes nothing yet."""
+
+
 class Upstream(Protocol):
     """The server that answers lines."""
 
     async def send(
-        self, url: str, body: bytes, *, idempotency_key: str | None, is_at_most_once: bool = False
+        self,
+        url: str,
+        body: bytes,
+        *,
+        idempotency_key: str | None,
+        is_at_most_once: bool = False,
+        owner: AssetOwner | None = None,
     ) -> Attempt:
         """POST a line's body to `url` (as in the line, with its leading /v1) and read the whole answer, within the
-        deadlines and the cap on decoded bytes. Never raises for what the peer or the network does: that is an Attempt
+        deadlines and the caps on decoded bytes. Never raises for what the peer or the network does: that is an Attempt
         with `error`. Redirects are not followed. Cancelling the call closes its connection.
+
+        An answer with media goes to its `owner` piece by piece, and its Attempt holds the JSON that stands for it.
+        Without an owner it is read like any other.
         """
 
     def sweep_deadlines(self) -> None:

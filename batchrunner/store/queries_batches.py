@@ -1,4 +1,4 @@
-"""Statements on files, batches and the outbox; `move` is the only one that writes a status."""
+"""Statements on batches and the outbox; `move` is the only one that writes a status."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from dataclasses import fields
 import msgspec
 from sqlalchemy import Connection, RowMapping, bindparam, exists, func, insert, literal, or_, select, update
 
-from batchrunner.errors import NameTaken, NotFound
+from batchrunner.errors import NameTaken, NotFound, QuotaExceeded, TransitionRefused
+from batchrunner.holdings import KeyLimits, OpenCounts, Replay
 from batchrunner.lifecycle import ENDED_BY, SEALING, TERMINAL, BatchEvent, BatchStatus, next_status
-from batchrunner.models import BatchId, File, FileId, NewBatch, Order, PauseReason, TaskKind, TaskState, TenantId
+from batchrunner.models import BatchId, NewBatch, Order, PauseReason, TaskKind, TaskState, TenantId
 from batchrunner.store.moments import Moment
-from batchrunner.store.tables import batches, extents, files, outbox, tasks
+from batchrunner.store.queries_blobs import UNFINISHED, drop_blob
+from batchrunner.store.queries_files import file_of_tenant, require_bytes
+from batchrunner.store.queries_idempotency import note_made
+from batchrunner.store.tables import batches, extents, outbox, tasks
 
 _BATCH = select(batches).where(batches.c.id == bindparam("b_id"))
 _BATCH_OF_TENANT = _BATCH.where(batches.c.tenant == bindparam("b_tenant"))
@@ -42,20 +46,35 @@ def lock_batch(conn: Connection, batch_id: BatchId) -> RowMapping:
     return conn.execute(_LOCKED_BATCH, {"b_id": batch_id}).mappings().one()
 
 
-def batch_of_tenant(conn: Connection, tenant: TenantId, batch_id: BatchId) -> RowMapping:
-    """Read a batch; guards that another tenant's looks like a missing one."""
+def batch_of_tenant(conn: Connection, tenant: TenantId, batch_id: BatchId, *, even_deleted: bool = False) -> RowMapping:
+    """Read a batch; guards that another tenant's and a deleted one look like a missing one."""
     row = conn.execute(_BATCH_OF_TENANT, {"b_id": batch_id, "b_tenant": tenant}).mappings().one_or_none()
-    if row is None:
+    if row is None or (row["deleted_at"] is not None and not even_deleted):
         raise NotFound(f"no batch {batch_id}")
     return row
 
 
 def batches_of_tenant(conn: Connection, tenant: TenantId, *, limit: int, after: BatchId | None) -> Sequence[RowMapping]:
-    """List a tenant's batches, newest first, behind a cursor that must be the tenant's own."""
-    query = select(batches).where(batches.c.tenant == tenant).order_by(batches.c.serial.desc()).limit(limit)
+    """List a tenant's batches, newest first, behind a cursor that must be the tenant's own but may be deleted."""
+    query = select(batches).where(batches.c.tenant == tenant, batches.c.deleted_at.is_(None))
+    query = query.order_by(batches.c.serial.desc()).limit(limit)
     if after is not None:
-        query = query.where(batches.c.serial < batch_of_tenant(conn, tenant, after)["serial"])
+        query = query.where(batches.c.serial < batch_of_tenant(conn, tenant, after, even_deleted=True)["serial"])
     return conn.execute(query).mappings().all()
+
+
+def children_of_batch(conn: Connection, batch_id: BatchId) -> Sequence[RowMapping]:
+    """List the batches that retry this one, oldest first."""
+    query = select(batches).where(batches.c.parent_id == batch_id, batches.c.deleted_at.is_(None))
+    return conn.execute(query.order_by(batches.c.serial)).mappings().all()
+
+
+def open_counts(conn: Connection, tenant: TenantId) -> OpenCounts:
+    """Count a tenant's unfinished batches and the lines in them that have no result."""
+    done = batches.c.succeeded_count + batches.c.failed_count + batches.c.expired_count + batches.c.cancelled_count
+    query = select(func.count(), func.coalesce(func.sum(batches.c.total_count - done), 0))
+    row = conn.execute(query.where(batches.c.status.in_(UNFINISHED), batches.c.tenant == tenant)).one()
+    return OpenCounts(batches=row[0], lines=row[1])
 
 
 def shards_of_batch(conn: Connection, batch_id: BatchId) -> Sequence[RowMapping]:
@@ -68,34 +87,21 @@ def extents_after(conn: Connection, batch_id: BatchId, *, after: int, limit: int
     return conn.execute(_EXTENTS_AFTER, {"b_id": batch_id, "b_after": after, "b_limit": limit}).mappings().all()
 
 
-def add_file(conn: Connection, file: File) -> None:
-    """Insert a file; guards that an id names one file for ever, and lets the same insert be repeated."""
-    row = conn.execute(select(files).where(files.c.id == file.id)).mappings().one_or_none()
-    if row is None:
-        conn.execute(insert(files).values({each.name: getattr(file, each.name) for each in fields(File)}))
-    elif (row["tenant"], row["blob"]) != (file.tenant, file.blob):
-        raise NameTaken(f"the file id {file.id} is taken")
-
-
-def file_of_tenant(conn: Connection, tenant: TenantId, file_id: FileId) -> RowMapping:
-    """Read a file; guards that another tenant's looks like a missing one."""
-    row = conn.execute(select(files).where(files.c.id == file_id, files.c.tenant == tenant)).mappings().one_or_none()
-    if row is None:
-        raise NotFound(f"no file {file_id}")
-    return row
-
-
-def create_batch(conn: Connection, new: NewBatch, moment: Moment) -> RowMapping:
-    """Insert a batch with its validate task; guards that what it refers to is the tenant's. May be repeated."""
+def create_batch(
+    conn: Connection, new: NewBatch, moment: Moment, *, replay: Replay | None, limits: KeyLimits
+) -> RowMapping:
+    """Insert a batch with its validate task; guards that what it refers to is the tenant's, that an Idempotency-Key
+    makes one batch, and that limits hold however many ask at once. May be repeated.
+    """
     found = conn.execute(_BATCH, {"b_id": new.id}).mappings().one_or_none()
     if found is not None and found["tenant"] != new.tenant:
         raise NameTaken(f"the batch id {new.id} is taken")
     if found is not None:
         return found
-    if new.input_file_id is not None:
-        file_of_tenant(conn, new.tenant, new.input_file_id)
-    if new.parent_id is not None:
-        batch_of_tenant(conn, new.tenant, new.parent_id)
+    if replay is not None and (made := note_made(conn, new.tenant, replay, new.id, moment)) is not None:
+        return batch_of_tenant(conn, new.tenant, BatchId(made))
+    _require_room(conn, new.tenant, limits)
+    _require_origin(conn, new, moment)
     given = {each.name: getattr(new, each.name) for each in fields(NewBatch)}
     fresh = {
         "status": BatchStatus.VALIDATING,
@@ -107,6 +113,46 @@ def create_batch(conn: Connection, new: NewBatch, moment: Moment) -> RowMapping:
     conn.execute(insert(batches).values(given | fresh))
     add_task(conn, new.id, TaskKind.VALIDATE)
     return conn.execute(_BATCH, {"b_id": new.id}).mappings().one()
+
+
+def _require_room(conn: Connection, tenant: TenantId, limits: KeyLimits) -> None:
+    batches_max, lines_max = limits.open_batches_max, limits.queued_lines_max
+    if batches_max is None and lines_max is None:
+        return
+    held = open_counts(conn, tenant)
+    if batches_max is not None and held.batches >= batches_max:
+        raise QuotaExceeded(f"{held.batches} batches are unfinished, at most {batches_max}")
+    if lines_max is not None and held.lines >= lines_max:
+        raise QuotaExceeded(f"{held.lines} lines wait for their results, at most {lines_max}")
+
+
+def _require_origin(conn: Connection, new: NewBatch, moment: Moment) -> None:
+    """Check input and parent. A retry may read its parent's input although it was deleted, while its bytes are there:
+    with the batch's row they cannot go any more.
+    """
+    parent = None
+    if new.parent_id is not None:
+        parent = batch_of_tenant(conn, new.tenant, new.parent_id)
+    if new.input_file_id is None:
+        return
+    if parent is not None and parent["input_file_id"] == new.input_file_id:
+        require_bytes(conn, new.input_file_id)
+    else:
+        file_of_tenant(conn, new.tenant, new.input_file_id, moment)
+
+
+def delete_batch(conn: Connection, tenant: TenantId, batch_id: BatchId, moment: Moment) -> None:
+    """Hide a batch; guards, under the lock of its row, that it is over."""
+    locked = _BATCH_OF_TENANT.with_for_update()
+    row = conn.execute(locked, {"b_id": batch_id, "b_tenant": tenant}).mappings().one_or_none()
+    if row is None or row["deleted_at"] is not None:
+        raise NotFound(f"no batch {batch_id}")
+    if row["status"] not in TERMINAL:
+        raise TransitionRefused(f"the batch {batch_id} is {row['status']}: only one that is over can be deleted")
+    conn.execute(update(batches).where(batches.c.id == batch_id).values(deleted_at=moment.wall))
+    for blob in (row["problems_blob"], row["chosen_blob"]):
+        if blob is not None:
+            drop_blob(conn, blob, moment)
 
 
 def add_task(conn: Connection, batch_id: BatchId, kind: TaskKind) -> bool:
@@ -181,7 +227,7 @@ def send(conn: Connection, tenant: TenantId, batch_id: BatchId, event: BatchEven
     """Move a tenant's batch; guards that the event is judged by the status found in this transaction."""
     locked = _BATCH_OF_TENANT.with_for_update()
     row = conn.execute(locked, {"b_id": batch_id, "b_tenant": tenant}).mappings().one_or_none()
-    if row is None:
+    if row is None or row["deleted_at"] is not None:
         raise NotFound(f"no batch {batch_id}")
     return move(conn, row, event, moment) is not None
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import timedelta
+
 from sqlalchemy import ColumnElement, Connection, RowMapping, and_, bindparam, exists, insert, or_, select, update
 
 from batchrunner.errors import Fenced, ReconciliationError
@@ -12,6 +15,7 @@ from batchrunner.models import (
     BatchId,
     Claim,
     Extent,
+    File,
     Progress,
     Publication,
     RejectedInput,
@@ -22,8 +26,9 @@ from batchrunner.models import (
     TaskState,
 )
 from batchrunner.store.moments import Moment
-from batchrunner.store.queries_batches import add_file, add_task, lock_batch, move
+from batchrunner.store.queries_batches import add_task, lock_batch, move
 from batchrunner.store.queries_claims import claims_by_task, end_leases_of_other_boots
+from batchrunner.store.queries_files import add_file
 from batchrunner.store.queries_progress import add_shards, end_task, guard, guard_held, record, register
 from batchrunner.store.rows import batch_of, claim_of, extent_of
 from batchrunner.store.tables import batches, claims, extents, tasks
@@ -170,7 +175,7 @@ def publish(conn: Connection, ref: TaskRef, publication: Publication, moment: Mo
     }
     for column, file in (("output_file_id", publication.output), ("error_file_id", publication.error)):
         if file is not None:
-            add_file(conn, file)
+            add_file(conn, _expiring(file, batch))
             values[column] = file.id
     conn.execute(update(batches).where(batches.c.id == batch["id"]).values(values))
     # Nobody asks any more how these stand: they would only lengthen every answer of the control poll.
@@ -179,6 +184,12 @@ def publish(conn: Connection, ref: TaskRef, publication: Publication, moment: Mo
     is_whole = batch["ended_by"] is EndedBy.SETTLED
     move(conn, batch, BatchEvent.SEALED_WHOLE if is_whole else BatchEvent.SEALED_PARTIAL, moment)
     return batch_of(lock_batch(conn, batch["id"]))
+
+
+def _expiring(file: File, batch: RowMapping) -> File:
+    """Give the file the end that its batch asks for, counted from the file's own creation."""
+    kept_s = batch["output_expires_after_s"]
+    return file if kept_s is None else replace(file, expires_at=file.created_at + timedelta(seconds=kept_s))
 
 
 def _require_ledger(batch: RowMapping, publication: Publication) -> None:

@@ -7,12 +7,17 @@ from dataclasses import fields
 
 from sqlalchemy import RowMapping
 
+from batchrunner.holdings import ApiKey, Replay, Upload, UploadPart
 from batchrunner.models import Batch, Claim, Extent, File, SessionId, Shard, TaskKind, TaskRef, Usage
 
 _BATCH = tuple(each.name for each in fields(Batch) if each.name != "usage")
 _EXTENT = tuple(each.name for each in fields(Extent) if each.name != "usage")
 _FILE = tuple(each.name for each in fields(File))
+_KEY = tuple(each.name for each in fields(ApiKey))
+_PART = tuple(each.name for each in fields(UploadPart))
+_REPLAY = tuple(each.name for each in fields(Replay))
 _SHARD = tuple(each.name for each in fields(Shard) if each.name != "task_id")
+_UPLOAD = tuple(each.name for each in fields(Upload))
 
 Earlier = Sequence[tuple[int, SessionId]]
 
@@ -30,6 +35,26 @@ def batch_of(row: RowMapping) -> Batch:
 def file_of(row: RowMapping) -> File:
     """Read a row of files."""
     return File(**{name: row[name] for name in _FILE})
+
+
+def upload_of(row: RowMapping) -> Upload:
+    """Read a row of uploads."""
+    return Upload(**{name: row[name] for name in _UPLOAD})
+
+
+def part_of(row: RowMapping) -> UploadPart:
+    """Read a row of upload_parts."""
+    return UploadPart(**{name: row[name] for name in _PART})
+
+
+def key_of(row: RowMapping) -> ApiKey:
+    """Read a row of keys."""
+    return ApiKey(**{name: row[name] for name in _KEY})
+
+
+def replay_of(row: RowMapping) -> Replay:
+    """Read a row of idempotency that is done."""
+    return Replay(**{name: row[name] for name in _REPLAY})
 
 
 def shard_of(row: RowMapping) -> Shard:

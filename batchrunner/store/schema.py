@@ -11,7 +11,7 @@ from sqlalchemy import Connection, insert, inspect, select
 from batchrunner.errors import FolderUnsuitable, SchemaNewer
 from batchrunner.store.tables import alembic_version, schema, stamp
 
-VERSION = "0001"
+VERSION = "0002"
 
 
 def use_write_ahead_log(path: Path, *, timeout_s: float) -> None:

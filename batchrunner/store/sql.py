@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
+from datetime import datetime
 
 from sqlalchemy import Connection
 
-from batchrunner.lifecycle import BatchEvent
+from batchrunner.holdings import ApiKey, Expired, KeyId, LiveShare
 from batchrunner.models import (
     AcceptedInput,
     Batch,
     BatchId,
     Claim,
-    Extent,
-    File,
-    FileId,
-    NewBatch,
-    Order,
     Progress,
     Publication,
     RejectedInput,
     SessionId,
-    Shard,
     ShardCut,
     Swept,
     TaskKind,
@@ -32,9 +27,18 @@ from batchrunner.models import (
     Watch,
 )
 from batchrunner.ports import Clock, Renewer
-from batchrunner.store import queries_batches, queries_claims, queries_progress, queries_seal
+from batchrunner.store import (
+    queries_blobs,
+    queries_claims,
+    queries_expiry,
+    queries_keys,
+    queries_live,
+    queries_progress,
+    queries_seal,
+)
 from batchrunner.store.moments import Availability, Moment, WallWatch
-from batchrunner.store.rows import batch_of, extent_of, file_of, shard_of
+from batchrunner.store.rows import key_of
+from batchrunner.store.scope import SqlTenantScope
 
 
 class SqlStore(ABC):
@@ -46,6 +50,7 @@ class SqlStore(ABC):
         # A process lives in one boot, and asking the kernel costs more than a statement.
         self._boot_id = clock.boot_id()
         self._wall = WallWatch()
+        self._expiry_wall = WallWatch()
 
     @abstractmethod
     def writing(self) -> AbstractContextManager[Connection]:
@@ -179,72 +184,64 @@ class SqlStore(ABC):
             moment = self.moment()
             return queries_seal.sweep(conn, moment, expires=self._wall.is_trusted(moment))
 
+    def report_live(self, session: SessionId, shares: Sequence[LiveShare]) -> None:
+        """See Store."""
+        with self.writing() as conn:
+            queries_live.report_live(conn, session, shares, self.moment())
 
-class SqlTenantScope:
-    """TenantScope over the statements of this package."""
+    def add_key(self, key: ApiKey) -> None:
+        """See Store."""
+        with self.writing() as conn:
+            queries_keys.add_key(conn, key)
 
-    def __init__(self, store: SqlStore, tenant: TenantId) -> None:
-        self._store = store
-        self._tenant = tenant
+    def find_key(self, digest: str) -> ApiKey | None:
+        """See Store."""
+        with self.reading() as conn:
+            row = queries_keys.find_key(conn, digest, self.moment())
+            return None if row is None else key_of(row)
 
-    def add_file(self, file: File) -> None:
-        """See TenantScope."""
-        if file.tenant != self._tenant:
-            raise ValueError(f"the file {file.id} is not of the tenant {self._tenant}")
-        with self._store.writing() as conn:
-            queries_batches.add_file(conn, file)
+    def keys(self, *, tenant: TenantId | None = None) -> list[ApiKey]:
+        """See Store."""
+        with self.reading() as conn:
+            return [key_of(row) for row in queries_keys.all_keys(conn, tenant)]
 
-    def file(self, file_id: FileId) -> File:
-        """See TenantScope."""
-        with self._store.reading() as conn:
-            return file_of(queries_batches.file_of_tenant(conn, self._tenant, file_id))
+    def has_keys(self) -> bool:
+        """See Store."""
+        with self.reading() as conn:
+            return queries_keys.has_keys(conn)
 
-    def create_batch(self, new: NewBatch) -> Batch:
-        """See TenantScope."""
-        if new.tenant != self._tenant:
-            raise ValueError(f"the batch {new.id} is not of the tenant {self._tenant}")
-        with self._store.writing() as conn:
-            return batch_of(queries_batches.create_batch(conn, new, self._store.moment()))
+    def revoke_key(self, key_id: KeyId, *, at: datetime) -> ApiKey:
+        """See Store."""
+        with self.writing() as conn:
+            return key_of(queries_keys.revoke_key(conn, key_id, at))
 
-    def batch(self, batch_id: BatchId) -> Batch:
-        """See TenantScope."""
-        with self._store.reading() as conn:
-            return batch_of(queries_batches.batch_of_tenant(conn, self._tenant, batch_id))
+    def register_blob(self, name: str, *, owner: str) -> None:
+        """See Store."""
+        with self.writing() as conn:
+            queries_blobs.register_blob(conn, name, self.moment(), owner=owner)
 
-    def batches(self, *, limit: int, after: BatchId | None = None) -> list[Batch]:
-        """See TenantScope."""
-        with self._store.reading() as conn:
-            rows = queries_batches.batches_of_tenant(conn, self._tenant, limit=limit, after=after)
-            return [batch_of(row) for row in rows]
+    def abandon_blob(self, name: str) -> None:
+        """See Store."""
+        with self.writing() as conn:
+            queries_blobs.abandon_blob(conn, name)
 
-    def send(self, batch_id: BatchId, event: BatchEvent) -> bool:
-        """See TenantScope."""
-        with self._store.writing() as conn:
-            return queries_batches.send(conn, self._tenant, batch_id, event, self._store.moment())
+    def expire(self) -> Expired:
+        """See Store."""
+        with self.writing() as conn:
+            moment = self.moment()
+            return queries_expiry.expire(conn, moment, is_wall_trusted=self._expiry_wall.is_trusted(moment))
 
-    def pause(self, batch_id: BatchId, reason: str) -> None:
-        """See TenantScope."""
-        with self._store.writing() as conn:
-            queries_batches.pause(conn, self._tenant, batch_id, reason, self._store.moment())
+    def forget_journals(self, batch_ids: Collection[BatchId]) -> None:
+        """See Store."""
+        with self.writing() as conn:
+            queries_expiry.forget_journals(conn, batch_ids, self.moment())
 
-    def resume(self, batch_id: BatchId) -> None:
-        """See TenantScope."""
-        with self._store.writing() as conn:
-            queries_batches.resume(conn, self._tenant, batch_id)
+    def freeable_blobs(self, *, limit: int, in_use: Collection[str] = ()) -> list[str]:
+        """See Store."""
+        with self.writing() as conn:
+            return queries_blobs.freeable_blobs(conn, self.moment(), limit=limit, in_use=in_use)
 
-    def adjust(self, batch_id: BatchId, *, hold_at: int | None, order: Order) -> None:
-        """See TenantScope."""
-        with self._store.writing() as conn:
-            queries_batches.adjust(conn, self._tenant, batch_id, hold_at=hold_at, order=order)
-
-    def extents(self, batch_id: BatchId, *, after: int = 0, limit: int = 1000) -> list[Extent]:
-        """See TenantScope."""
-        with self._store.reading() as conn:
-            queries_batches.batch_of_tenant(conn, self._tenant, batch_id)
-            return [extent_of(row) for row in queries_batches.extents_after(conn, batch_id, after=after, limit=limit)]
-
-    def shards(self, batch_id: BatchId) -> list[Shard]:
-        """See TenantScope."""
-        with self._store.reading() as conn:
-            queries_batches.batch_of_tenant(conn, self._tenant, batch_id)
-            return [shard_of(row) for row in queries_batches.shards_of_batch(conn, batch_id)]
+    def forget_blobs(self, names: Collection[str]) -> None:
+        """See Store."""
+        with self.writing() as conn:
+            queries_blobs.forget_blobs(conn, names)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -11,6 +13,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     PrimaryKeyConstraint,
     String,
@@ -19,9 +22,26 @@ from sqlalchemy import (
     text,
 )
 
+from batchrunner.holdings import KeyLimits, KeyScope, LiveShare, UploadStatus
 from batchrunner.lifecycle import BatchStatus, EndedBy
 from batchrunner.models import LineProblem, OnInvalid, OnUnknown, Order, TaskKind, TaskState
 from batchrunner.store.columns import Instant, Packed, RowNumber, word_of
+
+
+class IdempotencyState(StrEnum):
+    """How a request with an Idempotency-Key stands."""
+
+    RUNNING = "running"
+    DONE = "done"
+
+
+class BlobState(StrEnum):
+    """How a registered blob stands; one that is dead is never needed again."""
+
+    PENDING = "pending"
+    LIVE = "live"
+    DEAD = "dead"
+
 
 schema = MetaData()
 stamp = MetaData()
@@ -54,7 +74,20 @@ files = Table(
     Column("blob", Text, nullable=False),
     Column("created_at", Instant, nullable=False),
     Column("expires_at", Instant),
-    comment="Stored bytes with a purpose; a row means that its blob is whole.",
+    Column("deleted_at", Instant, comment="hidden since; the row stays as a place in lists"),
+    Column("freed_at", Instant, comment="nothing may begin to need its blobs"),
+    Column("line_count", BigInteger),
+    Column("validation_blob", Text),
+    Index("files_by_tenant", "tenant", "created_at", "id"),
+    Index("files_by_blob", "blob"),
+    Index(
+        "files_to_free",
+        "deleted_at",
+        "expires_at",
+        sqlite_where=text("freed_at IS NULL"),
+        postgresql_where=text("freed_at IS NULL"),
+    ),
+    comment="Stored bytes with a purpose; a row means that its blob is whole until it is freed.",
 )
 
 batches = Table(
@@ -106,9 +139,23 @@ batches = Table(
     Column("error_file_id", Text, ForeignKey("files.id")),
     Column("created_at", Instant, nullable=False),
     *(Column(f"{status}_at", Instant) for status in BatchStatus if status is not BatchStatus.VALIDATING),
+    Column("input_name", Text, comment="the input as the caller named it"),
+    Column("output_expires_after_s", BigInteger),
+    Column("webhook_url", Text),
+    Column("deleted_at", Instant, comment="hidden since; the row stays as a place in lists"),
+    Column("journal_ended_at", Instant, comment="its extents are gone since"),
+    Column("journal_freed_at", Instant, comment="and so are its segments"),
     CheckConstraint("open_shards >= 0", name="batch_open_shards"),
     Index("batches_by_status", "status", "deadline_at"),
     Index("batches_by_tenant", "tenant", "serial"),
+    Index("batches_by_parent", "parent_id"),
+    Index(
+        "batches_with_journals",
+        "journal_ended_at",
+        "status",
+        sqlite_where=text("journal_freed_at IS NULL"),
+        postgresql_where=text("journal_freed_at IS NULL"),
+    ),
     comment="One order. Counts are of registered records and change in the transaction that registers them.",
 )
 
@@ -205,6 +252,8 @@ sessions = Table(
     Column("pid", BigInteger, nullable=False),
     Column("opened_at", Instant, nullable=False),
     Column("is_hungry", Boolean, nullable=False),
+    Column("live", Packed(tuple[LiveShare, ...]), comment="what it reported last"),
+    Column("live_at", Float, comment="boot seconds of boot_id"),
     comment="Workers that hold or may hold leases.",
 )
 
@@ -219,4 +268,80 @@ outbox = Table(
     Column("state", Text, nullable=False, server_default=text("'pending'")),
     Index("outbox_by_state", "state", "created_at"),
     comment="Ends of batches to tell, written by the move itself.",
+)
+
+uploads = Table(
+    "uploads",
+    schema,
+    Column("id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("mime_type", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False, comment="as announced"),
+    Column("status", word_of(UploadStatus, "upload_status"), nullable=False, comment="pending > one of the others"),
+    Column("created_at", Instant, nullable=False),
+    Column("expires_at", Instant, nullable=False),
+    Column("expires_after_s", BigInteger, comment="how long the file is to live"),
+    Column("file_id", Text, ForeignKey("files.id")),
+    Index("uploads_by_status", "status", "expires_at"),
+    comment="Files that come in parts.",
+)
+
+upload_parts = Table(
+    "upload_parts",
+    schema,
+    Column("serial", RowNumber, primary_key=True, autoincrement=True, comment="order of arrival"),
+    Column("id", Text, nullable=False, unique=True),
+    Column("upload_id", Text, ForeignKey("uploads.id"), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("blob", Text, nullable=False),
+    Column("created_at", Instant, nullable=False),
+    Index("upload_parts_by_upload", "upload_id", "serial"),
+    comment="Parts of pending uploads; the end of the upload removes them and drops their blobs.",
+)
+
+keys = Table(
+    "keys",
+    schema,
+    Column("id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("digest", Text, nullable=False, unique=True, comment="SHA-256 of the secret, which is kept nowhere"),
+    Column("shown", Text, nullable=False, comment="the secret's first characters"),
+    Column("scopes", Packed(tuple[KeyScope, ...]), nullable=False),
+    Column("limits", Packed(KeyLimits), nullable=False),
+    Column("created_at", Instant, nullable=False),
+    Column("expires_at", Instant),
+    Column("revoked_at", Instant),
+    comment="Who may ask for which tenant.",
+)
+
+idempotency = Table(
+    "idempotency",
+    schema,
+    Column("tenant", Text, primary_key=True),
+    Column("route", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("fingerprint", Text, comment="null while the request is being read"),
+    Column("state", word_of(IdempotencyState, "idempotency_state"), nullable=False, comment="running > done"),
+    Column("status", Integer, comment="of the answer"),
+    Column("body", LargeBinary, comment="null where the process died between making the object and answering"),
+    Column("object_id", Text, comment="what was made"),
+    Column("created_at", Instant, nullable=False),
+    Column("lease_until", Float, comment="boot seconds of boot_id"),
+    Column("boot_id", Text, nullable=False),
+    Index("idempotency_by_age", "created_at"),
+    comment="Answers to requests that may be sent again.",
+)
+
+blobs = Table(
+    "blobs",
+    schema,
+    Column("name", Text, primary_key=True),
+    Column("state", word_of(BlobState, "blob_state"), nullable=False, comment="pending > live or dead; live > dead"),
+    Column("created_at", Instant, nullable=False),
+    Column("owner", Text, nullable=False),
+    Index("blobs_by_state", "state", "created_at"),
+    comment="Names in Blobs before a row needs them (pending), while one does (live), and until they are deleted.",
 )
