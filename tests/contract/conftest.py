@@ -12,6 +12,7 @@ import pytest
 
 from batchrunner.ports import Store
 from batchrunner.store.sqlite import SqliteStore
+from tests.contract.worlds import World
 
 
 @dataclass(slots=True)
@@ -102,3 +103,8 @@ def backend(request: pytest.FixtureRequest, tmp_path: Path, clock: ManualClock) 
     made = BACKENDS[request.param](tmp_path, clock)
     yield made
     made.close()
+
+
+@pytest.fixture
+def world(backend: SqliteBackend, clock: ManualClock) -> World:
+    return World(backend, clock)
