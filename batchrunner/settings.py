@@ -70,6 +70,7 @@ class Settings:
     first_contact_s: float = _knob(10.0, "how long an upstream that never answered may be unreachable")
     retry_after_max_s: float = _knob(600.0, "longest wait that an upstream may ask for")
     reply_bytes_max: int = _knob(32 * MIB, "largest decoded answer")
+    asset_bytes_max: int = _knob(512 * MIB, "largest answer with audio, image, video or binary content")
     memory_bytes_max: int = _knob(
         256 * MIB, "budget of one worker process for shards, bodies, answers and unsynced records"
     )
@@ -89,6 +90,15 @@ class Settings:
     shard_lines_max: int = _knob(1000, "most lines of one shard")
     shard_bytes_max: int = _knob(8 * MIB, "largest shard")
     assets_url: str = _knob("assets", "what stands before the name of a media answer in its url; run sets it by OUTPUT")
+    output_retention_s: float | None = _knob(
+        30 * 86400.0, "how long a server keeps the files of an ended batch that asks for nothing else; none is for ever"
+    )
+    file_bytes_max: int = _knob(8 * GIB, "largest file or upload that a server takes")
+    batch_file_expires_s: float | None = _knob(
+        30 * 86400.0, "how long an uploaded batch file lives that does not say so itself; none is for ever"
+    )
+    upload_part_bytes_max: int = _knob(64 * MIB, "largest part of an upload")
+    upload_expires_s: float = _knob(3600.0, "how long an upload may take from its creation to its completion")
     reserve_bytes: int = _knob(4 * MIB, "space held back so that statuses can be written on a full disk")
 
 

@@ -64,7 +64,7 @@ class Reading:
 class ApiParts:
     """What the API is made of. `executor` runs whatever blocks; `is_open` means no keys, which is for loopback only.
 
-    `reading` names the blobs that must not be deleted now.
+    `reading` names the blobs that must not be deleted now, `heavy` lets one long job at a time into the executor.
     """
 
     store: Store
@@ -75,6 +75,7 @@ class ApiParts:
     is_open: bool
     executor: Executor
     reading: Reading = field(default_factory=Reading)
+    heavy: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,8 +182,12 @@ class Call:
 
     async def blocking(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run what blocks, such as any method of Store and Blobs, off the event loop."""
+        return await self.start(function, *args, **kwargs)
+
+    def start(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+        """Begin what blocks; the caller awaits its end."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.parts.executor, partial(function, *args, **kwargs))
+        return loop.run_in_executor(self.parts.executor, partial(function, *args, **kwargs))
 
     async def body(self) -> bytes:
         """Read the whole body. Raises: Refusal when it is above the route's cap or stops coming."""

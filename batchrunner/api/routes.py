@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
+from batchrunner.api import files, uploads
 from batchrunner.api.dispatch import Dispatcher
 from batchrunner.api.http import ApiParts, Route
 from batchrunner.settings import MIB
 
-ROUTES: tuple[Route, ...] = ()
+ROUTES: tuple[Route, ...] = (*files.ROUTES, *uploads.ROUTES)
 
 # Room for a body to come in while the last piece of it is hashed and written.
 _READ_BUFFER_BYTES = MIB

@@ -58,7 +58,7 @@ def read_json(raw: bytes, kind: type[StructT], *, is_strict: bool) -> StructT:
         raise unparseable_json() from None
 
 
-def read_parameters(given: Mapping[str, str], kind: type[StructT]) -> StructT:
+def read_parameters(given: Mapping[str, object], kind: type[StructT]) -> StructT:
     """Convert a query string; parameters that the struct does not know are ignored.
 
     Raises:

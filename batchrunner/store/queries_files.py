@@ -63,7 +63,7 @@ def files_of_tenant(
         cursor = select(files.c.created_at, files.c.id).where(files.c.id == after, files.c.tenant == tenant)
         if (found := conn.execute(cursor).one_or_none()) is None:
             raise NotFound(f"no file {after}")
-        query = query.where(place < tuple_(*found) if newest_first else place > tuple_(*found))
+        query = query.where(place < tuple(found) if newest_first else place > tuple(found))
     ends = (files.c.created_at, files.c.id)
     query = query.order_by(*(each.desc() if newest_first else each.asc() for each in ends))
     return conn.execute(query.limit(limit)).mappings().all()

@@ -1,0 +1,355 @@
+"""Files: uploaded in one stream, listed, shown, downloaded, validated, deleted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from batchrunner.api.download import blob_answer, content_disposition
+from batchrunner.api.envelope import Refusal, no_such_file
+from batchrunner.api.file_object import (
+    BATCH,
+    ExpiresAfter,
+    FileDeleted,
+    FileList,
+    FileObject,
+    check_purpose,
+    file_object,
+    file_too_large,
+    not_json_lines,
+)
+from batchrunner.api.http import JSON, Answer, ApiParts, Call, Route, json_answer
+from batchrunner.api.idempotency import fields_fingerprint, settle_streamed
+from batchrunner.api.multipart import Form, receive
+from batchrunner.api.typed import read_parameters
+from batchrunner.errors import NotFound, StoreUnavailable
+from batchrunner.holdings import KeyScope
+from batchrunner.intake import Intake, Taken, examine
+from batchrunner.models import File, FileId
+from batchrunner.settings import MIB
+
+logger = logging.getLogger(__name__)
+
+STRICT_FILE_BYTES_MAX = 512 * MIB
+# Source: the OpenAI API gives these back to nobody.
+_NOT_DOWNLOADABLE = frozenset({"assistants", "vision", "user_data"})
+
+
+class FileForm(msgspec.Struct, frozen=True):
+    """The text fields of an upload."""
+
+    purpose: str
+    expires_after: ExpiresAfter | None = None
+
+
+class ListFiles(msgspec.Struct, frozen=True):
+    """The query of a listing."""
+
+    after: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=10_000)] = 10_000
+    order: Literal["asc", "desc"] = "desc"
+    purpose: str | None = None
+
+
+class LineReport(msgspec.Struct, frozen=True):
+    """One problem of a validation; `line` counts physical lines from 1."""
+
+    code: str
+    message: str
+    param: str | None
+    line: int | None
+    custom_id: str | None
+
+
+class FileValidation(msgspec.Struct, frozen=True):
+    """What is wrong with a file, all of it: `problems` is in line order and has no cap."""
+
+    object: Literal["file.validation"]
+    file_id: str
+    is_valid: bool
+    line_count: int
+    problem_count: int
+    problems: list[LineReport]
+
+
+class BlobSink:
+    """Bytes of one blob on their way, its name registered before the first of them. All of it blocks."""
+
+    def __init__(
+        self,
+        parts: ApiParts,
+        name: str,
+        *,
+        size_bytes_max: int,
+        digest: Callable[[bytes], None] | None = None,
+    ) -> None:
+        """Register the name and open the blob; `digest` sees the bytes too."""
+        self.name = name
+        self._store = parts.store
+        self._size_bytes_max = size_bytes_max
+        parts.store.register_blob(name, owner="api")
+        self._intake = Intake(parts.blobs, name, line_bytes_max=parts.settings.line_bytes_max, digest=digest)
+
+    def feed(self, chunk: bytes) -> None:
+        """Take bytes. Raises: Refusal above the cap, and as Intake.feed does."""
+        if self._intake.size_bytes + len(chunk) > self._size_bytes_max:
+            raise file_too_large(self._size_bytes_max)
+        self._intake.feed(chunk)
+
+    def finish(self) -> Taken:
+        """Return once all is durable. Raises as Intake.finish does."""
+        return self._intake.finish()
+
+    def abort(self) -> None:
+        """Leave nothing behind: neither bytes nor, in the end, the name."""
+        self._intake.abort()
+        try:
+            self._store.abandon_blob(self.name)
+        except StoreUnavailable:
+            # It is given up after a day anyhow; what went wrong before tells more.
+            logger.warning("a blob's name was not given up", exc_info=True, extra={"action": "blob_not_abandoned"})
+
+
+def expiry_s(parts: ApiParts, purpose: str, expires_after_s: int | None) -> float | None:
+    """How long a file lives, None for ever. Source: the OpenAI API, where only files for batches end by themselves."""
+    if expires_after_s is not None:
+        return expires_after_s
+    return parts.settings.batch_file_expires_s if purpose == BATCH else None
+
+
+def new_file(call: Call, taken: Taken, *, blob: str, filename: str, purpose: str, expires_after_s: int | None) -> File:
+    """Make the row of what came in. Raises: Refusal when a batch file does not begin with JSON."""
+    if purpose == BATCH and not taken.is_json_lines:
+        raise not_json_lines()
+    now = call.parts.clock.now()
+    life_s = expiry_s(call.parts, purpose, expires_after_s)
+    return File(
+        id=FileId(f"file-{call.parts.rng.token_hex(12)}"),
+        tenant=call.tenant,
+        purpose=purpose,
+        filename=filename,
+        size_bytes=taken.size_bytes,
+        sha256=taken.sha256,
+        blob=blob,
+        created_at=now,
+        expires_at=now + timedelta(seconds=life_s) if life_s is not None else None,
+        line_count=taken.line_count if purpose == BATCH else None,
+    )
+
+
+async def create_file(call: Call) -> Answer:
+    """Stream the form's file into Blobs; purpose may come before or after it."""
+    parts = call.parts
+    size_bytes_max = STRICT_FILE_BYTES_MAX if call.is_strict else parts.settings.file_bytes_max
+    sinks: list[BlobSink] = []
+
+    def open_sink(fields: dict[str, str], _filename: str) -> BlobSink:
+        if "purpose" in fields:
+            check_purpose(fields["purpose"])
+        sinks.append(BlobSink(parts, f"files/{parts.rng.token_hex(16)}", size_bytes_max=size_bytes_max))
+        return sinks[0]
+
+    form = Form(call.request.headers.get("Content-Type", ""), file_field="file", open_sink=open_sink)
+    try:
+        await receive(call, form, size_bytes_max=size_bytes_max)
+        wanted = _read_form(form)
+        if form.filename is None:
+            raise _required("file")
+        taken = await call.blocking(sinks[0].finish)
+        answer = await settle_streamed(call, fields_fingerprint(call, form.fields, taken.sha256))
+        if answer is not None:
+            await call.blocking(form.abort)
+            return answer
+        new = new_file(
+            call,
+            taken,
+            blob=sinks[0].name,
+            filename=form.filename,
+            purpose=wanted.purpose,
+            expires_after_s=wanted.expires_after.seconds if wanted.expires_after else None,
+        )
+        file = await call.blocking(call.scope.add_file, new, replay=call.replay)
+        if file.id != new.id:
+            await call.blocking(form.abort)
+    except BaseException:
+        await call.blocking(form.abort)
+        raise
+    return json_answer(file_object(file, is_strict=call.is_strict))
+
+
+def _read_form(form: Form) -> FileForm:
+    """Raises: Refusal when a field is missing or does not fit."""
+    if "purpose" not in form.fields:
+        raise _required("purpose")
+    check_purpose(form.fields["purpose"])
+    given: dict[str, object] = {"purpose": form.fields["purpose"]}
+    expiry = {
+        name: form.fields[f"expires_after[{name}]"]
+        for name in ("anchor", "seconds")
+        if f"expires_after[{name}]" in form.fields
+    }
+    if expiry:
+        given["expires_after"] = expiry
+    return read_parameters(given, FileForm)
+
+
+def _required(name: str) -> Refusal:
+    return Refusal(f"'{name}' is a required property", param=name)
+
+
+async def list_files(call: Call) -> Answer:
+    """Give a page of the tenant's files."""
+    wanted = call.parameters(ListFiles)
+    try:
+        found = await call.blocking(
+            call.scope.files,
+            limit=wanted.limit + 1,
+            after=FileId(wanted.after) if wanted.after is not None else None,
+            purpose=wanted.purpose,
+            newest_first=wanted.order == "desc",
+        )
+    except NotFound:
+        raise no_such_file(wanted.after or "") from None
+    shown = [file_object(each, is_strict=call.is_strict) for each in found[: wanted.limit]]
+    page = FileList(
+        data=shown,
+        first_id=shown[0].id if shown else None,
+        last_id=shown[-1].id if shown else None,
+        has_more=len(found) > wanted.limit,
+    )
+    return json_answer(page)
+
+
+async def file_of(call: Call) -> File:
+    """Give the file that the path names. Raises: Refusal."""
+    file_id = FileId(call.path_params["file_id"])
+    try:
+        return await call.blocking(call.scope.file, file_id)
+    except NotFound:
+        raise no_such_file(file_id) from None
+
+
+async def retrieve_file(call: Call) -> Answer:
+    """Show one file."""
+    return json_answer(file_object(await file_of(call), is_strict=call.is_strict))
+
+
+async def present_file(call: Call, file_id: str) -> Answer:
+    """Show the file that an earlier request with the same Idempotency-Key made."""
+    file = await call.blocking(call.scope.file, FileId(file_id))
+    return json_answer(file_object(file, is_strict=call.is_strict))
+
+
+async def delete_file(call: Call) -> Answer:
+    """Hide a file; its bytes stay while a batch reads them."""
+    file_id = FileId(call.path_params["file_id"])
+    try:
+        await call.blocking(call.scope.delete_file, file_id)
+    except NotFound:
+        raise no_such_file(file_id) from None
+    return json_answer(FileDeleted(id=file_id))
+
+
+async def download_file(call: Call) -> Answer:
+    """Stream a file's bytes, or a range of them."""
+    file = await file_of(call)
+    if file.purpose in _NOT_DOWNLOADABLE:
+        raise Refusal(f"Not allowed to download files of purpose: {file.purpose}")
+    headers: Mapping[str, str] = {"content-disposition": content_disposition(file.filename)}
+    return blob_answer(
+        call,
+        file.blob,
+        size_bytes=file.size_bytes,
+        etag=f'"{file.sha256}"',
+        content_type="application/octet-stream",
+        headers=headers,
+    )
+
+
+async def validate_file(call: Call) -> Answer:
+    """Give all problems of a batch file; worked out at the first call, kept for those that follow."""
+    file = await file_of(call)
+    if file.purpose != BATCH:
+        raise Refusal(f"Only files of purpose 'batch' can be validated, not '{file.purpose}'.", param="id")
+    name = file.validation_blob
+    if name is None:
+        name = await _validated(call)
+    size_bytes = await call.blocking(call.parts.blobs.size_bytes, name)
+    return blob_answer(call, name, size_bytes=size_bytes, etag=f'"{file.sha256}-validation"', content_type=JSON)
+
+
+async def _validated(call: Call) -> str:
+    """Wait for the turn; whoever had it before may have validated the same file."""
+    async with call.parts.heavy:
+        file = await file_of(call)
+        if file.validation_blob is not None:
+            return file.validation_blob
+        return await call.blocking(_examine, call, file)
+
+
+def _examine(call: Call, file: File) -> str:
+    """Validate the file and note the report. Blocks, for as long as reading the file takes."""
+    parts = call.parts
+    name = f"validations/{parts.rng.token_hex(16)}"
+    parts.store.register_blob(name, owner="api")
+    found = examine(parts.blobs, file, name, parts.settings)
+    call.scope.note_lines(file.id, line_count=found.total_count, validation_blob=name)
+    return call.scope.file(file.id).validation_blob or name
+
+
+ROUTES = (
+    Route(
+        method="POST",
+        path="/v1/files",
+        handler=create_file,
+        summary="Upload a file",
+        scope=KeyScope.WRITE,
+        request=FileForm,
+        request_media="multipart/form-data",
+        answer=FileObject,
+        present=present_file,
+        is_streamed_in=True,
+    ),
+    Route(
+        method="GET",
+        path="/v1/files",
+        handler=list_files,
+        summary="List files",
+        query=ListFiles,
+        answer=FileList,
+    ),
+    Route(
+        method="GET",
+        path="/v1/files/{file_id}",
+        handler=retrieve_file,
+        summary="Show a file",
+        answer=FileObject,
+    ),
+    Route(
+        method="DELETE",
+        path="/v1/files/{file_id}",
+        handler=delete_file,
+        summary="Delete a file; batches that read it go on",
+        scope=KeyScope.WRITE,
+        answer=FileDeleted,
+    ),
+    Route(
+        method="GET",
+        path="/v1/files/{file_id}/content",
+        handler=download_file,
+        summary="Download a file's bytes; Range and If-None-Match are honoured",
+        answer_media="application/octet-stream",
+    ),
+    Route(
+        method="GET",
+        path="/v1/files/{file_id}/validation",
+        handler=validate_file,
+        summary="List every problem of a batch file",
+        answer=FileValidation,
+    ),
+)

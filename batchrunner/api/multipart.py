@@ -1,0 +1,207 @@
+"""Streams a multipart/form-data body: fields in any order, one file straight to its sink, caps on everything."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from batchrunner.api.envelope import Refusal
+from batchrunner.api.http import Call
+
+FIELD_BYTES_MAX = 64 * 1024
+PARTS_MAX = 64
+HEADERS_MAX = 8
+HEADER_BYTES_MAX = 8 * 1024
+FILENAME_CHARS_MAX = 1024
+# Boundaries, part headers and fields beside the file itself.
+OVERHEAD_BYTES = PARTS_MAX * (FIELD_BYTES_MAX + HEADERS_MAX * HEADER_BYTES_MAX)
+# One hop to a thread for each block: a hop costs as much as hashing 20 KiB.
+BLOCK_BYTES = 512 * 1024
+# Source: the HTML standard, how browsers and SDKs write these three into a quoted name.
+_ESCAPED = (("%22", '"'), ("%0D", "\r"), ("%0A", "\n"))
+
+
+class Sink(Protocol):
+    """Where the file's bytes go."""
+
+    def feed(self, chunk: bytes) -> None:
+        """Take bytes."""
+
+    def abort(self) -> None:
+        """Leave nothing behind. May be called twice."""
+
+
+# Called in a thread when the file begins, with the fields so far and its name; may raise Refusal.
+OpenSink = Callable[[dict[str, str], str], Sink]
+
+
+class Form:
+    """A form on its way: `feed` and `finish` run in threads, one at a time; `abort` may come at any time.
+
+    `fields` are the text fields, `filename` is None until the file began. Parts of other names with a file count as
+    fields.
+    """
+
+    def __init__(self, content_type: str, *, file_field: str, open_sink: OpenSink) -> None:
+        """Begin. Raises: Refusal when the body is no multipart form."""
+        kind, options = parse_options_header(content_type)
+        boundary = options.get(b"boundary", b"")
+        if kind != b"multipart/form-data" or not boundary:
+            raise Refusal("Invalid content type: expected multipart/form-data with a boundary.", status=415)
+        self.fields: dict[str, str] = {}
+        self.filename: str | None = None
+        self._file_field = file_field
+        self._open_sink = open_sink
+        self._sink: Sink | None = None
+        self._lock = threading.Lock()
+        self._is_aborted = False
+        self._is_ended = False
+        self._part_count = 0
+        self._header_name = bytearray()
+        self._header_value = bytearray()
+        self._disposition = ""
+        self._name = ""
+        self._is_in_file = False
+        self._field = bytearray()
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._on_part_begin,
+                    "on_part_data": self._on_part_data,
+                    "on_part_end": self._on_part_end,
+                    "on_header_begin": self._on_header_begin,
+                    "on_header_field": self._on_header_field,
+                    "on_header_value": self._on_header_value,
+                    "on_header_end": self._on_header_end,
+                    "on_headers_finished": self._on_headers_finished,
+                    "on_end": self._on_end,
+                },
+                max_header_count=HEADERS_MAX,
+                max_header_size=HEADER_BYTES_MAX,
+            )
+        except FormParserError:
+            raise _malformed() from None
+
+    def feed(self, block: bytes) -> None:
+        """Take the next bytes of the body; what follows the last boundary is ignored. Raises: Refusal, and as the sink
+        does.
+        """
+        with self._lock:
+            if self._is_ended or self._is_aborted:
+                return
+            try:
+                self._parser.write(block)
+            except FormParserError:
+                raise _malformed() from None
+
+    def finish(self) -> None:
+        """Make sure that the form came whole. Raises: Refusal."""
+        with self._lock:
+            if not self._is_ended:
+                raise _malformed()
+
+    def abort(self) -> None:
+        """Have the sink leave nothing behind, now or when it is through with what it does."""
+        with self._lock:
+            self._is_aborted = True
+            if self._sink is not None:
+                self._sink.abort()
+
+    def _on_part_begin(self) -> None:
+        self._part_count += 1
+        if self._part_count > PARTS_MAX:
+            raise Refusal(f"The form has more than {PARTS_MAX} parts.", status=413)
+        self._disposition = ""
+        self._field = bytearray()
+
+    def _on_header_begin(self) -> None:
+        self._header_name.clear()
+        self._header_value.clear()
+
+    def _on_header_field(self, raw: bytes, start: int, end: int) -> None:
+        self._header_name += raw[start:end]
+
+    def _on_header_value(self, raw: bytes, start: int, end: int) -> None:
+        self._header_value += raw[start:end]
+
+    def _on_header_end(self) -> None:
+        if self._header_name.lower() == b"content-disposition":
+            # Names come as raw UTF-8; latin-1 carries the bytes through the parser of options.
+            self._disposition = self._header_value.decode("latin-1")
+
+    def _on_headers_finished(self) -> None:
+        kind, options = parse_options_header(self._disposition)
+        if kind != b"form-data" or b"name" not in options:
+            raise _malformed()
+        self._name = options[b"name"].decode("utf-8", "replace")
+        self._is_in_file = self._name == self._file_field
+        if not self._is_in_file:
+            return
+        if self.filename is not None:
+            raise Refusal(f"The form has more than one '{self._file_field}'.", param=self._file_field)
+        self.filename = _plain_name(options.get(b"filename", b"upload").decode("utf-8", "replace"))
+        self._sink = self._open_sink(dict(self.fields), self.filename)
+
+    def _on_part_data(self, raw: bytes, start: int, end: int) -> None:
+        if self._is_in_file:
+            assert self._sink is not None
+            self._sink.feed(raw if end - start == len(raw) else raw[start:end])
+            return
+        self._field += raw[start:end]
+        if len(self._field) > FIELD_BYTES_MAX:
+            raise Refusal(f"A form field is larger than {FIELD_BYTES_MAX} bytes.", status=413)
+
+    def _on_part_end(self) -> None:
+        if not self._is_in_file:
+            self.fields[self._name] = self._field.decode("utf-8", "replace")
+
+    def _on_end(self) -> None:
+        self._is_ended = True
+
+
+async def receive(call: Call, form: Form, *, size_bytes_max: int) -> None:
+    """Feed the whole body to the form, in blocks, while the next block comes in.
+
+    Raises:
+        Refusal: the form is malformed, too large, too slow or broken off; and as the sink does. The caller aborts.
+    """
+    feeding = None
+    try:
+        async for block in _blocks(call.incoming(size_bytes_max + OVERHEAD_BYTES)):
+            if feeding is not None:
+                await feeding
+            feeding = call.start(form.feed, block)
+    finally:
+        if feeding is not None:
+            await feeding
+    await call.blocking(form.finish)
+
+
+async def _blocks(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    gathered: list[bytes] = []
+    size_bytes = 0
+    async for piece in pieces:
+        gathered.append(piece)
+        size_bytes += len(piece)
+        if size_bytes >= BLOCK_BYTES:
+            yield b"".join(gathered)
+            gathered, size_bytes = [], 0
+    if gathered:
+        yield b"".join(gathered)
+
+
+def _plain_name(name: str) -> str:
+    """A file's name is only shown, never used: its folders are dropped, control characters too."""
+    for escaped, plain in _ESCAPED:
+        name = name.replace(escaped, plain)
+    last = name.replace("\\", "/").rpartition("/")[2]
+    return "".join(each for each in last if each.isprintable())[:FILENAME_CHARS_MAX] or "upload"
+
+
+def _malformed() -> Refusal:
+    return Refusal("The multipart form could not be parsed. Is the body whole, and does its boundary match?")
