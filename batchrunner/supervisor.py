@@ -1,15 +1,13 @@
-"""Worker processes: spawn them, hand each its share of the window and the limits, restart what dies, drain at the end.
+"""Worker processes: keep them running, hand each its share of the window and the limits, drain them at the end.
 
-Parent and child talk in JSON lines over the child's stdin and stdout. A child exits when its stdin closes, so no worker
-outlives its supervisor.
+Supervisor and worker talk in JSON lines.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
+import math
 from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
@@ -18,17 +16,14 @@ from batchrunner.errors import WorkerLost
 from batchrunner.metrics import Tally, tally_from_wire
 from batchrunner.pace import Sample, Window, joined, merged
 from batchrunner.ports import Clock
+from batchrunner.processes import ChildProcess
 from batchrunner.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_LINE_BYTES_MAX = 1 << 20
 _PACE_S = 0.1
 # A worker that is slow to report is waited for so many rounds.
 _ROUNDS_MAX = 3
-# A worker that dies this often within the time below, without a line done in between, is not started again.
-_DEATHS_MAX = 5
-_DEATHS_WITHIN_S = 60.0
 _EXTRA_GRACE_S = 10.0
 
 
@@ -75,17 +70,26 @@ def encode_message(message: Share | Report) -> bytes:
     return _ENCODER.encode(message) + b"\n"
 
 
-class _Child:
+class _Child(ChildProcess):
     """One worker process and what it last reported."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.process: asyncio.subprocess.Process | None = None
+    def __init__(
+        self,
+        number: int,
+        *,
+        command: Sequence[str],
+        greeting: bytes,
+        clock: Clock,
+        bury: Callable[[], Awaitable[None]],
+        waits_s: float | None,
+    ) -> None:
+        super().__init__(f"worker {number}", command=command, greeting=greeting, clock=clock, waits_s=waits_s)
         self.report: Report | None = None
+        self.reported_at_s = -math.inf
         self.fresh: list[Sample] = []
-        self.deaths: list[float] = []
         self.past = Tally()
         self.grants = (0, 0)
+        self._bury = bury
 
     @property
     def is_active(self) -> bool:
@@ -98,15 +102,39 @@ class _Child:
         in_flight = self.report.in_flight if self.report is not None else 0
         return max(*self.grants, in_flight)
 
+    def hear(self, line: bytes) -> None:
+        """Take in a report."""
+        try:
+            self.report = _REPORT.decode(line)
+        except msgspec.DecodeError:
+            # A library may print; what it said is not repeated.
+            logger.warning("%s wrote what is no report", self.name, extra={"action": "worker_chatter"})
+            return
+        self.reported_at_s = self.clock.monotonic_s()
+        self.fresh.append(self.report.sample)
+
+    async def mourn(self) -> None:
+        """Keep the counts of the dead, and end its leases."""
+        if self.report is not None:
+            tally = tally_from_wire(self.report.tally)
+            self.past.add(tally)
+            if tally.succeeded + tally.failed:
+                self.progressed()
+        self.report = None
+        self.fresh.clear()
+        self.grants = (0, 0)
+        await self._bury()
+
 
 class Supervisor:
     """A crew of worker processes. `run` returns when all have ended after `stop`.
 
     `command` starts a worker, `greeting` is the first line that it reads. `bury` is awaited after each death: it must
-    end the dead session's leases.
+    end the dead session's leases. A worker that dies again and again as soon as it starts is started again after
+    `waits_s`, if that is given.
 
     Raises (from run):
-        WorkerLost: a worker dies again and again as soon as it starts.
+        WorkerLost: a worker does so, and there is no `waits_s`.
     """
 
     def __init__(
@@ -118,21 +146,27 @@ class Supervisor:
         settings: Settings,
         clock: Clock,
         bury: Callable[[], Awaitable[None]],
+        waits_s: float | None = None,
     ) -> None:
         self.window = Window(pinned=settings.concurrency, size_max=settings.window_max)
-        self._command = command
-        self._greeting = greeting
         self._settings = settings
         self._clock = clock
-        self._bury = bury
-        self._children = [_Child(number) for number in range(worker_count)]
+        self._children = [
+            _Child(number, command=command, greeting=greeting, clock=clock, bury=bury, waits_s=waits_s)
+            for number in range(worker_count)
+        ]
         self._stop_grace_s: float | None = None
         self._stop_by_s = 0.0
 
     @property
     def pids(self) -> list[int]:
         """Process ids of the workers that run now."""
-        return [child.process.pid for child in self._children if child.process is not None]
+        return [child.pid for child in self._children if child.pid is not None]
+
+    def ticking_count(self, *, within_s: float) -> int:
+        """Count the workers that have reported within the time."""
+        since_s = self._clock.monotonic_s() - within_s
+        return sum(child.report is not None and child.reported_at_s >= since_s for child in self._children)
 
     def live(self) -> Live:
         """Sum up what the workers last reported."""
@@ -159,6 +193,8 @@ class Supervisor:
         if self._stop_grace_s is None or stop_by_s < self._stop_by_s:
             self._stop_grace_s = grace_s
             self._stop_by_s = stop_by_s
+        for child in self._children:
+            child.leave()
         self._hand_out()
 
     async def run(self) -> None:
@@ -168,7 +204,7 @@ class Supervisor:
                 pacing = group.create_task(self._pace())
                 async with asyncio.TaskGroup() as crew:
                     for child in self._children:
-                        crew.create_task(self._keep(child))
+                        crew.create_task(child.keep())
                 pacing.cancel()
         except BaseExceptionGroup as failed:
             lost, rest = failed.split(WorkerLost)
@@ -177,61 +213,7 @@ class Supervisor:
             raise _first_of(lost) from failed
         finally:
             for child in self._children:
-                if child.process is not None:
-                    await _dismiss(child.process)
-
-    async def _keep(self, child: _Child) -> None:
-        while True:
-            await self._spawn(child)
-            code = await self._listen(child)
-            if child.report is not None:
-                tally = tally_from_wire(child.report.tally)
-                child.past.add(tally)
-                if tally.succeeded + tally.failed:
-                    child.deaths.clear()
-            child.process = child.report = None
-            child.fresh.clear()
-            child.grants = (0, 0)
-            await self._bury()
-            if self._stop_grace_s is not None:
-                return
-            self._note_death(child, code)
-
-    async def _spawn(self, child: _Child) -> None:
-        process = await asyncio.create_subprocess_exec(
-            *self._command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=_LINE_BYTES_MAX,
-        )
-        child.process = process
-        assert process.stdin is not None
-        process.stdin.write(self._greeting)
-
-    async def _listen(self, child: _Child) -> int:
-        process = child.process
-        assert process is not None
-        assert process.stdout is not None
-        while line := await process.stdout.readline():
-            try:
-                child.report = _REPORT.decode(line)
-            except msgspec.DecodeError:
-                # A library may print; what it said is not repeated.
-                logger.warning("worker %d wrote what is no report", child.number, extra={"action": "worker_chatter"})
-                continue
-            child.fresh.append(child.report.sample)
-        return await process.wait()
-
-    def _note_death(self, child: _Child, code: int) -> None:
-        now_s = self._clock.monotonic_s()
-        child.deaths = [at_s for at_s in child.deaths if now_s - at_s < _DEATHS_WITHIN_S] + [now_s]
-        logger.warning(
-            "worker %d ended with code %d; starting it again", child.number, code, extra={"action": "worker_died"}
-        )
-        if len(child.deaths) >= _DEATHS_MAX:
-            raise WorkerLost(
-                f"worker {child.number} died {len(child.deaths)} times in a minute, the last time with code {code}"
-            )
+                await child.dismiss()
 
     # -- shares ------------------------------------------------------------------------------------------------------
 
@@ -274,7 +256,8 @@ class Supervisor:
             window = max(0, min(parts[child], self.window.size - taken))
             child.grants = (child.grants[1], window)
             # An idle worker needs no rate before it has said that it found work.
-            self._send(child, self._share(window=window, part=1 / len(active) if child in active else 0.0))
+            part = 1 / len(active) if child in active else 0.0
+            child.send(encode_message(self._share(window=window, part=part)))
 
     def _share(self, *, window: int, part: float) -> Share:
         settings = self._settings
@@ -285,32 +268,14 @@ class Supervisor:
             stop_grace_s=self._stop_grace_s,
         )
 
-    def _send(self, child: _Child, share: Share) -> None:
-        process = child.process
-        if process is not None and process.stdin is not None and not process.stdin.is_closing():
-            process.stdin.write(encode_message(share))
-
     def _end_late_workers(self) -> None:
         """Kill what has not drained long after its grace."""
         if self._stop_grace_s is None:
             return
         if self._clock.monotonic_s() < self._stop_by_s + _EXTRA_GRACE_S:
             return
-        for pid in self.pids:
-            logger.error("worker did not drain, killed", extra={"action": "worker_killed", "pid": pid})
-            os.kill(pid, signal.SIGKILL)
-
-
-async def _dismiss(process: asyncio.subprocess.Process) -> None:
-    """End a worker that nobody listens to any more: it drains at once when its stdin closes."""
-    assert process.stdin is not None
-    process.stdin.close()
-    try:
-        async with asyncio.timeout(_EXTRA_GRACE_S):
-            await process.communicate()
-    except TimeoutError:
-        process.kill()
-        await process.communicate()
+        for child in self._children:
+            child.kill()
 
 
 def _first_of(group: BaseExceptionGroup[WorkerLost]) -> WorkerLost:

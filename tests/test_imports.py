@@ -12,7 +12,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 # Everything else in the package is story, rules or words.
 EDGES = re.compile(
-    r"clock|tuning|simulate|store|blobs|upstream\w*|poster|client|supervisor|app|api|dashboard|cli|__init__|__main__"
+    r"clock|tuning|simulate|store|blobs|upstream\w*|poster|client|processes|supervisor|app|hosting|serving|api"
+    r"|dashboard|cli|__init__|__main__"
 )
 
 

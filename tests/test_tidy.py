@@ -26,7 +26,8 @@ ESSAYS = {"batchrunner.errors", "batchrunner.lifecycle", "batchrunner.pipeline"}
 REAL_TIME = re.compile(r"batchrunner\.(clock|simulate)(\..*)?")
 ENTRY_POINTS = re.compile(r"batchrunner(\.__main__|\.cli|\.store\.migrations\..*)?")
 EDGES = re.compile(
-    r"(clock|tuning|simulate|store|blobs|upstream\w*|poster|client|supervisor|app|api|dashboard|cli)?|__main__"
+    r"(clock|tuning|simulate|store|blobs|upstream\w*|poster|client|processes|supervisor|app|hosting|serving|api"
+    r"|dashboard|cli)?|__main__"
 )
 
 TIME_AND_CHANCE = re.compile(

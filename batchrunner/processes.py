@@ -1,0 +1,148 @@
+"""A child process that is kept running: started, greeted, listened to, started again when it dies, ended with its
+parent.
+
+Parent and child talk in lines over the child's stdin and stdout. A child ends when its stdin closes, so none outlives
+its parent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from batchrunner.errors import WorkerLost
+from batchrunner.ports import Clock
+
+logger = logging.getLogger(__name__)
+
+_LINE_BYTES_MAX = 1 << 20
+# A child that dies this often within the time below, without any progress in between, dies by itself.
+_DEATHS_MAX = 5
+_DEATHS_WITHIN_S = 60.0
+_EXTRA_GRACE_S = 10.0
+
+
+class ChildProcess(ABC):
+    """One child process and its successors. `keep` returns when one has ended after `leave`.
+
+    `greeting` is the first line that each of them reads. With `waits_s` one that dies again and again as soon as it
+    starts is started again after that time.
+
+    Raises (from keep):
+        WorkerLost: it does so, and there is no `waits_s`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        command: Sequence[str],
+        greeting: bytes,
+        clock: Clock,
+        pass_fds: Sequence[int] = (),
+        waits_s: float | None = None,
+    ) -> None:
+        self.name = name
+        self.process: asyncio.subprocess.Process | None = None
+        self._command = command
+        self._greeting = greeting
+        self.clock = clock
+        self._pass_fds = tuple(pass_fds)
+        self._waits_s = waits_s
+        self._deaths_s: list[float] = []
+        self._leaving = asyncio.Event()
+
+    @abstractmethod
+    def hear(self, line: bytes) -> None:
+        """Take in a line that the child wrote."""
+
+    @abstractmethod
+    async def mourn(self) -> None:
+        """Do what has to be done after each end."""
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the one that runs now."""
+        return self.process.pid if self.process is not None else None
+
+    def progressed(self) -> None:
+        """Say that the child did something of use: what came before speaks no more against it."""
+        self._deaths_s.clear()
+
+    def leave(self) -> None:
+        """Start no other when the present one ends."""
+        self._leaving.set()
+
+    async def keep(self) -> None:
+        """Keep one running until `leave`."""
+        while not self._leaving.is_set():
+            await self._start()
+            code = await self._listen()
+            self.process = None
+            await self.mourn()
+            if not self._leaving.is_set():
+                await self._note_death(code)
+
+    def send(self, line: bytes) -> None:
+        """Write a line to the child, if there is one that reads."""
+        process = self.process
+        if process is not None and process.stdin is not None and not process.stdin.is_closing():
+            process.stdin.write(line)
+
+    def kill(self) -> None:
+        """End the child at once."""
+        if self.process is not None:
+            logger.error("%s did not end, killed", self.name, extra={"action": "child_killed", "pid": self.process.pid})
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
+
+    async def dismiss(self) -> None:
+        """End a child that nobody listens to any more: it drains at once when its stdin closes."""
+        process = self.process
+        if process is None:
+            return
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            async with asyncio.timeout(_EXTRA_GRACE_S):
+                await process.communicate()
+        except TimeoutError:
+            process.kill()
+            await process.communicate()
+
+    async def _start(self) -> None:
+        self.process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=_LINE_BYTES_MAX,
+            pass_fds=self._pass_fds,
+        )
+        self.send(self._greeting)
+
+    async def _listen(self) -> int:
+        process = self.process
+        assert process is not None
+        assert process.stdout is not None
+        while line := await process.stdout.readline():
+            self.hear(line)
+        return await process.wait()
+
+    async def _note_death(self, code: int) -> None:
+        now_s = self.clock.monotonic_s()
+        self._deaths_s = [at_s for at_s in self._deaths_s if now_s - at_s < _DEATHS_WITHIN_S] + [now_s]
+        logger.warning("%s ended with code %d; starting it again", self.name, code, extra={"action": "child_died"})
+        if len(self._deaths_s) < _DEATHS_MAX:
+            return
+        told = f"{self.name} died {len(self._deaths_s)} times in a minute, the last time with code {code}"
+        if self._waits_s is None:
+            raise WorkerLost(told)
+        logger.error("%s; waiting %.0f s", told, self._waits_s, extra={"action": "child_waits"})
+        waiting = asyncio.ensure_future(self.clock.sleep(self._waits_s))
+        leaving = asyncio.ensure_future(self._leaving.wait())
+        await asyncio.wait([waiting, leaving], return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        leaving.cancel()
