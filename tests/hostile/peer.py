@@ -74,10 +74,14 @@ class Talk:
 
     async def drip(self) -> None:
         """A byte now and then until the other side has had enough."""
-        while True:
-            self._writer.write(b".")
-            await self._writer.drain()
-            await asyncio.sleep(DRIP_S)  # real time: the pauses are what is wrong with this peer
+        leaving = asyncio.ensure_future(self.gone())
+        try:
+            while not leaving.done():
+                self._writer.write(b".")
+                await self._writer.drain()
+                await asyncio.wait({leaving}, timeout=DRIP_S)
+        finally:
+            leaving.cancel()
 
     async def flush(self) -> None:
         """Wait until the kernel has everything that was said."""
