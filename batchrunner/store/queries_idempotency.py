@@ -80,9 +80,9 @@ def finish(conn: Connection, tenant: TenantId, replay: Replay, moment: Moment) -
     values = {"state": IdempotencyState.DONE, "status": replay.status, "body": replay.body, "lease_until": None}
     if row is None:
         _insert_done(conn, tenant, replay, moment, values | {"object_id": replay.object_id})
-    elif row["body"] is None and row["object_id"] in (None, replay.object_id):
+    elif row["body"] is None and (row["object_id"] is None or replay.object_id in (None, row["object_id"])):
         kept = {
-            "object_id": replay.object_id,
+            "object_id": func.coalesce(idempotency.c.object_id, replay.object_id),
             "fingerprint": func.coalesce(idempotency.c.fingerprint, replay.fingerprint),
         }
         conn.execute(update(idempotency).where(_is_row(tenant, replay.route, replay.key)).values(values | kept))

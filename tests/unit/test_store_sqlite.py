@@ -26,6 +26,8 @@ from batchrunner.store.sqlite import SqliteStore, require_local_disk, translated
 from batchrunner.store.tables import batches, stamp
 from batchrunner.store.tables import schema as metadata
 
+WRITTEN_BY_0001 = Path(__file__).parents[1] / "e2e" / "written_by_0001" / "state.sql"
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
@@ -414,6 +416,56 @@ def test_migrations_make_the_schema_that_the_tables_describe() -> None:
 
     assert found == expected
     assert version == schema.VERSION
+
+
+def rows_of(path: Path, columns: dict[str, list[str]]) -> dict[str, list[Any]]:
+    """Read these columns of these tables."""
+    connection = sqlite3.connect(path)
+    found = {}
+    for table, names in columns.items():
+        listed = '"' + '", "'.join(names) + '"'
+        found[table] = connection.execute(f"SELECT {listed} FROM {table}").fetchall()
+    connection.close()
+    return found
+
+
+def test_database_of_the_first_schema_is_migrated_with_every_row(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.executescript(WRITTEN_BY_0001.read_text())
+    tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name != 'alembic_version'")
+    columns = {
+        name: [column[1] for column in connection.execute(f"PRAGMA table_info({name})")]
+        for (name,) in tables.fetchall()
+    }
+    connection.close()
+    before = rows_of(path, columns)
+
+    SqliteStore.open(path, SystemClock()).close()
+
+    assert rows_of(path, columns) == before
+    assert len(before["extents"]) > 0
+    assert rows_of(path, {"alembic_version": ["version_num"]})["alembic_version"] == [(schema.VERSION,)]
+
+
+def test_batch_of_the_first_schema_is_read_and_goes_on(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.executescript(WRITTEN_BY_0001.read_text())
+    connection.close()
+
+    store = SqliteStore.open(path, SystemClock())
+    scope = store.scope(LOCAL_TENANT)
+    (batch,) = scope.batches(limit=10)
+    store.sweep()
+    claim = store.claim(SessionId("s"), lease_s=5, kinds=(TaskKind.SHARD,))
+    extents = scope.extents(batch.id)
+    store.close()
+
+    assert (batch.status, batch.total_count, batch.succeeded_count) == (BatchStatus.IN_PROGRESS, 60, 40)
+    assert (batch.input_name, batch.webhook_url, batch.journal_ended_at) == (None, None, None)
+    assert sum(each.count for each in extents) == 40
+    assert claim is not None
+    assert claim.shard is not None
+    assert (claim.shard.line_count, claim.ref.epoch) == (20, 2)
 
 
 def test_alembic_is_imported_only_for_a_migration(path: Path) -> None:
