@@ -16,6 +16,7 @@ import orjson
 
 from batchrunner import __version__, crash
 from batchrunner.app import Runner
+from batchrunner.choosing import read_error_line
 from batchrunner.cli.exits import ExitCode
 from batchrunner.cli.folding import Folded, fold
 from batchrunner.cli.preparing import Prepared, RunRequest
@@ -29,32 +30,6 @@ from batchrunner.ports import TenantScope
 _SAMPLES = 3
 _TOP = 5
 _COPY_BYTES = 1 << 22
-
-
-class _ErrorOf(msgspec.Struct):
-    code: str | None = None
-
-
-class _ResponseOf(msgspec.Struct):
-    status_code: int = 0
-
-
-class ErrorLine(msgspec.Struct):
-    """The parts of an error line that tell why it is one."""
-
-    custom_id: str | None = None
-    error: _ErrorOf | None = None
-    response: _ResponseOf | None = None
-
-    @property
-    def code(self) -> str:
-        """The error's code, or the HTTP status where the upstream answered."""
-        if self.error is not None and self.error.code:
-            return self.error.code
-        return str(self.response.status_code) if self.response is not None else "unknown"
-
-
-read_error_line = msgspec.json.Decoder(ErrorLine).decode
 
 
 def finish(request: RunRequest, prepared: Prepared, runner: Runner, scope: TenantScope, outcome: Outcome) -> Summary:

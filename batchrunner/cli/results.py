@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,12 +18,12 @@ import click
 from batchrunner.cli.console import say
 from batchrunner.cli.run_folder import RunFolder, RunRecord
 from batchrunner.errors import NotFound, UsageError
-from batchrunner.frames import Damage, Record, read_payload, read_records, segment_of
+from batchrunner.frames import Damage, read_payload
 from batchrunner.lifecycle import TERMINAL
-from batchrunner.models import LOCAL_TENANT, BatchId, RecordKind, SegmentRef
+from batchrunner.models import LOCAL_TENANT, BatchId, RecordKind
 from batchrunner.ports import Blobs, TenantScope
+from batchrunner.reading import Reader, registered_numbers
 
-_PAGE = 200
 _LOOK_S = 0.5
 
 
@@ -139,7 +138,7 @@ class OpenRun:
         self._folder = folder
         self._blobs = blobs
         self._scope = scope
-        self._readers: list[_Reader] = []
+        self._readers: list[Reader] = []
 
     def lines(self, kind: RecordKind | None) -> Iterator[bytes]:
         """Give finished lines that were not given before, in sequence order; those of a kind, or all.
@@ -148,11 +147,10 @@ class OpenRun:
         """
         self._look_for_batches()
         for place, reader in enumerate(self._readers):
-            again: set[int] = set()
-            if not reader.has_begun:
-                again.update(*(later.line_numbers() for later in self._readers[place + 1 :]))
-            for record in reader.fresh():
-                if record.line_number not in again and kind in (None, record.kind):
+            later = [] if reader.has_begun else self.record.batches[place + 1 :]
+            again = [registered_numbers(self._blobs, self._scope, BatchId(each)) for each in later]
+            for _, record in reader.fresh():
+                if kind in (None, record.kind) and not any(record.line_number in numbers for numbers in again):
                     yield read_payload(self._blobs, record)
 
     def has_ended(self) -> bool:
@@ -175,52 +173,8 @@ class OpenRun:
     def _look_for_batches(self) -> None:
         self.record = self._folder.load() or self.record
         for batch_id in self.record.batches[len(self._readers) :]:
-            self._readers.append(_Reader(self._blobs, self._scope, BatchId(batch_id)))
+            self._readers.append(Reader(self._blobs, self._scope, BatchId(batch_id), on_damage=_tell_damage))
 
 
-@dataclass(slots=True)
-class _Spot:
-    """How far the last extent was read; a later look may find it grown."""
-
-    segment: SegmentRef
-    byte_start: int
-    read_to: int
-
-
-class _Reader:
-    """The registered records of one batch."""
-
-    def __init__(self, blobs: Blobs, scope: TenantScope, batch_id: BatchId) -> None:
-        self._blobs = blobs
-        self._scope = scope
-        self._batch_id = batch_id
-        self._after = 0
-        self._spot: _Spot | None = None
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether records were given before."""
-        return self._spot is not None
-
-    def line_numbers(self) -> set[int]:
-        """All lines that have a record now."""
-        whole = _Reader(self._blobs, self._scope, self._batch_id)
-        return {record.line_number for record in whole.fresh()}
-
-    def fresh(self) -> Iterator[Record]:
-        """Give the records behind those given before, in sequence order."""
-        while extents := self._scope.extents(self._batch_id, after=self._after, limit=_PAGE):
-            for extent in extents:
-                segment, start, spot = segment_of(extent), extent.byte_start, self._spot
-                if spot is not None and (spot.segment, spot.byte_start) == (segment, start):
-                    start = spot.read_to
-                yield from self._intact(segment, start, extent.byte_end)
-                self._spot = _Spot(segment, extent.byte_start, extent.byte_end)
-                self._after = extent.sequence_from + extent.count - 1
-
-    def _intact(self, segment: SegmentRef, start: int, end: int) -> Iterator[Record]:
-        for record in read_records(self._blobs, segment, start, end):
-            if isinstance(record, Damage):
-                say(f"{segment.blob}: bytes {record.start:,} to {record.end:,} are damaged; their lines will run again")
-            else:
-                yield record
+def _tell_damage(damage: Damage) -> None:
+    say(f"{damage.segment.blob}: bytes {damage.start:,} to {damage.end:,} are damaged; their lines will run again")

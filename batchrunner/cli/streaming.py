@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from batchrunner.frames import Damage, read_payload, read_records, segment_of
-from batchrunner.models import BatchId, Extent, RecordKind
+from batchrunner.frames import read_payload
+from batchrunner.models import BatchId, RecordKind
 from batchrunner.ports import Blobs, TenantScope
-
-_PAGE = 200
+from batchrunner.reading import Reader
 
 
 class LineStream:
@@ -18,25 +17,16 @@ class LineStream:
     def __init__(self, blobs: Blobs, scope: TenantScope) -> None:
         self._blobs = blobs
         self._scope = scope
-        self._after = 0
+        self._reader: Reader | None = None
 
     async def advance(self, batch_id: BatchId) -> None:
-        """Print the succeeded lines that are new."""
+        """Print the succeeded lines of the one batch that are new."""
         await asyncio.to_thread(self._advance, batch_id)
 
     def _advance(self, batch_id: BatchId) -> None:
-        while extents := self._scope.extents(batch_id, after=self._after, limit=_PAGE):
-            for extent in extents:
-                self._print(extent)
-                self._after = extent.sequence_from + extent.count - 1
-            sys.stdout.buffer.flush()
-
-    def _print(self, extent: Extent) -> None:
-        """Print an extent's lines beyond those that were printed when it was shorter."""
-        sequence = extent.sequence_from - 1
-        for record in read_records(self._blobs, segment_of(extent), extent.byte_start, extent.byte_end):
-            if isinstance(record, Damage):
-                continue
-            sequence += 1
-            if sequence > self._after and record.kind is RecordKind.SUCCEEDED:
+        if self._reader is None:
+            self._reader = Reader(self._blobs, self._scope, batch_id)
+        for _, record in self._reader.fresh():
+            if record.kind is RecordKind.SUCCEEDED:
                 sys.stdout.buffer.write(read_payload(self._blobs, record))
+        sys.stdout.buffer.flush()

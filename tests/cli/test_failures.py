@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from batchrunner.cli.failures import hint_for, normalise, read_failure
+from batchrunner.grouping import COMMAND_LINE, SERVER, hint_for, normalise, read_failure
 from batchrunner.lines import ProblemCode
 from batchrunner.models import LineCode
 from tests.cli.calling import call, chat_line, finish, simulator, spawn
@@ -114,14 +114,23 @@ def test_what_differs_between_equal_failures_is_replaced(message, normal):
 def test_hints_by_answer(status, body, part):
     failure = read_failure({"custom_id": "a", "response": {"status_code": status, "body": body}, "error": None})
 
-    assert part in hint_for(failure)
+    assert part in hint_for(failure, COMMAND_LINE)
 
 
 @pytest.mark.parametrize("code", [*LineCode, *ProblemCode])
 def test_each_of_our_own_codes_has_a_hint_of_its_own(code):
     failure = read_failure({"custom_id": "a", "response": None, "error": {"code": str(code), "message": "m"}})
 
-    assert hint_for(failure) != hint_for(read_failure({"custom_id": "a", "error": {"code": "news", "message": "m"}}))
+    unknown = read_failure({"custom_id": "a", "error": {"code": "news", "message": "m"}})
+    for door in (COMMAND_LINE, SERVER):
+        assert hint_for(failure, door) != hint_for(unknown, door)
+
+
+@pytest.mark.parametrize("code", [*LineCode, *ProblemCode, "news"])
+def test_hints_of_the_server_name_no_flag_of_the_command_line(code):
+    failure = read_failure({"custom_id": "a", "response": None, "error": {"code": str(code), "message": "m"}})
+
+    assert "--" not in hint_for(failure, SERVER)
 
 
 def test_endless_different_messages_do_not_make_endless_groups(tmp_path):
