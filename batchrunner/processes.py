@@ -1,8 +1,8 @@
 """A child process that is kept running: started, greeted, listened to, started again when it dies, ended with its
 parent.
 
-Parent and child talk in lines over the child's stdin and stdout. A child ends when its stdin closes, so none outlives
-its parent.
+Parent and child talk in lines over the child's stdin and stdout; what the child says on stderr is the parent's to show.
+A child ends when its stdin closes, so none outlives its parent.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from batchrunner.ports import Clock
 logger = logging.getLogger(__name__)
 
 _LINE_BYTES_MAX = 1 << 20
+# What a child says on stderr without ending its line is passed on in pieces of at most twice this.
+_WORDS_BYTES_MAX = 64 * 1024
+# A dead child's stderr may be held open by a process that it started: nobody waits longer for the end of it.
+_LAST_WORDS_S = 2.0
 # A child that dies this often within the time below, without any progress in between, dies by itself.
 _DEATHS_MAX = 5
 _DEATHS_WITHIN_S = 60.0
@@ -63,6 +67,10 @@ class ChildProcess(ABC):
     async def mourn(self) -> None:
         """Do what has to be done after each end."""
 
+    def overhear(self, words: str) -> None:
+        """Take in whole lines that the child wrote on stderr, control characters escaped; they go to the log."""
+        logger.warning("%s", words, extra={"action": "child_said"})
+
     @property
     def pid(self) -> int | None:
         """The process id of the one that runs now."""
@@ -105,31 +113,64 @@ class ChildProcess(ABC):
         if process is None:
             return
         assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
         process.stdin.close()
-        try:
-            async with asyncio.timeout(_EXTRA_GRACE_S):
-                await process.communicate()
-        except TimeoutError:
-            process.kill()
-            await process.communicate()
+        async with asyncio.TaskGroup() as group:
+            ends = [group.create_task(process.stdout.read()), group.create_task(self._relay(process.stderr))]
+            try:
+                async with asyncio.timeout(_EXTRA_GRACE_S):
+                    await process.wait()
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+            await asyncio.wait(ends, timeout=_LAST_WORDS_S)
+            for end in ends:
+                end.cancel()
 
     async def _start(self) -> None:
         self.process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
             limit=_LINE_BYTES_MAX,
             pass_fds=self._pass_fds,
         )
         self.send(self._greeting)
 
     async def _listen(self) -> int:
+        """Follow the child to its end, its last words included; gives its exit code."""
         process = self.process
         assert process is not None
         assert process.stdout is not None
-        while line := await process.stdout.readline():
-            self.hear(line)
-        return await process.wait()
+        assert process.stderr is not None
+        async with asyncio.TaskGroup() as group:
+            relaying = group.create_task(self._relay(process.stderr))
+            while line := await process.stdout.readline():
+                self.hear(line)
+            code = await process.wait()
+            await asyncio.wait({relaying}, timeout=_LAST_WORDS_S)
+            relaying.cancel()
+        return code
+
+    async def _relay(self, stderr: asyncio.StreamReader) -> None:
+        """Pass on what the child says, in whole lines as they come; a long one without an end goes in parts."""
+        held = b""
+        try:
+            while words := await stderr.read(_WORDS_BYTES_MAX):
+                whole, end, held = (held + words).rpartition(b"\n")
+                self._pass_on(whole + end)
+                if len(held) >= _WORDS_BYTES_MAX:
+                    self._pass_on(held)
+                    held = b""
+        finally:
+            self._pass_on(held)
+
+    def _pass_on(self, words: bytes) -> None:
+        text = words.decode("utf-8", "backslashreplace").rstrip()
+        if text:
+            self.overhear("".join(each if each.isprintable() or each in "\n\t" else _escaped(each) for each in text))
 
     async def _note_death(self, code: int) -> None:
         now_s = self.clock.monotonic_s()
@@ -146,3 +187,7 @@ class ChildProcess(ABC):
         await asyncio.wait([waiting, leaving], return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         leaving.cancel()
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -225,7 +226,7 @@ async def until_reported(made: Supervisor, count: int, running: asyncio.Task[Non
     assert not running.done(), running
 
 
-async def test_crew_works_until_it_is_told_to_stop(capfd: pytest.CaptureFixture[str]) -> None:
+async def test_crew_works_until_it_is_told_to_stop(caplog: pytest.LogCaptureFixture) -> None:
     command = script(OBEDIENT, in_flight=3, tally=Tally(attempts=2, succeeded=2))
     async with crew(command) as (made, buried):
         running = asyncio.create_task(made.run())
@@ -239,7 +240,7 @@ async def test_crew_works_until_it_is_told_to_stop(capfd: pytest.CaptureFixture[
     assert made.pids == []
     assert len(buried) == 2
     assert made.live().tally.succeeded == 4
-    assert capfd.readouterr().err.count('{"hello":1}') == 2
+    assert caplog.text.count('{"hello":1}') == 2
 
 
 async def test_worker_that_dies_is_buried_and_started_again_and_its_counts_stay(
@@ -275,6 +276,62 @@ async def test_worker_that_dies_as_soon_as_it_starts_ends_the_run_with_its_name_
     assert "5 times" in lost.value.message
     assert "code 9" in lost.value.message
     assert len(buried) >= 5
+
+
+async def test_last_words_of_a_dying_worker_are_whole_and_come_before_its_death(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    dying = "def fall(depth):\n    fall(depth - 1) if depth else 1 / 0\nfall(100)"
+    async with crew([sys.executable, "-c", dying], count=1) as (made, _):
+        with pytest.raises(WorkerLost):
+            await made.run()
+
+    told_in_order = "\n".join(caplog.messages)
+    assert told_in_order.count("Traceback (most recent call last):") == 5
+    assert told_in_order.count("in fall") >= 5
+    pattern = r"Traceback(?:(?!ended with).)*ZeroDivisionError: division by zero\nworker 0 ended with code 1"
+    assert len(re.findall(pattern, told_in_order, re.DOTALL)) == 5
+
+
+async def test_words_without_an_end_of_line_and_control_characters_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    odd = r"import sys; sys.stderr.buffer.write(b'\x1b[2Jhalf a \xff line'); sys.stderr.flush(); sys.exit(3)"
+    async with crew([sys.executable, "-c", odd], count=1) as (made, _):
+        with pytest.raises(WorkerLost):
+            await made.run()
+
+    assert caplog.messages.count(r"\x1b[2Jhalf a \xff line") == 5
+
+
+async def test_flood_of_words_is_told_in_bounded_pieces(caplog: pytest.LogCaptureFixture) -> None:
+    flooding = "import sys; sys.stderr.write('x' * 1_000_000 + chr(10) + 'end'); sys.exit(3)"
+    async with crew([sys.executable, "-c", flooding], count=1) as (made, _):
+        with pytest.raises(WorkerLost):
+            await made.run()
+
+    assert sum(message.count("x") for message in caplog.messages if message.startswith("x")) == 5_000_000
+    assert max(map(len, caplog.messages)) <= 2 * 64 * 1024
+    assert caplog.messages.count("end") == 5
+
+
+async def test_words_of_a_worker_that_is_dismissed_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    parting = script(
+        """
+import sys
+sys.stdin.readline()
+sys.stdout.write(REPORT + "\\n")
+sys.stdout.flush()
+sys.stdin.read()
+print("farewell", file=sys.stderr)
+"""
+    )
+    async with crew(parting, count=1) as (made, _):
+        running = asyncio.create_task(made.run())
+        await until_reported(made, 1, running)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    assert "farewell" in caplog.messages
 
 
 async def test_what_is_no_report_is_not_the_end(caplog: pytest.LogCaptureFixture) -> None:
