@@ -11,7 +11,7 @@ from batchrunner.holdings import Expired
 from batchrunner.lifecycle import TERMINAL, BatchStatus
 from batchrunner.models import BatchId, TaskKind
 from batchrunner.store.moments import Moment
-from batchrunner.store.queries_blobs import drop_forgotten
+from batchrunner.store.queries_blobs import UNFINISHED, drop_forgotten
 from batchrunner.store.queries_idempotency import drop_old
 from batchrunner.store.queries_uploads import expire_uploads
 from batchrunner.store.tables import batches, claims, extents, files, tasks
@@ -46,6 +46,8 @@ def _end_journals(conn: Connection, moment: Moment) -> None:
     )
     found = select(batches.c.id).where(_has_journal(), batches.c.journal_ended_at.is_(None), due).limit(_BATCHES_MAX)
     ids = list(conn.execute(found.with_for_update()).scalars())
+    if not ids:
+        return
     shards = select(tasks.c.id).where(tasks.c.batch_id.in_(ids))
     conn.execute(delete(extents).where(extents.c.batch_id.in_(ids)))
     conn.execute(delete(claims).where(claims.c.task_id.in_(shards)))
@@ -61,6 +63,13 @@ def _ended_journals(conn: Connection) -> tuple[BatchId, ...]:
     named = select(batches.c.id).where(_has_journal(), batches.c.journal_ended_at.is_not(None))
     found = conn.execute(named.order_by(batches.c.journal_ended_at, batches.c.serial).limit(_BATCHES_MAX))
     return tuple(BatchId(each) for each in found.scalars())
+
+
+def unfinished_counts(conn: Connection) -> dict[BatchStatus, int]:
+    """Count batches that are not over."""
+    counted = select(batches.c.status, func.count().label("total")).where(batches.c.status.in_(UNFINISHED)).group_by(batches.c.status)
+    found = {row.status: row.total for row in conn.execute(counted)}
+    return {status: found.get(status, 0) for status in UNFINISHED}
 
 
 def forget_journals(conn: Connection, batch_ids: Collection[BatchId], moment: Moment) -> None:

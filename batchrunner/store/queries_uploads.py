@@ -106,8 +106,9 @@ def expire_uploads(conn: Connection, moment: Moment) -> int:
     """End the uploads that are past their time."""
     late = (uploads.c.status == UploadStatus.PENDING, uploads.c.expires_at <= moment.wall)
     ids = list(conn.execute(select(uploads.c.id).where(*late).with_for_update()).scalars())
-    conn.execute(update(uploads).where(uploads.c.id.in_(ids)).values(status=UploadStatus.EXPIRED))
-    _drop_parts(conn, upload_parts.c.upload_id.in_(ids), moment)
+    if ids:
+        conn.execute(update(uploads).where(uploads.c.id.in_(ids)).values(status=UploadStatus.EXPIRED))
+        _drop_parts(conn, upload_parts.c.upload_id.in_(ids), moment)
     return len(ids)
 
 

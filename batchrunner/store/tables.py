@@ -143,11 +143,13 @@ batches = Table(
     Column("output_expires_after_s", BigInteger),
     Column("webhook_url", Text),
     Column("deleted_at", Instant, comment="hidden since; the row stays as a place in lists"),
+    Column("probed_at", Instant, comment="when a paused one last gave out a shard to find out whether it may go on"),
     Column("journal_ended_at", Instant, comment="its extents are gone since"),
     Column("journal_freed_at", Instant, comment="and so are its segments"),
     CheckConstraint("open_shards >= 0", name="batch_open_shards"),
     Index("batches_by_status", "status", "deadline_at"),
     Index("batches_by_tenant", "tenant", "serial"),
+    Index("batches_by_tenant_and_status", "tenant", "status"),
     Index("batches_by_parent", "parent_id"),
     Index(
         "batches_with_journals",

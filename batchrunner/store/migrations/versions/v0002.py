@@ -23,6 +23,7 @@ _ADDED: dict[str, dict[str, sa.types.TypeEngine[Any]]] = {
         "output_expires_after_s": sa.BigInteger(),
         "webhook_url": sa.Text(),
         "deleted_at": sa.BigInteger(),
+        "probed_at": sa.BigInteger(),
         "journal_ended_at": sa.BigInteger(),
         "journal_freed_at": sa.BigInteger(),
     },
@@ -52,6 +53,7 @@ def _indexes() -> None:
     op.create_index("files_by_tenant", "files", ["tenant", "created_at", "id"])
     op.create_index("files_by_blob", "files", ["blob"])
     _partial_index("files_to_free", "files", ["deleted_at", "expires_at"], "freed_at IS NULL")
+    op.create_index("batches_by_tenant_and_status", "batches", ["tenant", "status"])
     op.create_index("batches_by_parent", "batches", ["parent_id"])
     _partial_index("batches_with_journals", "batches", ["journal_ended_at", "status"], "journal_freed_at IS NULL")
 
