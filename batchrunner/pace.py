@@ -421,6 +421,10 @@ class Window:
             target = round(math.sqrt(known.size * self._floor))
         else:
             return None
+        if self._is_base_sure and known.rate <= COARSE_RATE:
+            # Less than throughput times the latency of one alone leaves places of the upstream empty for sure, and
+            # where answers are few a trial of that is long and each place is a large share.
+            target = max(target, round(known.rate * self._base_latency_s))
         return target if 1 <= target < known.size else None
 
     # What shrinks at once.

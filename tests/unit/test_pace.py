@@ -54,6 +54,17 @@ def test_the_window_finds_few_slots_whatever_the_draw(seed: int) -> None:
     assert_near_best(loop, 8, 30, 60)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_few_slots_that_become_half_as_many_are_kept_busy(seed: int) -> None:
+    loop = Loop(Server(8, uniform(LATENCY_S)), Window(), seed=seed)
+    loop.run_until(50)
+
+    loop.resize(4)
+    loop.run_until(80)
+
+    assert_near_best(loop, 4, 60, 80)
+
+
 def test_a_large_upstream_is_filled_within_ten_seconds() -> None:
     loop = Loop(Server(512, lognormal(LATENCY_S)), Window())
 
