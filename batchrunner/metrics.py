@@ -36,6 +36,12 @@ METRICS = (
     Metric("batchrunner_tokens_total", "counter", "kind", "tokens that the upstream reported"),
     Metric("batchrunner_in_flight", "gauge", None, "exchanges under way"),
     Metric("batchrunner_window", "gauge", None, "exchanges that may be under way"),
+    Metric("batchrunner_waiting", "gauge", None, "lines in the hands of workers that are not under way"),
+    Metric("batchrunner_workers", "gauge", None, "worker processes of this server that reported a moment ago"),
+    Metric("batchrunner_batches", "gauge", "status", "batches that are not over"),
+    Metric("batchrunner_free_bytes", "gauge", None, "space left where results are written"),
+    Metric("batchrunner_http_requests_total", "counter", "status", "requests that the API answered, by status"),
+    Metric("batchrunner_http_latency_seconds", "histogram", None, "time that the API took for a request"),
     Metric("batchrunner_journal_damage_total", "counter", None, "registered byte ranges that failed their checksum"),
 )
 
@@ -55,6 +61,23 @@ class Latencies:
             return
         bucket = int(math.log2(elapsed_s / _FIRST_S) * _PER_DOUBLING) + 1
         self.counts[bucket if bucket < _BUCKETS else _BUCKETS - 1] += 1
+
+    def cumulative(self) -> list[tuple[float, int]]:
+        """Give for each doubling of seconds how many exchanges took at most so long; the last bound is infinite."""
+        bounds, total = [], 0
+        for bucket, count in enumerate(self.counts):
+            total += count
+            if bucket % _PER_DOUBLING == 0:
+                bounds.append((_FIRST_S * 2.0 ** (bucket // _PER_DOUBLING), total))
+        return [*bounds, (math.inf, total)]
+
+    def total_s(self) -> float:
+        """Give about how long all exchanges took together: each counts as the middle of its bucket."""
+        return sum(
+            count * _FIRST_S * 2.0 ** (max(bucket - 0.5, 0.0) / _PER_DOUBLING)
+            for bucket, count in enumerate(self.counts)
+            if count
+        )
 
     def quantile(self, share: float) -> float | None:
         """Seconds below which `share` (0 to 1) of all exchanges stayed, None without any."""
@@ -79,6 +102,7 @@ class Tally:
     retries: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
+    damages: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     latencies: Latencies = field(default_factory=Latencies)
 
@@ -90,6 +114,7 @@ class Tally:
         self.retries += other.retries
         self.tokens_in += other.tokens_in
         self.tokens_out += other.tokens_out
+        self.damages += other.damages
         self.failures.update(other.failures)
         self.latencies.counts = [a + b for a, b in zip(self.latencies.counts, other.latencies.counts, strict=True)]
 
@@ -102,6 +127,7 @@ class Tally:
             "retries": self.retries,
             "tokens_in": self.tokens_in,
             "tokens_out": self.tokens_out,
+            "damages": self.damages,
             "failures": dict(self.failures),
             "latencies": self.latencies.counts,
         }

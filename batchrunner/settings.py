@@ -99,6 +99,12 @@ class Settings:
     )
     upload_part_bytes_max: int = _knob(64 * MIB, "largest part of an upload")
     upload_expires_s: float = _knob(3600.0, "how long an upload may take from its creation to its completion")
+    host: str = _knob("127.0.0.1", "address that a server listens on; any but loopback needs API keys")
+    port: int = _knob(8080, "port that a server listens on; 0 takes a free one")
+    server_folder: str | None = _knob(
+        None, "where a server keeps its state; unset means $XDG_DATA_HOME/batchrunner, else ~/.local/share/batchrunner"
+    )
+    api_threads: int = _knob(16, "threads of a server's API for whatever blocks: database, files, validation")
     reserve_bytes: int = _knob(4 * MIB, "space held back so that statuses can be written on a full disk")
 
 
@@ -209,6 +215,8 @@ _AT_LEAST = {
     "line_bytes_max": 2,
     "custom_id_chars_max": 1,
     "memory_bytes_max": MIB,
+    "api_threads": 1,
+    "port": 0,
     "lease_s": 4.0,
     "request_timeout_s": 0.001,
     "idle_timeout_s": 0.001,

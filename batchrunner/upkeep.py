@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Protocol
 
 from batchrunner.holdings import ApiKey, Expired, KeyId
+from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import BatchId, TenantId
 
 
@@ -41,6 +42,16 @@ class Upkeep(Protocol):
 
     def abandon_blob(self, name: str) -> None:
         """Say that a registered blob will not be needed; one that a row needs stays."""
+
+    def check(self) -> None:
+        """Read a little, to see whether the Store answers.
+
+        Raises:
+            SchemaNewer: it has another schema than this program's.
+        """
+
+    def unfinished_counts(self) -> dict[BatchStatus, int]:
+        """Count the batches of all tenants that are not over, by status; none is left out."""
 
     def expire(self) -> Expired:
         """Hide files past their time, end uploads past theirs, drop answers of idempotent requests after 24 h and blobs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
@@ -21,6 +21,7 @@ from batchrunner.errors import BatchrunnerError
 logger = logging.getLogger(__name__)
 
 STRICT_PREFIX = "/openai"
+EVENT_STREAM = "text/event-stream"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _ID_CHARS_MAX = 256
 
@@ -174,6 +175,7 @@ class _Turn:
         self.key_id = "-"
         self.limit_headers: Mapping[str, str] = {}
         self._clock = parts.clock
+        self._vitals = parts.vitals
         self._began_s = parts.clock.monotonic_s()
         given = request.headers.get("x-request-id", "")
         self.request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{parts.rng.token_hex(16)}"
@@ -201,6 +203,7 @@ class _Turn:
             logger.debug("request %s: the caller hung up", self.request_id, extra=self.known(499))
             return response
         finally:
+            self._vitals.note_answer(answer.status, self._clock.monotonic_s() - self._began_s)
             logger.info(
                 "%s %s %d %d ms %s %s",
                 self.request.method,
@@ -218,7 +221,9 @@ class _Turn:
         if self.request.method == "HEAD":
             return
         try:
-            async for chunk in answer.chunks:
+            is_endless = answer.content_type.startswith(EVENT_STREAM)
+            chunks = _until(self._vitals.closing, answer.chunks) if is_endless else answer.chunks
+            async for chunk in chunks:
                 await response.write(chunk)
             await response.write_eof()
         except ConnectionError:
@@ -255,6 +260,24 @@ class _Turn:
 
 def _refused(refusal: Refusal) -> Answer:
     return Answer(body=refusal.body(), status=refusal.status, headers=refusal.headers())
+
+
+async def _until(closing: asyncio.Event, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Give what comes until the server is to end: a stream of events has no end of its own, and can be resumed."""
+    ending = asyncio.ensure_future(closing.wait())
+    coming = asyncio.ensure_future(anext(chunks, None))
+    try:
+        while True:
+            await asyncio.wait({coming, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done() or (chunk := coming.result()) is None:
+                return
+            yield chunk
+            coming = asyncio.ensure_future(anext(chunks, None))
+    finally:
+        ending.cancel()
+        if not coming.done():
+            coming.cancel()
+            await asyncio.wait({coming})
 
 
 async def _close(answer: Answer) -> None:

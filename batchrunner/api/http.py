@@ -13,7 +13,7 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 import msgspec
 import orjson
@@ -22,6 +22,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from batchrunner.api.envelope import Refusal, body_too_large
 from batchrunner.api.typed import StructT, read_json, read_parameters
+from batchrunner.api.vitals import Vitals
 from batchrunner.holdings import ApiKey, KeyScope, Replay
 from batchrunner.models import TenantId
 from batchrunner.ports import Blobs, Clock, Rng, Store, TenantScope
@@ -64,7 +65,8 @@ class Reading:
 class ApiParts:
     """What the API is made of. `executor` runs whatever blocks; `is_open` means no keys, which is for loopback only.
 
-    `reading` names the blobs that must not be deleted now, `heavy` lets one long job at a time into the executor.
+    `reading` names the blobs that must not be deleted now, `heavy` lets one long job at a time into the executor,
+    `vitals` tell how the server does and whether it is about to end.
     """
 
     store: Store
@@ -76,6 +78,7 @@ class ApiParts:
     executor: Executor
     reading: Reading = field(default_factory=Reading)
     heavy: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    vitals: Vitals = field(default_factory=Vitals)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +108,15 @@ def _encode_struct(value: object) -> object:
     raise TypeError(f"{type(value).__name__} has no JSON")
 
 
-Handler = Callable[["Call"], Awaitable[Answer]]
+class Handler(Protocol):
+    """What answers the calls of a route: a coroutine function."""
+
+    __name__: str
+
+    def __call__(self, call: Call) -> Awaitable[Answer]:
+        """Answer one call. Raises: Refusal, or any error of the tree."""
+
+
 # Gives the answer to a create whose first request died between making the object and answering.
 Presenter = Callable[["Call", str], Awaitable[Answer]]
 
@@ -130,9 +141,16 @@ class Route:
     # What does not fit into a struct: the media type of the request or of a streamed answer.
     request_media: str = JSON
     answer_media: str = JSON
+    # Of a form: the field with the bytes.
+    file_field: str = "file"
     body_bytes_max: int = BODY_BYTES_MAX
     present: Presenter | None = None
     is_streamed_in: bool = False
+
+    @property
+    def name(self) -> str:
+        """What it does, as one word: the handler's name."""
+        return self.handler.__name__
 
     @property
     def is_create(self) -> bool:

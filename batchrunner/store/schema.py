@@ -55,6 +55,17 @@ def prepare(conn: Connection) -> None:
     conn.execute(insert(alembic_version), {"version_num": VERSION})
 
 
+def check(conn: Connection) -> None:
+    """Make sure that the schema is the one that this program knows.
+
+    Raises:
+        SchemaNewer: it is another one.
+    """
+    found = version_of(conn)
+    if found != VERSION:
+        raise SchemaNewer(f"the database has schema {found}, this program works with {VERSION}")
+
+
 def version_of(conn: Connection) -> str | None:
     """Read the stamped version; None in a file without one."""
     if not inspect(conn).has_table(alembic_version.name):

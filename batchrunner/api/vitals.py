@@ -1,0 +1,36 @@
+"""What an API process knows of its own server: how the workers do, what it has answered, whether it is about to end."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+from batchrunner.metrics import Latencies
+from batchrunner.orders import Pulse
+
+
+@dataclass(slots=True, kw_only=True)
+class Vitals:
+    """Of one event loop. `is_local` means that the server listens on loopback only.
+
+    `closing` is set when the server is asked to end: whoever streams without an end of its own has to stop then.
+    """
+
+    is_local: bool = True
+    pulse: Pulse = field(default_factory=Pulse)
+    pulsed_at_s: float = -math.inf
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
+    answered: Counter[int] = field(default_factory=Counter)
+    latencies: Latencies = field(default_factory=Latencies)
+
+    def note_answer(self, status: int, elapsed_s: float) -> None:
+        """Count a request."""
+        self.answered[status] += 1
+        self.latencies.add(elapsed_s)
+
+    def feel(self, pulse: Pulse, now_s: float) -> None:
+        """Take in what the parent said."""
+        self.pulse = pulse
+        self.pulsed_at_s = now_s

@@ -1,0 +1,63 @@
+"""What time has ended leaves the disk: expired files, parts of dead uploads, journals of batches long over.
+
+The Store decides what may go, and knows it as gone only after it is; so every step may run twice. Blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from batchrunner import crash
+from batchrunner.models import BatchId
+from batchrunner.ports import Blobs
+from batchrunner.upkeep import Upkeep
+
+_BLOBS_MAX = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cleared:
+    """What one sweep hid, ended and deleted."""
+
+    files: int = 0
+    uploads: int = 0
+    journals: int = 0
+    blobs: int = 0
+
+
+def clear(
+    store: Upkeep, blobs: Blobs, *, in_use: Collection[str], is_stopping: Callable[[], bool] = lambda: False
+) -> Cleared:
+    """Hide what is past its time and delete what nothing reads any more; blobs `in_use` stay for another time."""
+    expired = store.expire()
+    journals = 0
+    for batch_id in expired.journals:
+        if is_stopping():
+            break
+        _delete_journal(blobs, batch_id)
+        crash.point("clear.journal_deleted")
+        store.forget_journals([batch_id])
+        journals += 1
+    return Cleared(
+        files=expired.files,
+        uploads=expired.uploads,
+        journals=journals,
+        blobs=_delete_freeable(store, blobs, in_use, is_stopping),
+    )
+
+
+def _delete_journal(blobs: Blobs, batch_id: BatchId) -> None:
+    for name in list(blobs.list(f"journal/{batch_id}/")):
+        blobs.delete(name)
+
+
+def _delete_freeable(store: Upkeep, blobs: Blobs, in_use: Collection[str], is_stopping: Callable[[], bool]) -> int:
+    count = 0
+    while not is_stopping() and (names := store.freeable_blobs(limit=_BLOBS_MAX, in_use=in_use)):
+        for name in names:
+            blobs.delete(name)
+        crash.point("clear.blobs_deleted")
+        store.forget_blobs(names)
+        count += len(names)
+    return count
