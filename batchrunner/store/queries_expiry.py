@@ -8,7 +8,7 @@ from datetime import timedelta
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, or_, select, update
 
 from batchrunner.holdings import Expired
-from batchrunner.lifecycle import TERMINAL, BatchStatus
+from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import BatchId, TaskKind
 from batchrunner.store.moments import Moment
 from batchrunner.store.queries_blobs import UNFINISHED, drop_forgotten
@@ -19,7 +19,6 @@ from batchrunner.store.tables import batches, claims, extents, files, tasks
 _JOURNAL_KEPT_FOR = timedelta(hours=24)
 # Each batch is a few thousand rows, and other writers wait meanwhile.
 _BATCHES_MAX = 20
-_SEALED = tuple(status for status in BatchStatus if status in TERMINAL and status is not BatchStatus.FAILED)
 
 
 def expire(conn: Connection, moment: Moment, *, is_wall_trusted: bool) -> Expired:
@@ -39,10 +38,11 @@ def _end_journals(conn: Connection, moment: Moment) -> None:
     """Remove extents, claims and shards before any segment goes; guards that a batch that somebody gave up, whose
     results are in no file, keeps them until it is deleted.
     """
+    # One that was given up has `failed_at`, which is not among these.
     ended_at = func.coalesce(batches.c.completed_at, batches.c.expired_at, batches.c.cancelled_at)
     due = or_(
-        and_(batches.c.status.in_(_SEALED), ended_at <= moment.wall - _JOURNAL_KEPT_FOR),
-        and_(batches.c.status.in_(TERMINAL), batches.c.deleted_at.is_not(None)),
+        ended_at <= moment.wall - _JOURNAL_KEPT_FOR,
+        batches.c.deleted_at.is_not(None),
     )
     found = select(batches.c.id).where(_has_journal(), batches.c.journal_ended_at.is_(None), due).limit(_BATCHES_MAX)
     ids = list(conn.execute(found.with_for_update()).scalars())

@@ -145,12 +145,13 @@ def test_bytes_that_are_being_downloaded_stay(world: World) -> None:
     assert freed(world, in_use={"files/a"}) == []
 
 
+@pytest.mark.parametrize("reads", ["input_file_id = 'a'", "source = 'files/a'"])
 @pytest.mark.parametrize("status", list(BatchStatus))
-def test_bytes_stay_while_a_batch_that_is_not_over_reads_them(world: World, status: BatchStatus) -> None:
+def test_bytes_stay_while_a_batch_that_is_not_over_reads_them(world: World, status: BatchStatus, reads: str) -> None:
     world.scope.add_file(file_of("a"))
     bring_to(world, status)
     # The walk to a status makes its batch without an input.
-    world.backend.change("UPDATE batches SET input_file_id = 'a', source = 'files/a'")
+    world.backend.change(f"UPDATE batches SET {reads}")
 
     world.scope.delete_file(FileId("a"))
 
