@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import assert_never
 
+from batchrunner.caller import Caller
 from batchrunner.journal import Journal
 from batchrunner.lanes import Lane, Waiting, Work, as_it_is
 from batchrunner.limits import DEATHS_ALONE, OUTAGE_SPAN_S, Gate, estimate_tokens
@@ -23,13 +24,13 @@ from batchrunner.sampler import Sampler
 from batchrunner.settings import Settings
 from batchrunner.shards import ShardRun, nobody
 from batchrunner.verdict import (
-    CONNECTION_ERRORS,
     REFUSALS,
     Accept,
     GiveUp,
     RetryAfter,
     RetryPolicy,
     is_media,
+    is_unreached,
     judge,
     suspicion,
 )
@@ -70,6 +71,7 @@ class Fanout:
         self.on_change: Callable[[], None] = nobody
         self.keep_media: Callable[[ShardRun, RequestLine, Attempt], Awaitable[Attempt]] = as_it_is
         self._upstream = upstream
+        self._caller = Caller(upstream, gate.outage)
         self._journal = journal
         self._clock = clock
         self._rng = rng
@@ -290,7 +292,7 @@ class Fanout:
         return None
 
     def _settled_death(self, work: Work, now_s: float) -> Work | None:
-        """Decide whose fault a line's last connection error was; None if the line is not to be sent now."""
+        """Decide whose fault it was that a line found nobody; None if the line is not to be sent now."""
         failed_at_s, last = work.failed_at_s, work.last
         work.failed_at_s = work.last = None
         if failed_at_s is None:
@@ -336,15 +338,11 @@ class Fanout:
         return None
 
     async def _send(self, work: Work) -> None:
-        line = work.line
-        key = f"{work.run.batch.id}-{line.line_number}-{work.generation}"
         self._in_flight.add(work)
         work.task = asyncio.current_task()
         self.tally.attempts += 1
         try:
-            attempt = await self._upstream.send(
-                line.url, line.body, idempotency_key=key, is_at_most_once=work.run.is_at_most_once
-            )
+            attempt = await self._caller.send(work)
         except asyncio.CancelledError:
             if not work.is_aborted or work.task is None:
                 raise
@@ -358,7 +356,7 @@ class Fanout:
             self.on_change()
             return
         if attempt.content_type != "application/json" and is_media(attempt):
-            attempt = await self.keep_media(work.run, line, attempt)
+            attempt = await self.keep_media(work.run, work.line, attempt)
         self._settle(work, attempt)
 
     # -- the outcome -------------------------------------------------------------------------------------------------
@@ -366,7 +364,6 @@ class Fanout:
     def _settle(self, work: Work, attempt: Attempt) -> None:
         facts: ReplyFacts | None = None
         if attempt.error is None:
-            self.gate.outage.note_answer(attempt.started_at_s)
             self.gate.first_contact.note_answer()
             if 200 <= attempt.status < 300:
                 facts = reply_facts(attempt.body)
@@ -425,10 +422,10 @@ class Fanout:
     def _note_failure(self, work: Work, attempt: Attempt, now_s: float) -> None:
         gate, error = self.gate, attempt.error
         self.tally.failures[str(error or attempt.status)] += 1
-        if error in CONNECTION_ERRORS:
+        if is_unreached(attempt):
             gate.outage.note_failure(now_s, len(self._in_flight) + 1)
             gate.first_contact.note_failure(now_s)
-            self._contact_message = attempt.message
+            self._contact_message = attempt.message or f"status {attempt.status}"
             self._sampler.broken += 1
         elif error is not None:
             self._sampler.broken += 1
@@ -446,7 +443,7 @@ class Fanout:
     def _retry(self, work: Work, attempt: Attempt, verdict: RetryAfter, now_s: float) -> None:
         """Put a line back with its due time; it leaves its slot meanwhile."""
         wait_s = verdict.wait_s
-        if attempt.error in CONNECTION_ERRORS and verdict.uses_try and work.deaths < DEATHS_ALONE:
+        if is_unreached(attempt) and verdict.uses_try and work.deaths < DEATHS_ALONE:
             # Whose fault it was shows only when all that went down with it have told.
             work.failed_at_s = now_s
             wait_s = max(wait_s, OUTAGE_SPAN_S)
@@ -473,7 +470,7 @@ class Fanout:
             self._put_back(work, now_s + _UNDECIDED_WAIT_S)
             return
         is_final = is_final or work.deaths >= DEATHS_ALONE or work.run.is_at_most_once
-        if attempt.error in CONNECTION_ERRORS and not is_final:
+        if is_unreached(attempt) and not is_final:
             work.failed_at_s, work.last = now_s, (attempt, verdict)
             self._put_back(work, now_s + OUTAGE_SPAN_S)
             return

@@ -14,14 +14,14 @@ from batchrunner.verdict import GiveUp
 class Work:
     """One line on its way and what it has been through. Tries are per holder, not durable.
 
-    `failed_at_s` is the moment of a connection error that has not been counted yet: whether it was the line's own or
+    `failed_at_s` is the moment of a failed attempt that has not been counted yet: whether it was the line's own or
     part of the upstream's death shows only a moment later, so it is counted when the line is due again. `last` is then
-    the verdict that stands if it was the line's own.
+    the verdict that stands if it was the line's own. `is_excused`: it is sent next without being blamed.
     """
 
     __slots__ = (
-        "cost_tokens", "deaths", "failed_at_s", "generation", "is_aborted", "last", "line", "run", "task", "tries",
-        "waits",
+        "cost_tokens", "deaths", "failed_at_s", "generation", "is_aborted", "is_excused", "last", "line", "run",
+        "task", "tries", "waits",
     )  # fmt: skip
 
     def __init__(self, run: ShardRun, line: RequestLine) -> None:
@@ -35,6 +35,7 @@ class Work:
         self.failed_at_s: float | None = None
         self.last: tuple[Attempt, GiveUp] | None = None
         self.is_aborted = False
+        self.is_excused = False
         self.task: asyncio.Task[None] | None = None
 
 

@@ -27,10 +27,15 @@ COOLDOWN_SPAN_S = 1.0
 SUSPECTS_MIN = 5
 
 OUTAGE_SPAN_S = 1.0
+# So few in flight seldom fail within one second of each other.
+OUTAGE_FEW = 3
 PROBE_FIRST_S = 0.25
 PROBE_MAX_S = 5.0
 # A line in flight at this many deaths of the upstream may be their cause: it is sent alone, and its tries count again.
 DEATHS_ALONE = 3
+
+# So many knocks may go unanswered before a line is sent all the same, to an upstream that never answered any.
+VAIN_KNOCKS_MAX = 64
 
 FIRST_CONTACT_S = 10.0
 
@@ -179,7 +184,8 @@ class Outage:
     """Tells the death of the upstream from failures of single requests, and lets one probe at a time through meanwhile.
 
     The upstream is down when more than half of what was in flight fails with connection errors within 1 s, answers in
-    between counting against it.
+    between counting against it. With at most 3 in flight it is also down when as many have failed in a row, however
+    slowly, without an answer in between.
     """
 
     is_down: bool = False
@@ -189,12 +195,18 @@ class Outage:
     _spell_s: float = -math.inf
     _spell_in_flight: int = 0
     _failures: int = 0
+    _row: int = 0
+    _row_began_s: float = -math.inf
+    _row_in_flight: int = 0
     _probe_at_s: float = 0.0
     _probe_every_s: float = PROBE_FIRST_S
     _is_probing: bool = False
+    _knows_knocks: bool = False
+    _vain_knocks: int = 0
+    _vain_knocks_most: int = 1
 
     def note_failure(self, now_s: float, in_flight: int) -> None:
-        """Take in a connection error; `in_flight` counts the exchanges under way, this one included."""
+        """Take in an attempt that found nobody; `in_flight` counts the exchanges under way, this one included."""
         if self.is_down:
             # Without a probe on its way this is a straggler from before the death.
             if self._is_probing:
@@ -206,10 +218,15 @@ class Outage:
             self._spell_s = now_s
             self._spell_in_flight = in_flight
             self._failures = 0
+        if self._row == 0:
+            self._row_began_s, self._row_in_flight = now_s, 0
         self._failures += 1
-        if 2 * self._failures > self._spell_in_flight:
+        self._row += 1
+        self._row_in_flight = max(self._row_in_flight, in_flight)
+        is_whole_row = self._row_in_flight <= OUTAGE_FEW and self._row >= self._row_in_flight
+        if is_whole_row or 2 * self._failures > self._spell_in_flight:
             self.is_down = True
-            self._began_s = self._spell_s
+            self._began_s = self._row_began_s if is_whole_row else self._spell_s
             self._died_s = now_s
             self._ended_s = math.inf
             self._is_probing = False
@@ -217,7 +234,8 @@ class Outage:
             self._probe_at_s = now_s + PROBE_FIRST_S
 
     def note_answer(self, started_at_s: float) -> None:
-        """Take in an answer of any status to a request sent at `started_at_s`; one sent since the death ends it."""
+        """Take in a sign of life that a request sent at `started_at_s` brought; one sent since the death ends it."""
+        self._row = 0
         if self.is_down:
             if started_at_s > self._died_s:
                 self.is_down = False
@@ -240,8 +258,22 @@ class Outage:
         self._probe_at_s = now_s + PROBE_MAX_S
         return True
 
+    def note_knock(self, *, is_answered: bool) -> bool:
+        """Take in a knock; true when the line that it was for is to be sent next time without being blamed.
+
+        An upstream that has never answered a knock may know none, so that only a line shows whether it is back. Such a
+        line may as well be what kills it: ever more knocks go before it, so that one of them finds the upstream alive.
+        """
+        self._knows_knocks = self._knows_knocks or is_answered
+        self._vain_knocks = 0 if is_answered else self._vain_knocks + 1
+        if self._knows_knocks or self._vain_knocks < self._vain_knocks_most:
+            return False
+        self._vain_knocks = 0
+        self._vain_knocks_most = min(VAIN_KNOCKS_MAX, 2 * self._vain_knocks_most)
+        return True
+
     def covers(self, failed_at_s: float) -> bool:
-        """Tell whether a connection error of that moment belongs to the present or the last death: it uses up no try.
+        """Tell whether a failure of that moment belongs to the present or the last death: it uses up no try.
 
         The first half of the failures comes before anybody can know; ask again when the line is due.
         """

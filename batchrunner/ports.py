@@ -455,6 +455,9 @@ class Upstream(Protocol):
         Without an owner it is read like any other.
         """
 
+    async def knock(self) -> Attempt:
+        """Ask for what costs nothing, to learn within 5 s whether anybody is there. Never raises, as `send`."""
+
     def sweep_deadlines(self) -> None:
         """End every exchange that is over its total or idle deadline; called about twice a second, it stands for all
         timers.

@@ -34,6 +34,8 @@ _RETRY_AFTER_MS = istr("retry-after-ms")
 _LABEL_CHARACTERS_MAX = 256
 _GZIP_MEMBERS_MAX = 16
 _HEADS_MAX = 256
+# Nobody waits long for an answer that only proves that somebody is there.
+_KNOCK_S = 5.0
 # A peer that had closed an idle connection says so at once; a later reset comes from somebody who was at work.
 _STALE_WITHIN_S = 1.0
 
@@ -108,6 +110,7 @@ class AiohttpUpstream:
         self._keepalive_s = keepalive_s
         self._reply_bytes_max = reply_bytes_max
         self._shared_head = _shared_head(base, api_key, headers or {})
+        self._knock_head = f"GET {base.raw_path}/models HTTP/1.1\r\n".encode("ascii") + self._shared_head + b"0\r\n\r\n"
         self._dialer = Dialer(
             base,
             connect_timeout_s=connect_timeout_s,
@@ -143,6 +146,17 @@ class AiohttpUpstream:
                 outcome = await self._exchange_anew(head, body, started_at_s)
         else:
             outcome = await self._exchange_anew(head, body, started_at_s)
+        return self._attempt(outcome, started_at_s)
+
+    async def knock(self) -> Attempt:
+        """See Upstream. It asks for the list of models, on a new connection."""
+        started_at_s = self._clock.monotonic_s()
+        outcome: Reply | Failure
+        try:
+            async with asyncio.timeout(_KNOCK_S):
+                outcome = await self._exchange_anew(self._knock_head, b"", started_at_s)
+        except TimeoutError:
+            outcome = Failure(AttemptError.TIMEOUT_TOTAL, f"{self._dialer.peer} gave no answer within {_KNOCK_S:g} s")
         return self._attempt(outcome, started_at_s)
 
     def _take_idle(self, now_s: float) -> Wire | None:

@@ -18,12 +18,19 @@ from batchrunner.models import Attempt, AttemptError, LineCode, PauseReason
 REFUSALS = frozenset({429, 503, 529})
 # The upstream died, or was not there. A truncated answer is none of these: somebody had begun to give it.
 CONNECTION_ERRORS = frozenset({AttemptError.NOT_CONNECTED, AttemptError.RESET})
+# A gateway that could not reach its server answered in its place. Source: RFC 9110 section 15.6.3; 521 to 523 are
+# Cloudflare's.
+GATEWAY_ERRORS = frozenset({502, 521, 522, 523})
+# What a gateway may say without having asked its server: 503 and 504 come from a server that is full or slow as well.
+_UNSURE_OF_LIFE = GATEWAY_ERRORS | {503, 504}
 TRANSIENT_4XX = frozenset({408, 409, 425})
 MEDIA_TYPES = ("audio/", "image/", "video/", "application/octet-stream")
 # Servers that answer an unknown model with 400 name it by this code. Source: OpenAI API, error code `model_not_found`.
 _MODEL_CODE = b"model_not_found"
 _HEADER_CHARS_MAX = 64
 _DOUBLINGS_MAX = 16
+# How long a line waits at most that reached nobody: the probes of an outage pace all sends, however many lines wait.
+UNREACHED_WAIT_MAX_S = 5.0
 
 
 class RetryPolicy(msgspec.Struct, frozen=True, gc=False, kw_only=True):
@@ -90,7 +97,8 @@ def judge(
     if is_death and attempt.error is not None:
         return RetryAfter(_backoff_s(attempt, waits, policy, uniform), False, "upstream_down")
     if not uses_try:
-        return RetryAfter(_backoff_s(attempt, waits, policy, uniform), False, reason)
+        wait_s = _backoff_s(attempt, waits, policy, uniform)
+        return RetryAfter(min(wait_s, UNREACHED_WAIT_MAX_S) if is_unreached(attempt) else wait_s, False, reason)
     if tries + 1 >= policy.max_tries:
         return GiveUp(code, _exhausted(attempt, tries=tries + 1, waits=waits, has_error=has_error))
     return RetryAfter(_backoff_s(attempt, tries, policy, uniform), True, reason)
@@ -103,6 +111,26 @@ def is_media(attempt: Attempt) -> bool:
         and attempt.error is None
         and 200 <= attempt.status < 300
         and attempt.content_type.lstrip().lower().startswith(MEDIA_TYPES)
+    )
+
+
+def is_unreached(attempt: Attempt) -> bool:
+    """Tell whether the upstream may be gone: the connection broke, or a gateway answered in its place."""
+    return attempt.error in CONNECTION_ERRORS or (attempt.error is None and attempt.status in GATEWAY_ERRORS)
+
+
+def is_sign_of_life(attempt: Attempt) -> bool:
+    """Tell whether only a living upstream answers so, however badly."""
+    return attempt.error is None and attempt.status not in _UNSURE_OF_LIFE
+
+
+def nobody_there(attempt: Attempt) -> Attempt:
+    """Give an exchange as one that did not reach the upstream, which uses up no line's try."""
+    return Attempt(
+        error=AttemptError.NOT_CONNECTED,
+        message=attempt.message or f"status {attempt.status}",
+        started_at_s=attempt.started_at_s,
+        elapsed_s=attempt.elapsed_s,
     )
 
 

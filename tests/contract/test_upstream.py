@@ -300,3 +300,43 @@ class ParserOwner:
     def pause_reading(self) -> None: ...
 
     def resume_reading(self, resume_parser: bool = True) -> None: ...
+
+
+async def test_knock_asks_for_the_models_on_a_new_connection() -> None:
+    async with peer_with(obliging) as peer, upstream_of(f"{peer.url}/", api_key="sk-1") as upstream:
+        await send(upstream)
+        answered = await upstream.knock()
+
+        assert answered.error is None
+        assert answered.status == 200
+        assert len(peer.talks) == 2
+        request = peer.talks[1].requests[0]
+    assert request.startswith(b"GET /v1/models HTTP/1.1\r\n")
+    assert b"Authorization: Bearer sk-1\r\n" in request
+    assert request.endswith(b"Content-Length: 0\r\n\r\n")
+
+
+async def test_knock_at_a_door_that_is_slammed_is_an_error() -> None:
+    async def script(talk: Talk) -> None:
+        await talk.request()
+        talk.reset()
+
+    async with peer_with(script) as peer, upstream_of(peer.url) as upstream:
+        answered = await upstream.knock()
+
+    assert answered.error is AttemptError.RESET
+
+
+async def test_knock_that_nobody_answers_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchrunner.upstream._KNOCK_S", 0.05)
+
+    async def script(talk: Talk) -> None:
+        await talk.request()
+        await talk.gone()
+
+    async with peer_with(script) as peer, upstream_of(peer.url) as upstream:
+        answered = await upstream.knock()
+        await until(lambda: peer.talks[0].is_left)
+
+    assert answered.error is AttemptError.TIMEOUT_TOTAL
+    assert "no answer within" in answered.message

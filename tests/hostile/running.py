@@ -16,7 +16,8 @@ from batchrunner.lifecycle import TERMINAL
 from batchrunner.models import LOCAL_TENANT, Batch, BatchId, FileId, NewBatch, OnUnknown
 from batchrunner.ports import TenantScope
 from batchrunner.settings import Settings
-from tests.hostile.peer import Peer, Talk
+from tests.hostile.cases import Words
+from tests.hostile.peer import Peer, Talk, answer
 from tests.hostile.run_cases import LineCase
 
 BATCH = BatchId("batch_hostile")
@@ -42,11 +43,34 @@ class CasePeer(Peer):
 
     async def _talk(self, talk: Talk) -> None:
         while not talk.is_left:
-            request = await talk.request()
-            case = self._cases[json.loads(request.partition(b"\r\n\r\n")[2])["case"]]
-            words = case.words[min(self.sends[case.name], len(case.words) - 1)]
-            self.sends[case.name] += 1
-            await words.answer(talk)
+            await self._reply(talk, await talk.request())
+
+    async def _reply(self, talk: Talk, request: bytes) -> None:
+        if request.startswith(b"GET "):
+            talk.say(answer(b'{"data":[]}'))
+            return
+        case = self._cases[json.loads(request.partition(b"\r\n\r\n")[2])["case"]]
+        words = case.words[min(self.sends[case.name], len(case.words) - 1)]
+        self.sends[case.name] += 1
+        await words.answer(talk)
+
+
+class OutagePeer(CasePeer):
+    """A gateway whose server goes away after some answers: it says `words` until it has said them often enough."""
+
+    def __init__(self, cases: Sequence[LineCase], *, answers: int, refusals: int, words: Words) -> None:
+        super().__init__(cases)
+        self._answers = answers
+        self._refusals = refusals
+        self._refusal = words
+
+    async def _reply(self, talk: Talk, request: bytes) -> None:
+        if self._answers == 0 and self._refusals > 0:
+            self._refusals -= 1
+            await self._refusal.answer(talk)
+            return
+        self._answers = max(0, self._answers - 1)
+        await super()._reply(talk, request)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,16 +86,22 @@ class Ended:
 
 
 def run_cases(
-    folder: Path, cases: Sequence[LineCase], settings: Settings, *, on_unknown: OnUnknown = OnUnknown.RETRY
+    folder: Path,
+    cases: Sequence[LineCase],
+    settings: Settings,
+    *,
+    on_unknown: OnUnknown = OnUnknown.RETRY,
+    peer: CasePeer | None = None,
 ) -> Ended:
     """Run one file with a line for each case to its end."""
-    return asyncio.run(_run_cases(folder, cases, settings, on_unknown))
+    return asyncio.run(_run_cases(folder, cases, settings, on_unknown, peer or CasePeer(cases)))
 
 
-async def _run_cases(folder: Path, cases: Sequence[LineCase], settings: Settings, on_unknown: OnUnknown) -> Ended:
+async def _run_cases(
+    folder: Path, cases: Sequence[LineCase], settings: Settings, on_unknown: OnUnknown, peer: CasePeer
+) -> Ended:
     source = folder / "in.jsonl"
     source.write_bytes(b"".join(_input_line(case) for case in cases))
-    peer = CasePeer(cases)
     await peer.listen()
     adapters = replace(open_adapters(folder / "run"), rng=HastyRng())
     try:

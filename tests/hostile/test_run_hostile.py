@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import orjson
 import pytest
@@ -12,8 +13,10 @@ import pytest
 from batchrunner.models import OnUnknown
 from batchrunner.results import ResultLines
 from batchrunner.settings import Settings
+from tests.hostile.cases import Then, Words
 from tests.hostile.run_cases import (
     CASES,
+    HTML,
     IDLE_S,
     MEDIA,
     ONCE,
@@ -23,8 +26,11 @@ from tests.hostile.run_cases import (
     TRIES,
     Failed,
     LineCase,
+    line,
+    ok,
+    refused,
 )
-from tests.hostile.running import BATCH, Ended, run_cases
+from tests.hostile.running import BATCH, Ended, OutagePeer, run_cases
 
 pytestmark = pytest.mark.slow
 
@@ -113,6 +119,24 @@ def test_every_asset_is_whole_and_in_a_line(media: Ended) -> None:
     for name, content in media.assets.items():
         assert named_assets[name]["bytes"] == len(content)
         assert named_assets[name]["sha256"] == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(Words(b"", then=Then.RESET), id="reset"),
+        pytest.param(Words(refused("502 Bad Gateway", HTML)), id="bad gateway"),
+    ],
+)
+def test_outage_behind_a_gateway_fails_not_even_the_last_line(words: Words, tmp_path: Path) -> None:
+    good = Words(ok(Connection="close"), then=Then.HANG_UP)
+    cases = [line(f"line {number}", good) for number in range(6)]
+    peer = OutagePeer(cases, answers=5, refusals=4, words=words)
+
+    outlived = run_cases(tmp_path, cases, replace(QUICK, max_tries=1), peer=peer)
+
+    assert outlived.errors == []
+    assert len(outlived.output) == 6
 
 
 def test_every_line_is_in_one_file_once_in_input_order(ended: Ended) -> None:

@@ -139,6 +139,8 @@ class ScriptedUpstream:
         self.in_flight: list[int] = []
         self.in_flight_max = 0
         self.sweeps = 0
+        self.knock_answer = answered()
+        self.knocks: list[float] = []
         self._clock = clock
         self._counts: Counter[int] = Counter()
         self._timers: set[asyncio.Future[Attempt | None]] = set()
@@ -169,6 +171,10 @@ class ScriptedUpstream:
             self._timers.discard(timer)
             self.in_flight.remove(line)
         return replaced(attempt, started_at_s=started_at_s, elapsed_s=self._clock.monotonic_s() - started_at_s)
+
+    async def knock(self) -> Attempt:
+        self.knocks.append(self._clock.monotonic_s())
+        return replaced(self.knock_answer, started_at_s=self._clock.monotonic_s())
 
     def sweep_deadlines(self) -> None:
         self.sweeps += 1

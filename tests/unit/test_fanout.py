@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -17,6 +18,7 @@ from tests.unit.fanning import (
     failures,
     raw_line,
     records,
+    replaced,
     scene,
     settled,
     shard_of,
@@ -442,6 +444,128 @@ async def test_several_lines_that_always_reset_do_not_keep_the_others_from_being
 
     assert sorted(failures(run)) == list(range(1, 11))
     assert sorted(succeeded(run)) == list(range(11, 101))
+
+
+NOBODY = [pytest.param(broken(), id="reset"), pytest.param(answered(502, b"<html>"), id="bad gateway")]
+
+
+@pytest.mark.parametrize("nobody", NOBODY)
+@pytest.mark.parametrize("lines", [1, 2, 3, 30])
+async def test_long_outage_behind_a_proxy_fails_no_line(nobody: Attempt, lines: int) -> None:
+    """The proxy takes every connection and drops it, or answers for the server that it cannot reach."""
+    run = shard_of(range(1, lines + 1))
+    async with scene(always(nobody), window=4, settings=Settings(max_tries=2), uniform=0.5) as told:
+        told.fanout.gate.first_contact.note_answer()
+        told.upstream.knock_answer = nobody
+        told.add(run)
+        await told.clock.advance(900.0)
+
+        assert records(run) == []
+        assert told.fanout.outage_text is not None
+        turns = sorted(told.upstream.knocks + [sent.at_s for sent in told.upstream.sent])
+        assert len(turns) <= 900.0 / 5.0 + 20
+        assert max(later - earlier for earlier, later in pairwise(turns)) <= 6.0
+        told.upstream.script, told.upstream.knock_answer = always(OK), OK
+        took_s = await told.finish(run)
+
+        assert took_s < 10.0
+        assert told.fanout.outage_text is None
+    assert sorted(succeeded(run)) == list(range(1, lines + 1))
+
+
+@pytest.mark.parametrize("nobody", NOBODY)
+async def test_few_lines_that_fail_one_after_the_other_wait_for_the_upstream(nobody: Attempt) -> None:
+    """Too slow after each other to be a death by numbers."""
+    run = shard_of([1, 2, 3])
+    async with scene(
+        lambda line, _nth: (2.0 * line, nobody), window=3, settings=Settings(max_tries=3), uniform=0.5
+    ) as told:
+        told.fanout.gate.first_contact.note_answer()
+        told.upstream.knock_answer = nobody
+        told.add(run)
+        await told.clock.advance(600.0)
+
+        assert records(run) == []
+        told.upstream.script, told.upstream.knock_answer = always(OK), OK
+        await told.finish(run, within_s=20.0)
+    assert sorted(succeeded(run)) == [1, 2, 3]
+
+
+async def test_suspects_are_not_sent_in_vain_where_knocks_are_known_to_be_answered() -> None:
+    run = shard_of([1, 2, 3])
+    away = False
+    async with scene(
+        lambda line, _nth: (0.1, broken() if away or line == 1 else OK), window=1, settings=Settings(max_tries=9)
+    ) as told:
+        told.add(run)
+        await told.clock.advance(15.0)
+        assert told.upstream.knocks
+
+        away, told.upstream.knock_answer = True, broken()
+        await told.clock.advance(20.0)
+        sent_count = told.upstream.count(1)
+        await told.clock.advance(600.0)
+
+        assert told.upstream.count(1) == sent_count
+        assert records(run) != []
+        assert failures(run) == {}
+
+
+async def test_upstream_that_knows_no_knocks_is_found_again() -> None:
+    run = shard_of([1, 2])
+    async with scene(always(broken()), window=2, settings=Settings(max_tries=1)) as told:
+        told.fanout.gate.first_contact.note_answer()
+        told.upstream.knock_answer = broken()
+        told.add(run)
+        await told.clock.advance(600.0)
+
+        told.upstream.script = always(OK)
+        await told.finish(run, within_s=330.0)
+    assert sorted(succeeded(run)) == [1, 2]
+
+
+async def test_line_that_kills_the_upstream_each_time_ends_although_nobody_answers_for_a_while() -> None:
+    """A server that dies of line 1 is away for 20 s; other lines, and then it alone, are waited for all the same."""
+    run = shard_of(range(1, 31))
+    back_at_s = 0.0
+
+    def script(line: int, _nth: int) -> tuple[float, Attempt]:
+        nonlocal back_at_s
+        now_s = told.clock.now_s
+        if now_s < back_at_s:
+            return 0.0, broken()
+        if line == 1:
+            back_at_s = now_s + 20.0
+            return 0.0, broken()
+        return 0.1, OK
+
+    async with scene(script, window=4, settings=Settings(max_tries=3)) as told:
+
+        async def knock() -> Attempt:
+            now_s = told.clock.now_s
+            return replaced(OK if now_s >= back_at_s else broken(), started_at_s=now_s)
+
+        told.upstream.knock = knock  # type: ignore[method-assign]
+        told.fanout.gate.first_contact.note_answer()
+        told.add(run)
+        await told.finish(run, within_s=600.0)
+
+    assert list(failures(run)) == [1]
+    assert failures(run)[1]["error"]["code"] == "connection_error"
+    assert sorted(succeeded(run)) == list(range(2, 31))
+
+
+async def test_line_that_a_gateway_always_refuses_ends_with_its_answer() -> None:
+    run = shard_of(range(1, 31))
+    page = answered(502, b'{"page":1}')
+    async with scene(
+        lambda line, _nth: (0.1, page if line == 1 else OK), window=4, settings=Settings(max_tries=3)
+    ) as told:
+        told.add(run)
+        await told.finish(run, within_s=120.0)
+
+    assert failures(run)[1]["response"]["status_code"] == 502
+    assert sorted(succeeded(run)) == list(range(2, 31))
 
 
 async def test_upstream_that_was_never_there_is_lost_after_ten_seconds() -> None:

@@ -245,6 +245,38 @@ def test_more_than_half_in_flight_failing_within_a_second_is_a_death() -> None:
     assert outage.is_down
 
 
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+def test_few_in_flight_that_all_fail_one_after_the_other_are_a_death(in_flight: int) -> None:
+    outage = Outage()
+
+    for failure in range(in_flight):
+        assert not outage.is_down
+        outage.note_failure(10.0 + 4.0 * failure, in_flight)
+
+    assert outage.is_down
+    assert outage.covers(10.0)
+
+
+def test_ever_more_knocks_go_before_an_excused_send_until_one_was_answered() -> None:
+    outage = Outage()
+
+    excuses = [outage.note_knock(is_answered=False) for _ in range(15)]
+
+    assert [number for number, is_excused in enumerate(excuses, 1) if is_excused] == [1, 3, 7, 15]
+    assert not outage.note_knock(is_answered=True)
+    assert not any(outage.note_knock(is_answered=False) for _ in range(1000))
+
+
+def test_one_of_few_that_fails_while_others_are_answered_is_not() -> None:
+    outage = Outage()
+
+    for second in range(0, 100, 2):
+        outage.note_failure(float(second), 3)
+        outage.note_answer(float(second))
+
+    assert not outage.is_down
+
+
 def test_the_same_failures_spread_over_longer_are_not() -> None:
     outage = Outage()
 

@@ -19,6 +19,8 @@ from batchrunner.verdict import (
     RetryAfter,
     RetryPolicy,
     Verdict,
+    is_sign_of_life,
+    is_unreached,
     judge,
     parse_retry_after,
     suspicion,
@@ -95,11 +97,15 @@ def test_a_transient_failure_uses_a_try(attempt: Attempt, facts: dict[str, bool]
         (answer(503), "status_503"),
         (answer(529), "status_529"),
         (failed(E.TRUNCATED, status=429), "status_429"),
-        (failed(E.NOT_CONNECTED), "not_connected"),
     ],
 )
-def test_an_upstream_that_is_absent_or_full_uses_no_try_however_often(attempt: Attempt, reason: str) -> None:
+def test_an_upstream_that_is_full_uses_no_try_however_often(attempt: Attempt, reason: str) -> None:
     assert verdict_on(attempt, tries=4, waits=10_000) == RetryAfter(30.0, False, reason)
+
+
+def test_an_upstream_that_is_absent_uses_no_try_and_is_asked_for_soon_however_often() -> None:
+    assert verdict_on(failed(E.NOT_CONNECTED), tries=4, waits=0) == RetryAfter(0.25, False, "not_connected")
+    assert verdict_on(failed(E.NOT_CONNECTED), tries=4, waits=10_000) == RetryAfter(5.0, False, "not_connected")
 
 
 @pytest.mark.parametrize("error", [each for each in E if each not in {E.TOO_LARGE, E.ABORTED}])
@@ -323,3 +329,27 @@ def test_a_timeout_is_told_once(error: AttemptError) -> None:
 
     assert isinstance(verdict, GiveUp)
     assert verdict.message == "gave up after 5 tries; the last one: no whole answer within 2 s"
+
+
+@pytest.mark.parametrize("status", [502, 521, 522, 523])
+def test_gateway_that_answers_in_place_of_its_server_tells_of_nobody(status: int) -> None:
+    assert is_unreached(answer(status))
+    assert not is_sign_of_life(answer(status))
+
+
+@pytest.mark.parametrize("status", [503, 504])
+def test_answer_that_server_or_gateway_may_have_given_proves_neither_life_nor_death(status: int) -> None:
+    assert not is_unreached(answer(status))
+    assert not is_sign_of_life(answer(status))
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 404, 429, 500, 529])
+def test_any_other_answer_is_a_sign_of_life(status: int) -> None:
+    assert is_sign_of_life(answer(status))
+    assert not is_unreached(answer(status))
+
+
+@pytest.mark.parametrize("error", [*AttemptError])
+def test_no_failed_exchange_is_a_sign_of_life(error: AttemptError) -> None:
+    assert not is_sign_of_life(failed(error))
+    assert is_unreached(failed(error)) is (error in CONNECTION_ERRORS)
