@@ -55,7 +55,7 @@ def test_the_window_finds_few_slots_whatever_the_draw(seed: int) -> None:
 
 
 def test_few_slots_that_become_half_as_many_are_kept_busy() -> None:
-    """No draw in forty leaves a place empty for long: trials of windows that cannot hold the throughput are not made."""
+    """In forty draws no place stays empty for long: a window that cannot hold the throughput is not tried."""
     shares = []
     for seed in range(20, 60):
         loop = Loop(Server(8, uniform(LATENCY_S)), Window(), seed=seed)
