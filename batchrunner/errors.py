@@ -261,7 +261,7 @@ class JournalCorrupt(OwnError):
     """Registered bytes do not match their checksum."""
 
     code = "journal_corrupt"
-    hint = "The damaged lines run again; check the disk."
+    hint = "Check the disk, then run the same command again: the damaged lines run again, no others."
 
 
 class ReconciliationError(OwnError):

@@ -352,7 +352,7 @@ class Fanout:
             work.task = None
             self._in_flight.discard(work)
         if attempt is None:
-            work.run.in_flight_count -= 1
+            work.run.break_off(line)
             self.on_change()
             return
         if attempt.content_type != "application/json" and is_media(attempt):

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 from zlib import crc32
 
 from batchrunner.errors import JournalCorrupt, NotFound, ReconciliationError
-from batchrunner.models import Claim, Extent, RecordKind, SegmentRef, SessionId, Usage
+from batchrunner.models import NO_USAGE, Claim, Extent, RecordKind, Repair, SegmentRef, SessionId, Usage
 from batchrunner.ports import Blobs
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,11 @@ class Record(NamedTuple):
     payload_length: int
 
     @property
+    def start(self) -> int:
+        """Where the frame begins."""
+        return self.payload_offset - HEADER_BYTES
+
+    @property
     def end(self) -> int:
         """Where the next frame begins."""
         return self.payload_offset + self.payload_length
@@ -57,6 +62,11 @@ class Damage(NamedTuple):
     start: int
     end: int
 
+    @property
+    def size_bytes(self) -> int:
+        """Its length."""
+        return self.end - self.start
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Salvaged:
@@ -65,6 +75,7 @@ class Salvaged:
     `registered` holds the lines with a registered record. `records` are durable ones of other lines that are worth
     copying, each line once. `marks` gives the highest reserved line by epoch, `mark` that of the last claim that
     reserved any: one that died before that sent nothing, and may not have counted what those before it sent.
+    `repairs` have to be registered before a line of the `damages` runs again.
     """
 
     registered: frozenset[int]
@@ -72,6 +83,7 @@ class Salvaged:
     marks: dict[int, int]
     mark: int
     damages: tuple[Damage, ...]
+    repairs: tuple[Repair, ...]
 
 
 def segment_of(extent: Extent) -> SegmentRef:
@@ -279,6 +291,7 @@ class _Survey:
     lines: set[int] = field(default_factory=set)
     marks: dict[int, int] = field(default_factory=dict)
     damages: list[Damage] = field(default_factory=list)
+    repairs: list[Repair] = field(default_factory=list)
 
     def note_mark(self, record: Record) -> None:
         """Keep the highest mark of each epoch."""
@@ -289,7 +302,8 @@ class _Survey:
 def _survey(blobs: Blobs, claim: Claim) -> _Survey:
     survey = _Survey()
     for extent in claim.extents:
-        for each in _walk(blobs, segment_of(extent), extent.byte_start, extent.byte_end, BUFFER_BYTES):
+        found = list(_walk(blobs, segment_of(extent), extent.byte_start, extent.byte_end, BUFFER_BYTES))
+        for each in found:
             if isinstance(each, Damage):
                 survey.damages.append(each)
             elif each.kind is RecordKind.MARK:
@@ -298,7 +312,76 @@ def _survey(blobs: Blobs, claim: Claim) -> _Survey:
                 raise ReconciliationError(f"line {each.line_number} of batch {claim.batch.id} is registered twice")
             else:
                 survey.lines.add(each.line_number)
+        if any(isinstance(each, Damage) for each in found):
+            survey.repairs.append(_repair(extent, found))
     return survey
+
+
+def repairs_of(blobs: Blobs, extents: Iterable[Extent]) -> list[Repair]:
+    """Look through registered extents for damage; gives the repair of each that has any."""
+    repairs = []
+    for extent in extents:
+        found = list(_walk(blobs, segment_of(extent), extent.byte_start, extent.byte_end, BUFFER_BYTES))
+        if any(isinstance(each, Damage) for each in found):
+            repairs.append(_repair(extent, found))
+    return repairs
+
+
+def lost_count(repairs: Iterable[Repair]) -> int:
+    """Count the results that damage took."""
+    return sum(each.damaged.count - sum(part.count for part in each.parts) for each in repairs)
+
+
+def _repair(extent: Extent, found: list[Record | Damage]) -> Repair:
+    """Cut the damaged bytes out of an extent, so that no reader meets them again, whatever they read like later.
+
+    Raises:
+        ReconciliationError: there are more intact results than were registered.
+    """
+    damages = [each for each in found if isinstance(each, Damage)]
+    runs: list[list[Record]] = [[]]
+    for each in found:
+        if isinstance(each, Damage):
+            runs.append([])
+        else:
+            runs[-1].append(each)
+    intact = sum(not _is_mark(each) for run in runs for each in run)
+    if intact > extent.count:
+        raise ReconciliationError(f"{segment_of(extent).blob}: {extent.count} results are registered, {intact} there")
+    parts: list[Extent] = []
+    sequence_from = extent.sequence_from
+    for run, hidden in zip(runs, [*_hidden(damages, extent.count - intact), 0], strict=True):
+        part = _part(extent, run, sequence_from)
+        parts += [part] if part.count else []
+        sequence_from += part.count + hidden
+    return Repair(damaged=extent, parts=tuple(parts))
+
+
+def _hidden(damages: list[Damage], lost: int) -> list[int]:
+    """Say how many results each damage took: exact for one; of several, one each as long as that lasts, the larger
+    first, and the rest to the largest.
+    """
+    by_size = sorted(range(len(damages)), key=lambda place: -damages[place].size_bytes)
+    hidden = [0] * len(damages)
+    for place in by_size[:lost]:
+        hidden[place] = 1
+    hidden[by_size[0]] += max(0, lost - len(damages))
+    return hidden
+
+
+def _part(extent: Extent, run: list[Record], sequence_from: int) -> Extent:
+    results = [each for each in run if not _is_mark(each)]
+    succeeded = sum(each.kind is RecordKind.SUCCEEDED for each in results)
+    return replace(
+        extent,
+        sequence_from=sequence_from,
+        count=len(results),
+        byte_start=run[0].start if run else extent.byte_start,
+        byte_end=run[-1].end if run else extent.byte_start,
+        succeeded_count=succeeded,
+        failed_count=len(results) - succeeded,
+        usage=sum((each.usage for each in results), NO_USAGE),
+    )
 
 
 def salvage(
@@ -330,6 +413,7 @@ def salvage(
         marks=survey.marks,
         mark=survey.marks[max(survey.marks)] if survey.marks else 0,
         damages=tuple(survey.damages),
+        repairs=tuple(survey.repairs),
     )
 
 

@@ -7,6 +7,9 @@ legal event is an ordinary outcome. Only a pair that the table does not hold rai
 Three habits follow from the table. Files are sealed before a terminal status shows, so whoever reads `completed` can
 read the files. Cancel and deadline are events, not steps: they may arrive in any status that is not terminal. And
 whoever moves a batch into `finalizing` or `cancelling` adds the task that seals it, in the same transaction.
+
+There is one way back: a seal that finds registered results damaged returns the batch to `in_progress`, where their
+lines run again.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ class BatchEvent(StrEnum):
     CANCEL_REQUESTED = "cancel_requested"
     SEALED_WHOLE = "sealed_whole"
     SEALED_PARTIAL = "sealed_partial"
+    RESULTS_DAMAGED = "results_damaged"
     GAVE_UP = "gave_up"
 
 
@@ -83,6 +87,7 @@ TRANSITIONS: dict[BatchStatus, dict[BatchEvent, BatchStatus]] = {
         _E.CANCEL_REQUESTED: _S.CANCELLING,
         _E.SEALED_WHOLE: _S.COMPLETED,
         _E.SEALED_PARTIAL: _S.EXPIRED,
+        _E.RESULTS_DAMAGED: _S.IN_PROGRESS,
         _E.GAVE_UP: _S.FAILED,
     },
     _S.CANCELLING: {

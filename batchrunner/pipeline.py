@@ -18,6 +18,7 @@ import hashlib
 import heapq
 import logging
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import assert_never
 
@@ -81,6 +82,8 @@ class Pipeline:
         self._blobs = blobs
         self._clock = clock
         self._settings = settings
+        # One shard is loaded and one batch sealed at a time, each by a thread of its own.
+        self._damages: Counter[TaskKind] = Counter()
 
     def run_step(self, claim: Claim, beat: Callable[[], None]) -> None:
         """Run a task that is one blocking step. `beat` is called while it moves on.
@@ -151,7 +154,9 @@ class Pipeline:
 
     def load_shard(self, claim: Claim) -> ShardRun:
         """Make a claimed shard ready for the fan-out. Raises as `shards.load` does."""
-        return load(self._blobs, self.journal, claim, self.rules(claim.batch))
+        run = load(self._blobs, self.journal, claim, self.rules(claim.batch))
+        self._damages[TaskKind.SHARD] += len(run.repairs)
+        return run
 
     def seal(self, claim: Claim, beat: Callable[[], None]) -> Batch:
         """Write and publish the files of a batch that has ended. Raises as `Sealing.run` does."""
@@ -164,7 +169,15 @@ class Pipeline:
             rules=self.rules(claim.batch),
             beat=beat,
         )
-        return sealing.run()
+        try:
+            return sealing.run()
+        finally:
+            self._damages[TaskKind.SEAL] += sealing.damage_count
+
+    @property
+    def damage_count(self) -> int:
+        """Registered byte ranges of the journal that were found damaged so far."""
+        return self._damages.total()
 
     def keep_asset(self, batch: Batch, line_number: int, content_type: str, content: bytes) -> bytes:
         """Make a media answer durable as an asset of its batch; gives the JSON that stands for it in the result line.

@@ -12,16 +12,16 @@ import logging
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import msgspec
 
 from batchrunner import crash
 from batchrunner.errors import DiskFull, InputChanged, JournalCorrupt, NotFound, ReconciliationError
-from batchrunner.frames import Damage, Record, read_records, results_within, salvage, segment_of
+from batchrunner.frames import Damage, Record, read_records, repairs_of, results_within, salvage, segment_of
 from batchrunner.journal import Journal, copy_salvaged
-from batchrunner.lifecycle import EndedBy
+from batchrunner.lifecycle import SEALING, EndedBy
 from batchrunner.lines import LineRules
 from batchrunner.models import (
     Batch,
@@ -47,6 +47,8 @@ _COPY_BYTES = 1 << 20
 # Ranges of a shard up to this size are read at one go; larger ones are read record by record.
 _WHOLE_BYTES = 16 << 20
 _EXTENTS_PAGE = 1000
+# Copying is tried this often; between two tries what is damaged is taken out.
+_TRIES = 3
 
 # A finished line in pieces.
 _Line = Iterable[bytes | memoryview]
@@ -152,19 +154,25 @@ class Sealing:
         self._rules = rules
         self._beat = beat
         self._results = ResultLines(claim.batch.id)
-        self._ledger = _Ledger()
         self._lines_of: dict[TaskId, range] = {}
-        stem = f"files/{claim.batch.id}/{claim.ref.epoch}-{claim.session}"
-        self._output = _Sink(blobs, f"{stem}-output.jsonl")
-        self._errors = _Sink(blobs, f"{stem}-errors.jsonl")
+        self.damage_count = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start the files and the ledger, before anything is written or anew after damage was met."""
+        self._ledger = _Ledger()
+        stem = f"files/{self._batch.id}/{self._claim.ref.epoch}-{self._claim.session}"
+        self._output = _Sink(self._blobs, f"{stem}-output.jsonl")
+        self._errors = _Sink(self._blobs, f"{stem}-errors.jsonl")
 
     def run(self) -> Batch:
-        """Fence, salvage, copy, prove, publish.
+        """Fence, salvage, copy, prove, publish; gives the batch that has ended. One whose results turn out damaged,
+        although all its lines were settled, is sent back to run those again, and comes in progress.
 
         Raises:
             DiskFull: there is less space than the files need; nothing was written.
             ReconciliationError: the ledger does not hold; all data is kept.
-            JournalCorrupt: registered bytes are damaged; all data is kept.
+            JournalCorrupt: registered bytes read differently every time; all data is kept.
             Fenced: a newer sealer is at work.
         """
         shards = self._store.fence(self._claim.ref)
@@ -172,21 +180,20 @@ class Sealing:
         self._lines_of = _lines_by_task(shards)
         for shard in shards:
             self._salvage_tail(shard)
-        scope = self._store.scope(self._batch.tenant)
-        self._batch = scope.batch(self._batch.id)
-        extents = self._extents()
-        self._check_space(extents)
-        try:
-            if self._batch.order is Order.COMPLETION:
-                self._copy_in_sequence(extents)
-            self._copy_shards(shards, extents)
-            self._prove()
-            self._output.commit()
-            self._errors.commit()
-        except BaseException:
-            self._output.abort()
-            self._errors.abort()
-            raise
+        for tries_left in reversed(range(_TRIES)):
+            self._batch = self._store.scope(self._batch.tenant).batch(self._batch.id)
+            extents = self._extents()
+            self._check_space(extents)
+            try:
+                self._write(shards, extents)
+                break
+            except JournalCorrupt as error:
+                logger.error("batch %s: %s", self._batch.id, error, extra={"action": "seal_met_damage"})  # noqa: TRY400
+                if tries_left == 0:
+                    raise
+            batch = self._repair(shards, extents)
+            if batch.status not in SEALING:
+                return batch
         crash.point("seal.files_committed")
         published = self._store.publish(self._claim.ref, self._publication())
         crash.point("seal.published")
@@ -202,11 +209,13 @@ class Sealing:
         registered = sum(extent.count for extent in shard.extents)
         if registered < shard.shard.line_count and shard.earlier:
             found = salvage(self._blobs, shard, lines=self._lines_of[shard.ref.task_id])
+            self.damage_count += len(found.repairs)
+            progress = Progress(repairs=found.repairs)
             if found.records:
                 own = self._journal.open(self._batch.id, shard.ref, first_mark=0)
                 copy_salvaged(self._blobs, found.records, own)
                 crash.point("seal.salvage_copied")
-                progress = Progress(extents=own.take_registrable())
+                progress = replace(progress, extents=own.take_registrable())
                 own.close()
         self._store.salvage_sealed(self._claim.ref, shard.ref, progress)
         crash.point("seal.salvaged")
@@ -231,7 +240,35 @@ class Sealing:
         if self._batch.blocked_by is not None:
             self._store.block(self._claim.ref, None)
 
+    def _repair(self, shards: list[Claim], extents: list[Extent]) -> Batch:
+        """Look through everything that is registered and take out of it what is damaged."""
+        of_task = _by_task(extents)
+        repairs = []
+        for shard in shards:
+            self._beat()
+            if found := repairs_of(self._blobs, of_task.get(shard.ref.task_id, [])):
+                repairs.append((shard.ref, found))
+        self.damage_count += sum(len(found) for _, found in repairs)
+        repaired = self._store.repair_sealed(self._claim.ref, repairs)
+        crash.point("seal.repaired")
+        return repaired
+
     # -- copying -----------------------------------------------------------------------------------------------------
+
+    def _write(self, shards: list[Claim], extents: list[Extent]) -> None:
+        """Make both files durable, or leave nothing behind."""
+        self._begin()
+        try:
+            if self._batch.order is Order.COMPLETION:
+                self._copy_in_sequence(extents)
+            self._copy_shards(shards, extents)
+            self._prove()
+            self._output.commit()
+            self._errors.commit()
+        except BaseException:
+            self._output.abort()
+            self._errors.abort()
+            raise
 
     def _copy_in_sequence(self, extents: list[Extent]) -> None:
         for extent in extents:
@@ -240,9 +277,7 @@ class Sealing:
                 self._put(kind, line)
 
     def _copy_shards(self, shards: list[Claim], extents: list[Extent]) -> None:
-        of_task: dict[TaskId, list[Extent]] = defaultdict(list)
-        for extent in extents:
-            of_task[extent.task_id].append(extent)
+        of_task = _by_task(extents)
         refused = read_problems(self._blobs, self._batch.problems_blob)
         pending = next(refused, None)
         for shard in shards:
@@ -361,6 +396,13 @@ def _lines_by_task(shards: Sequence[Claim]) -> dict[TaskId, range]:
     return {shard.ref.task_id: range(first, end) for shard, first, end in zip(shards, firsts, ends, strict=False)}
 
 
+def _by_task(extents: list[Extent]) -> dict[TaskId, list[Extent]]:
+    of_task: dict[TaskId, list[Extent]] = defaultdict(list)
+    for extent in extents:
+        of_task[extent.task_id].append(extent)
+    return of_task
+
+
 class _FarPayload:
     """A finished line that is left where it is, and read a piece at a time when it is copied."""
 
@@ -388,7 +430,10 @@ def _read_results(blobs: Blobs, extents: list[Extent]) -> Iterator[_Result]:
     for extent in extents:
         segment, start, end = segment_of(extent), extent.byte_start, extent.byte_end
         if is_small:
-            content = blobs.read(segment.blob, start, end)
+            try:
+                content = blobs.read(segment.blob, start, end)
+            except NotFound as error:
+                raise JournalCorrupt(f"{segment.blob} is registered and not there") from error
             if len(content) != end - start:
                 raise JournalCorrupt(f"{segment.blob}: {end - start - len(content)} registered bytes are missing")
             for number, kind, payload in results_within(content, segment):

@@ -13,7 +13,7 @@ from itertools import takewhile
 
 from batchrunner import crash
 from batchrunner.errors import InputChanged, ReconciliationError
-from batchrunner.frames import Salvaged, salvage
+from batchrunner.frames import Salvaged, lost_count, salvage
 from batchrunner.journal import Journal, ShardJournal, copy_salvaged
 from batchrunner.lines import LineRules, is_blank, reparse
 from batchrunner.models import (
@@ -25,6 +25,7 @@ from batchrunner.models import (
     OnUnknown,
     Progress,
     RecordKind,
+    Repair,
     RequestLine,
     ShardCut,
     Usage,
@@ -40,6 +41,7 @@ _AHEAD_MIN, _AHEAD_MAX = 16, 256
 _POISON_DEATHS = 2
 
 _UNKNOWN = "The worker died while this request was under way; it may have been processed and may be sent only once."
+_UNTOLD = "The run was stopped while this request was under way; it may have been processed and may be sent only once."
 _POISON = "The worker died each time this request was under way; it is not sent again."
 
 
@@ -67,6 +69,8 @@ class ShardRun:
         # line that any holder may have sent, None where that cannot be read any more.
         self.deaths_at_work = 0
         self.suspects_end: int | None = None
+        # What earlier holders registered and a later damage took; the lines run again under this claim.
+        self.repairs: tuple[Repair, ...] = ()
         self.re_executed_count = 0
         self.aborted_count = 0
         self.retry_count = 0
@@ -177,11 +181,20 @@ class ShardRun:
         self.journal.add(line_number, kind, usage, payload)
         self._left_count -= 1
 
+    def break_off(self, line: RequestLine) -> None:
+        """Note that this holder ended a line's exchange. In a batch that goes on, a line that may be sent only once has
+        its result with that: no later holder could tell it from those that were never sent.
+        """
+        if self.is_at_most_once and not self.is_left_for_good:
+            self._fail(line, LineCode.OUTCOME_UNKNOWN, _UNTOLD)
+        self.in_flight_count -= 1
+
     def progress(self, *, intent_mark: int | None = None) -> Progress:
         """Give what is durable and not registered yet; asked again before it is, the same and what came since."""
         self.unregistered.extend(self.journal.take_registrable())
         return Progress(
             extents=tuple(self.unregistered),
+            repairs=self.repairs,
             intent_mark=intent_mark,
             re_executed_count=self.re_executed_count,
             retry_count=self.retry_count,
@@ -191,14 +204,15 @@ class ShardRun:
         """Give all of a shard whose exchanges have ended: whole, unless answers wait for a journal that cannot write.
 
         Lines whose exchanges were broken off are sent again, but not if they may be sent only once or their batch has
-        ended.
+        ended. Of a whole progress, the intent covers what was handed out and not what was only reserved.
         """
         progress = self.progress()
         if self.journal.waiting_records:
             return progress
         is_over = self.is_at_most_once or self.is_left_for_good
         again = progress.re_executed_count + (0 if is_over else self.aborted_count)
-        return replace(progress, is_whole=True, re_executed_count=again)
+        mark = None if self.intent_mark is None else max(self.shard.intent_mark, self._line_number)
+        return replace(progress, is_whole=True, re_executed_count=again, intent_mark=mark)
 
     def take_over(self, records: Salvaged, blobs: Blobs) -> None:
         """Copy what earlier holders left durable and unregistered into this claim's own journal. Blocks."""
@@ -210,10 +224,13 @@ class ShardRun:
 
     def end_open_line(self, line: RequestLine, code: LineCode, message: str) -> None:
         """Record the error of a line that is not handed out again."""
-        payload = self.results.failed(line.line_number, line.custom_id, code=code, message=message)
-        self.record(line.line_number, RecordKind.FAILED, payload, NO_USAGE)
+        self._fail(line, code, message)
         self._done.add(line.line_number)
         self._untouched_count -= 1
+
+    def _fail(self, line: RequestLine, code: LineCode, message: str) -> None:
+        payload = self.results.failed(line.line_number, line.custom_id, code=code, message=message)
+        self.record(line.line_number, RecordKind.FAILED, payload, NO_USAGE)
 
     def open_lines(self, mark: int) -> list[RequestLine]:
         """The lines up to `mark` that have no record: those that an earlier holder may have sent."""
@@ -345,15 +362,17 @@ def load(blobs: Blobs, journal: Journal, claim: Claim, rules: LineRules) -> Shar
     run = ShardRun(claim, buffer, rules, own, set(found.registered))
     run.take_over(found, blobs)
     crash.point("salvage.copied")
+    run.repairs = found.repairs
     if not found.damages:
         run.suspects_end = max(found.marks.values(), default=first_mark)
     if shard.deaths and not found.records:
         run.deaths_at_work = sum(epoch in found.marks for epoch, _ in claim.earlier[-shard.deaths :])
     if is_at_most_once:
-        for line in run.open_lines(shard.intent_mark):
+        for line in run.open_lines(_unknown_mark(claim, found)):
             run.end_open_line(line, LineCode.OUTCOME_UNKNOWN, _UNKNOWN)
     else:
-        run.re_executed_count = len(run.open_lines(_doubtful_mark(claim, found)))
+        again = len(run.open_lines(_doubtful_mark(claim, found))) + lost_count(found.repairs)
+        run.re_executed_count = min(again, run.untouched_count)
     if shard.is_quarantined and shard.deaths >= _POISON_DEATHS:
         for line in run.open_lines(shard.intent_mark)[:1]:
             run.end_open_line(line, LineCode.POISON_REQUEST, _POISON)
@@ -367,6 +386,17 @@ def _doubtful_mark(claim: Claim, found: Salvaged) -> int:
     assert claim.shard is not None
     is_told = max(found.marks, default=0) <= claim.whole_epoch
     return 0 if is_told else max(found.mark, claim.shard.intent_mark)
+
+
+def _unknown_mark(claim: Claim, found: Salvaged) -> int:
+    """The highest line that may have been sent without telling, where it may be sent only once; 0 if the last holder
+    gave the shard back whole, for then the open lines were not sent, or refused.
+
+    The claims are asked and not the journal, which may be damaged: there an open line may have had its answer once.
+    """
+    assert claim.shard is not None
+    is_told = claim.earlier[-1][0] == claim.whole_epoch and not found.damages
+    return 0 if is_told else claim.shard.intent_mark
 
 
 def read_checked(blobs: Blobs, claim: Claim) -> bytes:

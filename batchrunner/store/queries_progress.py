@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, bindparam, insert, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, delete, insert, select, update
 
 from batchrunner.errors import Fenced, ReconciliationError
 from batchrunner.lifecycle import BatchEvent, BatchStatus
-from batchrunner.models import NO_USAGE, NewExtent, Progress, ShardCut, TaskKind, TaskRef, TaskState, Usage
+from batchrunner.models import (
+    NO_USAGE,
+    Extent,
+    NewExtent,
+    Progress,
+    Repair,
+    ShardCut,
+    TaskKind,
+    TaskRef,
+    TaskState,
+    Usage,
+)
 from batchrunner.store.moments import Moment
 from batchrunner.store.queries_batches import lock_batch, move, set_blocked
+from batchrunner.store.rows import extent_of
 from batchrunner.store.tables import batches, extents, tasks
 
 _ATTEMPTS_MAX = 10
@@ -115,6 +127,43 @@ def _unregistered(conn: Connection, task: RowMapping, progress: Progress) -> _Fr
     return _Fresh(extents=tuple(fresh), last=last, is_repeat=bool(progress.extents) and not fresh)
 
 
+def _cut_out(conn: Connection, task: RowMapping, repair: Repair) -> bool:
+    """Put the intact parts of a damaged extent in its place; guards that it is still there as it was seen, and lets
+    itself be repeated.
+    """
+    damaged = repair.damaged
+    if damaged.task_id != task["id"]:
+        raise ReconciliationError(f"task {task['id']}: the damaged extent is of task {damaged.task_id}")
+    last = damaged.sequence_from + damaged.count - 1
+    place = (extents.c.batch_id == task["batch_id"], extents.c.sequence_from.between(damaged.sequence_from, last))
+    rows = conn.execute(select(extents).where(*place).order_by(extents.c.sequence_from)).mappings().all()
+    there = tuple(extent_of(row) for row in rows)
+    if there == repair.parts:
+        return False
+    if there != (damaged,):
+        raise ReconciliationError(f"task {task['id']}: the extent from {damaged.sequence_from} has changed")
+    conn.execute(delete(extents).where(*place))
+    if repair.parts:
+        conn.execute(insert(extents), [_row_of(part) for part in repair.parts])
+    return True
+
+
+def _row_of(extent: Extent) -> dict[str, object]:
+    row = {each.name: getattr(extent, each.name) for each in fields(Extent) if each.name != "usage"}
+    return row | tokens_of(extent.usage)
+
+
+def _lost(conn: Connection, task: RowMapping, repairs: Sequence[Repair]) -> dict[str, int]:
+    """Cut damage out and sum what it took of the counts."""
+    lost = dict.fromkeys(_COUNTS, 0)
+    for repair in repairs:
+        if _cut_out(conn, task, repair):
+            for sign, extent in ((1, repair.damaged), *((-1, part) for part in repair.parts)):
+                for name, value in _counts_of(extent).items():
+                    lost[name] += sign * value
+    return lost
+
+
 _ADVANCE = ("next_sequence", *_COUNTS, "re_executed_count", "retry_count", "open_shards")
 _ADVANCE_BATCH = (
     update(batches)
@@ -132,13 +181,17 @@ def record(
     ends: Mapping[str, object] | None = None,
     open_shards: int = 0,
 ) -> RowMapping | None:
-    """Register what is fresh and write how the task stands then; gives the batch's row, None if nothing of it changed.
+    """Register what is fresh, take back what is damaged, write how the task stands then; gives the batch's row, None if
+    nothing of it changed.
 
     Guards by the row locks of the task, taken before, and of the batch, taken by the update that draws the numbers.
     """
     fresh = _unregistered(conn, task, progress)
     counts = fresh.counts()
     count = counts["succeeded_count"] + counts["failed_count"]
+    if progress.repairs:
+        lost = _lost(conn, task, progress.repairs)
+        counts = {name: counts[name] - lost[name] for name in _COUNTS}
     change = counts | {"next_sequence": count, "open_shards": open_shards}
     change["re_executed_count"] = 0 if fresh.is_repeat else progress.re_executed_count
     change["retry_count"] = 0 if fresh.is_repeat else progress.retry_count
@@ -150,11 +203,12 @@ def record(
     if batch is not None and fresh.extents:
         _write_extents(conn, task, fresh, sequence_from=batch["next_sequence"] - count)
     values = dict(ends or {})
-    if count:
+    if any(counts.values()):
         values |= {name: task[name] + counts[name] for name in _COUNTS}
+    if count:
         values |= {"attempts": 0, "deaths": 0, "orphaned_by_death": False}
     if progress.intent_mark is not None:
-        values["intent_mark"] = max(task["intent_mark"], progress.intent_mark)
+        values.setdefault("intent_mark", max(task["intent_mark"], progress.intent_mark))
     if values:
         write_task(conn, task, values)
     return batch
@@ -202,7 +256,7 @@ def _goes_on(row: Mapping[str, Any], new: NewExtent, sequence_from: int) -> bool
     return here == (new.session, new.segment, new.byte_start, sequence_from)
 
 
-def _counts_of(new: NewExtent) -> dict[str, int]:
+def _counts_of(new: NewExtent | Extent) -> dict[str, int]:
     return {"succeeded_count": new.succeeded_count, "failed_count": new.failed_count} | tokens_of(new.usage)
 
 
@@ -241,11 +295,15 @@ def end_task(conn: Connection, task: RowMapping) -> None:
 
 
 def give_back(conn: Connection, ref: TaskRef, progress: Progress) -> None:
-    """Register and queue the task for anybody; guards that a task that has ended does not come back."""
+    """Register and queue the task for anybody; guards that a task that has ended does not come back, and that only a
+    whole progress lowers the intent.
+    """
     task = guard_held(conn, ref)
     ends = _LET_GO | {"state": TaskState.QUEUED, "not_before": None}
     if progress.is_whole:
         ends |= {"whole_epoch": task["epoch"]}
+        if progress.intent_mark is not None:
+            ends |= {"intent_mark": progress.intent_mark}
     record(conn, task, progress, ends=ends)
 
 

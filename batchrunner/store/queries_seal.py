@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, and_, bindparam, exists, insert, or_, select, update
 
-from batchrunner.errors import Fenced, ReconciliationError
+from batchrunner.errors import Fenced, JournalCorrupt, ReconciliationError
 from batchrunner.lifecycle import SEALING, BatchEvent, BatchStatus, EndedBy
 from batchrunner.models import (
     AcceptedInput,
@@ -16,9 +17,11 @@ from batchrunner.models import (
     Claim,
     Extent,
     File,
+    OnUnknown,
     Progress,
     Publication,
     RejectedInput,
+    Repair,
     SessionId,
     Swept,
     TaskKind,
@@ -29,10 +32,20 @@ from batchrunner.store.moments import Moment
 from batchrunner.store.queries_batches import add_task, lock_batch, move
 from batchrunner.store.queries_claims import claims_by_task, end_leases_of_other_boots
 from batchrunner.store.queries_files import add_file
-from batchrunner.store.queries_progress import add_shards, end_task, guard, guard_held, record, register
+from batchrunner.store.queries_progress import (
+    add_shards,
+    end_task,
+    guard,
+    guard_held,
+    record,
+    register,
+    write_task,
+)
 from batchrunner.store.rows import batch_of, claim_of, extent_of
 from batchrunner.store.tables import batches, claims, extents, tasks
 
+# A disk that damages results again after they were mended so often is not to be trusted with more.
+_REPAIRS_MAX = 3
 _OPEN_STATES = (TaskState.QUEUED, TaskState.LEASED, TaskState.PARKED)
 
 
@@ -158,6 +171,60 @@ def salvage_sealed(conn: Connection, ref: TaskRef, shard: TaskRef, progress: Pro
     if task["state"] is not TaskState.SEALED or task["fence_epoch"] != ref.epoch:
         raise Fenced(f"task {shard.task_id} is {task['state']}, not sealed by this seal")
     record(conn, task, progress, ends={"state": TaskState.FINAL})
+
+
+def repair_sealed(
+    conn: Connection, ref: TaskRef, repairs: Sequence[tuple[TaskRef, Sequence[Repair]]], moment: Moment
+) -> Batch:
+    """Take damage out of final shards, and send those that lack a line back to work if the batch may still work; guards
+    by the epochs of the seal and of each shard, and by the status and the cause of the end found now.
+    """
+    seal = _guard_seal(conn, ref)
+    damaged = [(guard(conn, shard), found) for shard, found in repairs]
+    for task, found in damaged:
+        if task["batch_id"] != seal["batch_id"] or task["state"] is not TaskState.FINAL:
+            raise Fenced(f"task {task['id']} is {task['state']}, not final under this seal")
+        record(conn, task, Progress(repairs=tuple(found)))
+    batch = lock_batch(conn, seal["batch_id"])
+    tasks_now = select(tasks).where(tasks.c.id.in_([task["id"] for task, _ in damaged]))
+    short = {
+        task["id"]: task["line_count"] - done
+        for task in conn.execute(tasks_now).mappings()
+        if (done := task["succeeded_count"] + task["failed_count"]) < task["line_count"]
+    }
+    if short and batch["ended_by"] is EndedBy.SETTLED:
+        if batch["status"] is BatchStatus.FINALIZING:
+            _send_back(conn, seal, batch, short, moment)
+        else:
+            conn.execute(update(batches).where(batches.c.id == batch["id"]).values(ended_by=EndedBy.CANCEL))
+    return batch_of(lock_batch(conn, batch["id"]))
+
+
+def _send_back(conn: Connection, seal: RowMapping, batch: RowMapping, short: dict[int, int], moment: Moment) -> None:
+    """Queue shards again for the lines that they lack; the seal task waits under a new epoch until the batch is back.
+
+    A line that may be sent only once may have been sent: there, nobody has told of the former holder's lines.
+
+    Raises:
+        JournalCorrupt: the batch was sent back too often.
+    """
+    if seal["attempts"] >= _REPAIRS_MAX:
+        raise JournalCorrupt(f"batch {batch['id']}: results were damaged again after {_REPAIRS_MAX} repairs")
+    is_at_most_once = batch["on_unknown"] is OnUnknown.FAIL
+    again: dict[str, object] = {"state": TaskState.QUEUED, "fence_epoch": None, "not_before": None, "attempts": 0}
+    again |= {"deaths": 0, "orphaned_by_death": False, "whole_epoch": 0 if is_at_most_once else tasks.c.epoch}
+    conn.execute(update(tasks).where(tasks.c.id.in_(short)).values(again))
+    waits = {"state": TaskState.QUEUED, "epoch": seal["epoch"] + 1, "session": None, "lease_until": None}
+    write_task(conn, seal, waits | {"taken_from": seal["session"], "attempts": seal["attempts"] + 1})
+    counted = {
+        "open_shards": batch["open_shards"] + len(short),
+        "re_executed_count": batch["re_executed_count"] + (0 if is_at_most_once else sum(short.values())),
+    }
+    conn.execute(update(batches).where(batches.c.id == batch["id"]).values(counted))
+    move(conn, batch, BatchEvent.RESULTS_DAMAGED, moment)
+    # The batch is where it was before it was thought to be done: the next end is the one that counts.
+    before = {"ended_by": None, "in_progress_at": batch["in_progress_at"], "finalizing_at": None}
+    conn.execute(update(batches).where(batches.c.id == batch["id"]).values(before))
 
 
 def publish(conn: Connection, ref: TaskRef, publication: Publication, moment: Moment) -> Batch:

@@ -18,6 +18,7 @@ from batchrunner.models import (
     Progress,
     Publication,
     RejectedInput,
+    Repair,
     SessionId,
     ShardCut,
     Swept,
@@ -167,6 +168,11 @@ class SqlStore(ABC):
         """See Store."""
         with self.writing() as conn:
             queries_seal.salvage_sealed(conn, ref, shard, progress)
+
+    def repair_sealed(self, ref: TaskRef, repairs: Sequence[tuple[TaskRef, Sequence[Repair]]]) -> Batch:
+        """See Store."""
+        with self.writing() as conn:
+            return queries_seal.repair_sealed(conn, ref, repairs, self.moment())
 
     def publish(self, ref: TaskRef, publication: Publication) -> Batch:
         """See Store."""

@@ -15,11 +15,13 @@ from batchrunner.lifecycle import TERMINAL, BatchEvent, BatchStatus, EndedBy
 from batchrunner.models import (
     BatchId,
     Claim,
+    Extent,
     FileId,
     NewBatch,
     Order,
     Progress,
     Publication,
+    Repair,
     SessionId,
     ShardCut,
     TaskKind,
@@ -778,6 +780,7 @@ GUARDED: dict[str, Callable[[Store, TaskRef], object]] = {
     "reject_input": lambda store, ref: store.reject_input(ref, REJECTED),
     "fence": lambda store, ref: store.fence(ref),
     "salvage_sealed": lambda store, ref: store.salvage_sealed(ref, ref, Progress()),
+    "repair_sealed": lambda store, ref: store.repair_sealed(ref, []),
     "publish": lambda store, ref: store.publish(ref, NOTHING),
     "block": lambda store, ref: store.block(ref, "disk_full"),
 }
@@ -786,6 +789,7 @@ KIND_OF = {
     "reject_input": "validate",
     "fence": "seal",
     "salvage_sealed": "seal",
+    "repair_sealed": "seal",
     "publish": "seal",
 }
 
@@ -1180,6 +1184,110 @@ def test_only_a_seal_task_seals(world: World, verb: str) -> None:
 
     with pytest.raises(Fenced):
         GUARDED[verb](world.store, claim.ref)
+
+    assert world.backend.dump() == before
+
+
+# -- damage ------------------------------------------------------------------------------------------------------------
+
+
+def repair_of(extent: Extent, *, lost: int = 1) -> Repair:
+    """The first half of an extent of ten bytes a record stays; the records behind it are damaged, the last ones not."""
+    kept = replace(extent, count=2, succeeded_count=2, failed_count=0, byte_end=extent.byte_start + 20)
+    rest = extent.count - 2 - lost
+    tail = replace(
+        extent,
+        sequence_from=extent.sequence_from + 2 + lost,
+        count=rest,
+        succeeded_count=rest - extent.failed_count,
+        byte_start=extent.byte_end - rest * 10,
+    )
+    return Repair(damaged=extent, parts=(kept, replace(tail, usage=Usage(2, 1, 1, 1))))
+
+
+def test_repair_takes_damage_out_of_extents_and_counts_in_one_transaction_with_what_is_new(world: World) -> None:
+    world.running(shards=2)
+    lost, other = world.claim(), world.claim(TWO)
+    world.store.register(lost.ref, progress(lost, 0, 60, succeeded=5, failed=1))
+    world.store.register(other.ref, progress(other, 0, 30, succeeded=3))
+    world.store.release_session(ONE, died=True)
+    world.store.open_session(ONE, host="here", pid=1)
+    taken = world.claim()
+    (damaged,) = taken.extents
+    repair = repair_of(damaged, lost=2)
+
+    fresh = replace(progress(taken, 0, 10, succeeded=1), repairs=(repair,), re_executed_count=2)
+    world.store.register(taken.ref, fresh)
+
+    batch = world.batch()
+    assert [(each.sequence_from, each.count) for each in world.extents()] == [(1, 2), (5, 2), (7, 3), (10, 1)]
+    assert (batch.succeeded_count, batch.failed_count, batch.re_executed_count) == (7, 1, 2)
+    assert batch.succeeded_count == sum(each.succeeded_count for each in world.extents())
+    assert batch.failed_count == sum(each.failed_count for each in world.extents())
+    assert batch.usage == sum((each.usage for each in world.extents()), Usage())
+    assert batch.next_sequence == 11
+    before = world.backend.dump()
+    world.store.register(taken.ref, fresh)
+    assert world.backend.dump() == before, "a repair may be repeated"
+
+
+def test_repair_of_what_is_not_there_any_more_is_loud_and_changes_nothing(world: World) -> None:
+    world.running(shards=2)
+    one, two = world.claim(ONE), world.claim(TWO)
+    world.store.register(one.ref, progress(one, 0, 60, succeeded=6))
+    world.store.register(two.ref, progress(two, 0, 60, succeeded=6))
+    mine, other = world.extents()
+    before = world.backend.dump()
+
+    for wrong in (repair_of(other), repair_of(replace(mine, byte_end=70))):
+        with pytest.raises(ReconciliationError):
+            world.store.register(one.ref, Progress(repairs=(wrong,)))
+
+    assert world.backend.dump() == before
+
+
+def test_settled_batch_with_damage_goes_back_with_the_shards_that_lack_a_line(world: World) -> None:
+    seal = world.sealing(shards=2)
+    first, second = world.store.fence(seal.ref)
+    for shard in (first, second):
+        world.store.salvage_sealed(seal.ref, shard.ref, Progress())
+
+    sent_back = world.store.repair_sealed(seal.ref, [(second.ref, [repair_of(second.extents[0])])])
+
+    assert (sent_back.status, sent_back.ended_by) == (BatchStatus.IN_PROGRESS, None)
+    assert (sent_back.succeeded_count, sent_back.open_shards, sent_back.re_executed_count) == (19, 1, 1)
+    assert [shard.state for shard in world.shards()] == [TaskState.FINAL, TaskState.QUEUED]
+    before = world.backend.dump()
+    for late in (
+        lambda: world.store.repair_sealed(seal.ref, []),
+        lambda: world.store.publish(seal.ref, NOTHING),
+        lambda: world.store.fence(seal.ref),
+    ):
+        with pytest.raises(Fenced):
+            late()
+    assert world.backend.dump() == before
+    assert world.store.sweep().moved == ()
+    again = world.claim(TWO, kinds=ANY)
+    assert (again.ref.task_id, again.whole_epoch) == (second.ref.task_id, second.ref.epoch)
+    assert world.store.settle(again.ref, progress(again, 0, 10, succeeded=1))
+    resealed = world.claim(TWO, kinds=ANY)
+    assert resealed.ref.task_id == seal.ref.task_id
+    fenced = world.store.fence(resealed.ref)
+    assert [shard_in(claim).state for claim in fenced] == [TaskState.FINAL, TaskState.SEALED]
+    world.store.salvage_sealed(resealed.ref, fenced[1].ref, Progress())
+    assert world.store.publish(resealed.ref, NOTHING).status is BatchStatus.COMPLETED
+
+
+def test_repair_of_a_seal_wants_final_shards_of_its_own_batch(world: World) -> None:
+    seal = world.sealing(shards=1)
+    (shard,) = world.store.fence(seal.ref)
+    world.running("b2")
+    foreign = world.claim(TWO)
+    before = world.backend.dump()
+
+    for ref in (shard.ref, foreign.ref):
+        with pytest.raises(Fenced):
+            world.store.repair_sealed(seal.ref, [(ref, [])])
 
     assert world.backend.dump() == before
 

@@ -15,8 +15,8 @@ WINDOW = 16
 # What one death may cost at most: the requests in flight and one commit group.
 REPEATS_MAX = WINDOW + 256
 
-# These come only after another death, with a second worker, or after a clean stop: each has its own test.
-ELSEWHERE = {"salvage.copied", "seal.salvage_copied", "split.committed", "give_back.committed"}
+# These come only after another death, with a second worker, after a clean stop or damage: each has its own test.
+ELSEWHERE = {"salvage.copied", "seal.salvage_copied", "seal.repaired", "split.committed", "give_back.committed"}
 # Before the batch has lines nothing can have been sent; from the seal on nothing may be sent any more.
 SENDS_NOTHING_TWICE = ("run_record.", "batch.", "validate.", "seal.", "export.")
 

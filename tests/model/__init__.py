@@ -50,6 +50,16 @@ Lines (`extents.py`), step by step:
     status that it finds in its own transaction (`publish_checks_status`).
 "power loss"
     rule: of what was not synced each record may be there or not; nothing registered may change.
+"is damaged", "heals"
+    Registered bytes read wrong, for good or for a while: a bad disk, a folder that was not mounted.
+"takes out"
+    rule: who finds registered bytes damaged takes them out of the extents, in a transaction guarded by its epoch
+    (`repair_guarded`), before or together with anything new that it registers. From then on nobody takes these bytes,
+    whatever they read like (`repair_takes_damage_out`); their lines run again, their numbers are not given again.
+"seal takes out", "sends the batch back"
+    rule: a seal that meets damage never publishes around it (`seal_repairs`). Where every line had been settled, the
+    shards that now lack one are open again and the batch is in progress, without a cause of its end
+    (`sending_back_undoes_the_end`); where the end came early the line is one of the unfinished.
 no step: the outside reader
     rule: nobody takes a byte outside an extent (`reader_stays_within_extents`). A reader that looks after every single
     step sees whatever a slower one could see, so what it sees is compared over every step.

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Final, Literal, NamedTuple, TypeAlias, TypeVar
 
-Bytes: TypeAlias = Literal["torn", "whole", "durable"]
-"""How much of a record is in its segment: a part, all of it but only in memory, all of it and synced."""
+Bytes: TypeAlias = Literal["torn", "whole", "durable", "damaged"]
+"""How much of a record is in its segment: a part, all of it but only in memory, all of it and synced; or it was synced
+and reads wrong now, for good or for a while.
+"""
 
 Kind: TypeAlias = Literal["ok", "error", "woken", "garbage", "expired", "cancelled", "missing"]
 """What a line came to. `woken` is the timeout of a session that had lost its shard; the last three are seal codes."""
@@ -59,6 +61,8 @@ class Session(NamedTuple):
     salvage: tuple[Record, ...]
     todo: tuple[int, ...]
     records: tuple[Record, ...]
+    # Sequence numbers of the extents that it found damaged; taken out before anything is sent.
+    repairs: tuple[int, ...]
     # Only used when the sequence is, against the rule, drawn ahead of the registering transaction.
     drawn: int
 
@@ -84,6 +88,7 @@ class Sealer(NamedTuple):
 
     phase: Literal["fenced", "saw", "ready", "read", "gone"]
     salvage: tuple[Record, ...]
+    repairs: tuple[int, ...]
     content: tuple[Result, ...] | None
     status_seen: Status | None
 
@@ -100,6 +105,10 @@ class State(NamedTuple):
     sealers: tuple[Sealer, ...]
     published: tuple[Result, ...] | None
     power_losses_left: int
+    damages_left: int
+    # The lines whose damaged results were taken out of the extents.
+    taken_out: tuple[int, ...]
+    sent_back: int
     was_resent: bool
 
 
@@ -113,6 +122,7 @@ class Bounds:
     errors: bool = True
     tears: bool = False
     power_losses: int = 0
+    damages: int = 0
     ends_early: bool = True
 
 
@@ -136,6 +146,10 @@ class Rules:
     register_after_sync: bool = True
     torn_is_no_record: bool = True
     sequence_drawn_in_transaction: bool = True
+    repair_takes_damage_out: bool = True
+    repair_guarded: bool = True
+    seal_repairs: bool = True
+    sending_back_undoes_the_end: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +171,9 @@ class ExtentsModel:
             sealers=(),
             published=None,
             power_losses_left=self.bounds.power_losses,
+            damages_left=self.bounds.damages,
+            taken_out=(),
+            sent_back=0,
             was_resent=False,
         )
 
@@ -167,6 +184,8 @@ class ExtentsModel:
         for number, session in enumerate(state.sessions):
             if session.phase == "claimed":
                 yield self._recover(state, number, session)
+            elif session.repairs:
+                yield from self._repairs(state, number, session)
             elif session.phase == "running":
                 # Nobody looks at a segment any more once the batch is published; what a late session may
                 # still try is to write to the Store.
@@ -180,13 +199,15 @@ class ExtentsModel:
             yield from self._seal_steps(state, number, sealer)
         if state.power_losses_left and state.published is None:
             yield from self._power_losses(state)
+        if self.bounds.damages and state.published is None:
+            yield from self._damages(state)
 
     def _batch_steps(self, state: State) -> Iterator[Step]:
         if not self.bounds.ends_early:
             return
         if state.status == "in_progress":
-            yield "deadline passes", state._replace(status="finalizing", ended_by="deadline")
-            yield "cancel", state._replace(status="cancelling", ended_by="cancel")
+            yield "deadline passes", state._replace(status="finalizing", ended_by=state.ended_by or "deadline")
+            yield "cancel", state._replace(status="cancelling", ended_by=state.ended_by or "cancel")
         elif state.status == "finalizing":
             yield "cancel while finalizing", state._replace(status="cancelling")
 
@@ -197,10 +218,10 @@ class ExtentsModel:
             return
         for number, shard in enumerate(state.shards):
             claimed = sum(session.shard == number for session in state.sessions)
-            if shard.phase != "open" or claimed >= self.bounds.claims[number]:
+            if shard.phase != "open" or claimed >= self.bounds.claims[number] + state.sent_back:
                 continue
             epoch = shard.epoch + 1 if self.rules.claim_bumps_epoch else shard.epoch
-            session = Session(number, epoch, "claimed", self._owed(state, number), (), (), (), 0)
+            session = Session(number, epoch, "claimed", self._owed(state, number), (), (), (), (), 0)
             yield (
                 f"session {len(state.sessions)} claims shard {number}",
                 state._replace(
@@ -221,29 +242,55 @@ class ExtentsModel:
         """Reading the extents and then the old segments is one step: the claim has already frozen the extents."""
         shard = state.shards[session.shard]
         salvage = self._unregistered(state, session.shard, before=number) if self.rules.claim_salvages else ()
-        kept = registered_lines(state) | {record.line for record in salvage}
+        damaged = [e for e in damaged_extents(state) if shard.first <= e.line < shard.end]
+        lost = {extent.line for extent in damaged}
+        kept = (registered_lines(state) - lost) | {record.line for record in salvage}
         todo = tuple(line for line in range(shard.first, shard.end) if line not in kept)
-        was_resent = state.was_resent or any(line in session.owed for line in todo)
+        was_resent = state.was_resent or any(
+            line in session.owed for line in todo if line not in lost and line not in state.taken_out
+        )
         if not self.rules.salvage_copies and shard.epoch == session.epoch:
             places = [(record, *_place_of(state, session.shard, record)) for record in salvage]
             state = _with_extents(state, places)
             salvage = ()
-        running = session._replace(phase="running", owed=(), salvage=salvage, todo=todo)
+        repairs = tuple(extent.sequence for extent in damaged)
+        running = session._replace(phase="running", owed=(), salvage=salvage, todo=todo, repairs=repairs)
         return (
             f"session {number} recovers, salvages {[record.line for record in salvage]}",
             state._replace(sessions=put(state.sessions, number, running), was_resent=was_resent),
         )
 
+    def _repairs(self, state: State, number: int, session: Session) -> Iterator[Step]:
+        """What was damaged before this claim leaves the extents for good, before anything is sent again."""
+        if not self._holds(state, session) and self.rules.repair_guarded:
+            return
+        after = _with_session(state, number, session._replace(repairs=()))
+        if self.rules.repair_takes_damage_out:
+            after = _without_extents(after, session.repairs)
+        yield f"session {number} takes out {list(session.repairs)}", after
+
+    def _damages(self, state: State) -> Iterator[Step]:
+        """Registered bytes of a session go bad, or read well again; salvage of the seal is left alone."""
+        for extent in state.extents:
+            if extent.writer < 0:
+                continue
+            record = state.sessions[extent.writer].records[extent.position]
+            if record.bytes == "durable" and state.damages_left:
+                hit = _with_bytes(state, extent, "damaged")
+                yield f"line {extent.line} is damaged", hit._replace(damages_left=state.damages_left - 1)
+            elif record.bytes == "damaged":
+                yield f"line {extent.line} heals", _with_bytes(state, extent, "durable")
+
     def _unregistered(self, state: State, shard: int, *, before: int) -> tuple[Record, ...]:
         """Give the first usable record of each unregistered line in the shard's segments, as it would be copied."""
         row = state.shards[shard]
-        done = registered_lines(state)
+        done = registered_lines(state) - {extent.line for extent in damaged_extents(state)}
         found: dict[int, Record] = {}
         for session in state.sessions[:before]:
             for record in session.records if session.shard == shard else ():
                 is_ours = row.first <= record.line < row.end or not self.rules.salvage_stays_in_the_shard
                 is_success = record.kind == "ok" or not self.rules.salvage_takes_only_successes
-                is_whole = record.bytes != "torn" or not self.rules.torn_is_no_record
+                is_whole = record.bytes != "damaged" and (record.bytes != "torn" or not self.rules.torn_is_no_record)
                 if is_ours and is_success and is_whole and record.line not in done:
                     copy = record._replace(kind="garbage") if record.bytes == "torn" else record
                     found.setdefault(record.line, copy)
@@ -319,7 +366,7 @@ class ExtentsModel:
             return
         shards = put(state.shards, session.shard, shard._replace(phase="settled"))
         after = state._replace(shards=shards)
-        if state.status == "in_progress" and all(row.phase == "settled" for row in shards):
+        if state.status == "in_progress" and all(row.phase in ("settled", "final") for row in shards):
             after = after._replace(status="finalizing", ended_by="settled")
         yield f"session {number} settles shard {session.shard}", after
 
@@ -348,12 +395,15 @@ class ExtentsModel:
     # Seal. Claiming the task and fencing are one step: between the two, only refused writes could come.
 
     def _seal_claims(self, state: State) -> Iterator[Step]:
-        if state.status not in ("finalizing", "cancelling") or len(state.sealers) >= self.bounds.seals:
+        if (
+            state.status not in ("finalizing", "cancelling")
+            or len(state.sealers) >= self.bounds.seals + state.sent_back
+        ):
             return
         shards = state.shards
         if self.rules.seal_fences:
             shards = tuple(_fenced(shard) for shard in shards)
-        sealer = Sealer(phase="fenced", salvage=(), content=None, status_seen=None)
+        sealer = Sealer(phase="fenced", salvage=(), repairs=(), content=None, status_seen=None)
         yield (
             f"seal {len(state.sealers)} claims and fences",
             state._replace(shards=shards, sealers=(*state.sealers, sealer)),
@@ -365,25 +415,54 @@ class ExtentsModel:
         if sealer.phase == "fenced" and is_final and self.rules.salvage_ends_with_final:
             yield f"seal {number} finds all final", _with_sealer(state, number, sealer._replace(phase="ready"))
         elif sealer.phase == "fenced" and is_newest:
-            tails = [self._unregistered(state, shard, before=len(state.sessions)) for shard in range(len(state.shards))]
-            saw = sealer._replace(phase="saw", salvage=tuple(record for tail in tails for record in tail))
+            # A shard with a result for each line has nothing to salvage, so nobody looks at it before the copying.
+            done = registered_lines(state)
+            short = [n for n, row in enumerate(state.shards) if not done >= set(range(row.first, row.end))]
+            tails = [self._unregistered(state, shard, before=len(state.sessions)) for shard in short]
+            rows = [state.shards[shard] for shard in short]
+            damaged = [e for e in damaged_extents(state) if any(row.first <= e.line < row.end for row in rows)]
+            repairs = tuple(extent.sequence for extent in damaged)
+            salvage = tuple(record for tail in tails for record in tail)
+            saw = sealer._replace(phase="saw", salvage=salvage, repairs=repairs)
             yield f"seal {number} sees {[r.line for r in saw.salvage]} to salvage", _with_sealer(state, number, saw)
         elif sealer.phase == "saw" and is_newest:
-            after = _with_extents(state, [(record, -1, 0) for record in sealer.salvage])
+            after = _without_extents(state, sealer.repairs)
+            after = _with_extents(after, [(record, -1, 0) for record in sealer.salvage])
             after = after._replace(shards=tuple(shard._replace(phase="final") for shard in state.shards))
-            ready = sealer._replace(phase="ready", salvage=())
+            ready = sealer._replace(phase="ready", salvage=(), repairs=())
             yield f"seal {number} registers its salvage", _with_sealer(after, number, ready)
+        elif sealer.phase == "ready" and damaged_extents(state) and self.rules.seal_repairs:
+            if is_newest:
+                yield self._seal_repairs(state, number, sealer)
         elif sealer.phase == "ready":
             read = sealer._replace(phase="read", content=self._content(state), status_seen=state.status)
             yield f"seal {number} reads", _with_sealer(state, number, read)
         elif sealer.phase == "read" and is_newest:
             yield from self._publishes(state, number, sealer)
 
+    def _seal_repairs(self, state: State, number: int, sealer: Sealer) -> Step:
+        """A seal that meets damage takes it out; if every line had been settled, it sends the batch back for them."""
+        damaged = damaged_extents(state)
+        after = _without_extents(state, tuple(extent.sequence for extent in damaged))
+        if state.ended_by != "settled":
+            return f"seal {number} takes out damage", after
+        if state.status == "cancelling":
+            return f"seal {number} takes out damage after a cancel", after._replace(ended_by="cancel")
+        lost = {extent.line for extent in damaged}
+        shards = tuple(
+            row._replace(phase="open") if lost & set(range(row.first, row.end)) else row for row in state.shards
+        )
+        after = _with_sealer(after, number, sealer._replace(phase="gone"))
+        ended_by = None if self.rules.sending_back_undoes_the_end else state.ended_by
+        after = after._replace(status="in_progress", ended_by=ended_by, shards=shards, sent_back=state.sent_back + 1)
+        return f"seal {number} sends the batch back", after
+
     def _content(self, state: State) -> tuple[Result, ...]:
         unfinished = CODE_BY_END.get(state.ended_by, "missing")
         if not self.rules.codes_follow_first_move:
             unfinished = "cancelled" if state.status in ("cancelling", "cancelled") else "expired"
-        by_line = {extent.line: Result(extent.kind, extent.sender) for extent in state.extents}
+        damaged = damaged_extents(state)
+        by_line = {e.line: Result(e.kind, e.sender) for e in state.extents if e not in damaged}
         return tuple(by_line.get(line, Result(unfinished, -1)) for line in range(1, self.bounds.lines + 1))
 
     def _publishes(self, state: State, number: int, sealer: Sealer) -> Iterator[Step]:
@@ -414,6 +493,7 @@ class ExtentsModel:
                     owed=(),
                     salvage=(),
                     todo=(),
+                    repairs=(),
                     records=tuple(
                         record._replace(bytes=kept.get((number, position), record.bytes))
                         for position, record in enumerate(session.records)
@@ -425,7 +505,7 @@ class ExtentsModel:
                 f"power loss leaves {list(choice)}",
                 state._replace(
                     sessions=sessions,
-                    sealers=tuple(sealer._replace(phase="gone", salvage=()) for sealer in state.sealers),
+                    sealers=tuple(sealer._replace(phase="gone", salvage=(), repairs=()) for sealer in state.sealers),
                     power_losses_left=state.power_losses_left - 1,
                 ),
             )
@@ -434,6 +514,15 @@ class ExtentsModel:
 def registered_lines(state: State) -> set[int]:
     """Give the lines that have an extent."""
     return {extent.line for extent in state.extents}
+
+
+def damaged_extents(state: State) -> list[Extent]:
+    """Give the extents whose bytes read wrong now."""
+    return [
+        extent
+        for extent in state.extents
+        if extent.writer >= 0 and state.sessions[extent.writer].records[extent.position].bytes == "damaged"
+    ]
 
 
 def put(rows: tuple[RowT, ...], number: int, row: RowT) -> tuple[RowT, ...]:
@@ -457,6 +546,18 @@ def _with_extents(state: State, places: list[tuple[Record, int, int]], *, drawn:
     )
     next_sequence = state.next_sequence if drawn else first + len(added)
     return state._replace(extents=state.extents + added, next_sequence=next_sequence)
+
+
+def _without_extents(state: State, sequences: tuple[int, ...]) -> State:
+    lines = tuple(extent.line for extent in state.extents if extent.sequence in sequences)
+    kept = tuple(extent for extent in state.extents if extent.sequence not in sequences)
+    return state._replace(extents=kept, taken_out=state.taken_out + lines)
+
+
+def _with_bytes(state: State, extent: Extent, changed: Bytes) -> State:
+    session = state.sessions[extent.writer]
+    record = session.records[extent.position]._replace(bytes=changed)
+    return _with_session(state, extent.writer, session._replace(records=put(session.records, extent.position, record)))
 
 
 def _place_of(state: State, shard: int, record: Record) -> tuple[int, int]:

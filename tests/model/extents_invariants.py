@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from tests.model.extents import ExtentsModel, Kind, Record, State, Status
+from tests.model.extents import ExtentsModel, Kind, Record, State, Status, damaged_extents
 
-View = tuple[tuple[int, Kind, int], ...]
-"""(line, kind, sender) of every readable record, in sequence order."""
+View = tuple[tuple[int, int, Kind, int], ...]
+"""(sequence, line, kind, sender) of every readable record, in sequence order."""
 
 LEGAL_MOVES: Final[dict[Status, tuple[Status, ...]]] = {
     "in_progress": ("finalizing", "cancelling"),
-    "finalizing": ("cancelling", "completed", "expired"),
+    "finalizing": ("in_progress", "cancelling", "completed", "expired"),
     "cancelling": ("cancelled",),
     "completed": (),
     "expired": (),
@@ -27,7 +27,7 @@ REGISTERED_WHOLE: Final = "a registered record can be read whole"
 SUCCESS_KEPT: Final = "a registered success is in the sealed file"
 NO_WOKEN_TIMEOUT: Final = "the timeout of a frozen session is never a result"
 NOT_PAID_TWICE: Final = "a line with a durable success is not sent again"
-SEQUENCE_GAPLESS: Final = "the sequence has no gap"
+SEQUENCE_GAPLESS: Final = "the sequence has no gap but where damage was taken out"
 SEALS_AGREE: Final = "every seal reads the same content"
 PUBLISHED_AS_READ: Final = "what is published equals what was read"
 SETTLED_IS_WHOLE: Final = "a batch ended by its last line has every line"
@@ -37,18 +37,22 @@ MOVES_LEGAL: Final = "the status moves as the table says"
 
 
 def readable(model: ExtentsModel, state: State) -> View:
-    """Give what an outside reader gets: the registered records, from wherever their bytes are."""
+    """Give what an outside reader gets: the registered records that are not damaged, from wherever their bytes are."""
     view = []
+    damaged = damaged_extents(state)
     for extent in state.extents:
         kind = extent.kind
+        if extent in damaged:
+            continue
         if extent.writer >= 0 and _record_at(state, extent.writer, extent.position).bytes == "torn":
             kind = "garbage"
         view.append((extent.sequence, extent.line, kind, extent.sender))
-    lines = [(line, kind, sender) for _, line, kind, sender in sorted(view)]
+    lines = sorted(view)
     if not model.rules.reader_stays_within_extents:
-        done = {line for line, _, _ in lines}
+        done = {line for _, line, _, _ in lines}
         for session in state.sessions:
-            lines += [(r.line, r.kind, r.sender) for r in session.records if r.line not in done and r.bytes != "torn"]
+            unregistered = [r for r in session.records if r.line not in done and r.bytes != "torn"]
+            lines += [(len(lines) + place, r.line, r.kind, r.sender) for place, r in enumerate(unregistered, start=1)]
     return tuple(lines)
 
 
@@ -56,12 +60,12 @@ def invariants(model: ExtentsModel) -> Mapping[str, Callable[[State], bool]]:
     """Give the predicates that hold in every state."""
     return {
         REGISTERED_ONCE: _is_registered_once,
-        REGISTERED_WHOLE: lambda state: all(kind != "garbage" for _, kind, _ in readable(model, state)),
+        REGISTERED_WHOLE: lambda state: all(kind != "garbage" for _, _, kind, _ in readable(model, state)),
         SUCCESS_KEPT: _is_success_kept,
         NO_WOKEN_TIMEOUT: lambda state: all(extent.kind != "woken" for extent in state.extents),
         NOT_PAID_TWICE: lambda state: not state.was_resent,
-        SEQUENCE_GAPLESS: lambda state: all(e.sequence == n for n, e in enumerate(state.extents, start=1)),
-        SEALS_AGREE: _do_seals_agree,
+        SEQUENCE_GAPLESS: _is_sequence_gapless,
+        SEALS_AGREE: lambda state: bool(model.bounds.damages) or _do_seals_agree(state),
         PUBLISHED_AS_READ: _is_published_as_read,
         SETTLED_IS_WHOLE: _is_settled_whole,
         ONE_SHARD_EACH: lambda state: _is_each_line_in_one_shard(model, state),
@@ -75,7 +79,11 @@ def step_invariants(model: ExtentsModel) -> Mapping[str, Callable[[State, State]
         if before.extents is after.extents and before.sessions is after.sessions:
             return True
         old, new = readable(model, before), readable(model, after)
-        return new[: len(old)] == old
+        if not model.bounds.damages:
+            return new[: len(old)] == old
+        # Records may go missing and come back, but a number never comes to mean another one.
+        by_number = {sequence: rest for sequence, *rest in new}
+        return all(by_number.get(sequence, rest) == rest for sequence, *rest in old)
 
     def move_is_legal(before: State, after: State) -> bool:
         return before.status == after.status or after.status in LEGAL_MOVES[before.status]
@@ -90,6 +98,13 @@ def _record_at(state: State, writer: int, position: int) -> Record:
 def _is_registered_once(state: State) -> bool:
     lines = [extent.line for extent in state.extents]
     return len(lines) == len(set(lines))
+
+
+def _is_sequence_gapless(state: State) -> bool:
+    numbers = [extent.sequence for extent in state.extents]
+    if not state.taken_out:
+        return numbers == list(range(1, len(numbers) + 1))
+    return len(set(numbers)) == len(numbers) and len(numbers) + len(state.taken_out) == state.next_sequence - 1
 
 
 def _is_success_kept(state: State) -> bool:

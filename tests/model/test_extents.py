@@ -33,6 +33,9 @@ SPLIT = Bounds(claims=(2, 1), errors=False, seals=1)
 TWO_SPLITS = Bounds(lines=3, claims=(2, 1, 1), errors=False, seals=1, ends_early=False)
 TORN = Bounds(lines=1, tears=True, seals=1)
 TORN_SPLIT = Bounds(claims=(2, 1), tears=True, errors=False, seals=1)
+DAMAGE = Bounds(lines=1, damages=1)
+# The second shard is there so that one settled and final stays as it is while the other goes back.
+DAMAGED_SHARD = Bounds(claims=(1, 1), damages=1, errors=False, seals=1)
 EVERYTHING = Bounds(claims=(2, 1), tears=True, power_losses=1, errors=False, seals=1, ends_early=False)
 """Two lines, two shards, three sessions, torn writes and a power loss; sealed once, when the last line is in."""
 
@@ -44,6 +47,10 @@ SEARCHES = [
     pytest.param(TWO_SPLITS, id="two-splits", marks=pytest.mark.slow),
     pytest.param(Bounds(lines=1, claims=(3,), tears=True, seals=1), id="torn", marks=pytest.mark.slow),
     pytest.param(TORN_SPLIT, id="torn-and-split", marks=pytest.mark.slow),
+    pytest.param(DAMAGE, id="damage"),
+    pytest.param(DAMAGED_SHARD, id="damage-in-one-of-two-shards", marks=pytest.mark.slow),
+    pytest.param(Bounds(lines=1, damages=2, seals=1), id="damaged-twice", marks=pytest.mark.slow),
+    pytest.param(Bounds(damages=1, errors=False, seals=1), id="damage-in-two-lines", marks=pytest.mark.long),
     pytest.param(Bounds(), id="two-lines-two-seals", marks=pytest.mark.long),
     pytest.param(Bounds(claims=(3,), seals=1), id="two-lines-three-sessions", marks=pytest.mark.long),
     pytest.param(Bounds(claims=(2, 2), seals=1), id="split-with-takeover", marks=pytest.mark.long),
@@ -94,6 +101,10 @@ MUTANTS = (
     Mutant(off="torn_is_no_record", bounds=TORN, breaks=REGISTERED_WHOLE),
     Mutant(off="torn_is_no_record", bounds=TORN, breaks=SETTLED_IS_WHOLE),
     Mutant(off="sequence_drawn_in_transaction", bounds=ONE_LINE, breaks=SEQUENCE_GAPLESS),
+    Mutant(off="repair_takes_damage_out", bounds=DAMAGE, breaks=REGISTERED_ONCE),
+    Mutant(off="repair_guarded", bounds=DAMAGE, breaks=SETTLED_IS_WHOLE),
+    Mutant(off="seal_repairs", bounds=DAMAGE, breaks=SETTLED_IS_WHOLE),
+    Mutant(off="sending_back_undoes_the_end", bounds=DAMAGE, breaks=SETTLED_IS_WHOLE),
 )
 
 
@@ -142,7 +153,8 @@ def test_searches_take_every_kind_of_step() -> None:
     """A rule that is never exercised holds of itself, so each kind of step has to occur."""
     two_shards = Bounds(claims=(1, 1), tears=True, power_losses=1, errors=False, seals=1, ends_early=False)
 
-    taken = search(Rules(), ONE_LINE).steps_taken | search(Rules(), two_shards).steps_taken
+    found = [search(Rules(), bounds).steps_taken for bounds in (ONE_LINE, two_shards, DAMAGE)]
+    taken = frozenset().union(*found)
 
     kinds = {re.sub(r"\[.*\]|\d+", "_", step) for step in taken}
 
@@ -166,6 +178,12 @@ def test_searches_take_every_kind_of_step() -> None:
         "seal _ sees _ to salvage",
         "seal _ registers its salvage",
         "seal _ finds all final",
+        "line _ is damaged",
+        "line _ heals",
+        "session _ takes out _",
+        "seal _ takes out damage",
+        "seal _ takes out damage after a cancel",
+        "seal _ sends the batch back",
         "seal _ reads",
         "seal _ publishes as completed",
         "seal _ publishes as expired",

@@ -8,7 +8,6 @@ from datetime import datetime
 from pathlib import Path
 
 from batchrunner.blobs.local import LocalBlobs
-from batchrunner.frames import segment_of
 from batchrunner.journal import Journal
 from batchrunner.models import (
     LOCAL_TENANT,
@@ -190,14 +189,6 @@ class Place:
         (self.folder / "out.jsonl").write_bytes(output)
         (self.folder / "out.errors.jsonl").write_bytes(errors)
         return check_run(self.input, self.folder / "out.jsonl", self.folder / "out.errors.jsonl")
-
-    def damage_journal(self, hand: Hand) -> None:
-        """Flip a bit in the middle of the first registered range."""
-        extent = self.scope(hand).extents(BATCH)[0]
-        path = LocalBlobs(self.folder / "blobs").path(segment_of(extent).blob)
-        content = bytearray(path.read_bytes())
-        content[(extent.byte_start + extent.byte_end) // 2] ^= 0x40
-        path.write_bytes(content)
 
     def close(self) -> None:
         """Let go of everything."""

@@ -10,7 +10,7 @@ import pytest
 
 from batchrunner import crash
 from batchrunner.blobs.local import LocalBlobs
-from batchrunner.errors import Fenced, InputChanged, JournalCorrupt
+from batchrunner.errors import Fenced, InputChanged
 from batchrunner.lifecycle import BatchEvent, BatchStatus
 from batchrunner.models import LineCode, OnUnknown, Progress, TaskKind
 from tests.pipeline.hands import BATCH, LEASE_S, Hand, Place
@@ -417,38 +417,3 @@ def test_line_that_kills_its_holder_again_and_again_is_given_up(place: Place) ->
 
     assert rest == [4, 5]
     assert place.check().codes == {LineCode.POISON_REQUEST: 1}
-
-
-def test_damaged_registered_bytes_are_loud_and_publish_nothing(place: Place) -> None:
-    one = place.hand("one")
-    place.begin(one, lines=10)
-    one.validate()
-    one.run_all()
-    place.damage_journal(one)
-
-    with pytest.raises(JournalCorrupt):
-        one.seal()
-
-    assert place.batch().status is BatchStatus.FINALIZING
-    assert place.batch().output_file_id is None
-
-
-def test_damaged_registered_bytes_of_a_shard_in_work_run_again_alone(place: Place) -> None:
-    one, two = place.hand("one"), place.hand("two")
-    place.begin(one, lines=10)
-    one.validate()
-    run = one.take()
-    one.answer(run, 6)
-    one.register(run)
-    place.damage_journal(one)
-
-    lose(place, one, two)
-    taken = two.take()
-    again = two.answer(taken)
-    two.settle(taken)
-
-    assert len(again) == 5
-    assert again[1:] == [7, 8, 9, 10]
-    with pytest.raises(JournalCorrupt):
-        two.seal()
-    assert place.batch().output_file_id is None
