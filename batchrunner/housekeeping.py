@@ -48,7 +48,7 @@ def clear(
 
 
 def _delete_journal(blobs: Blobs, batch_id: BatchId) -> None:
-    for name in list(blobs.list(f"journal/{batch_id}/")):
+    for name in _below(blobs, f"journal/{batch_id}/"):
         blobs.delete(name)
 
 
@@ -56,8 +56,14 @@ def _delete_freeable(store: Upkeep, blobs: Blobs, in_use: Collection[str], is_st
     count = 0
     while not is_stopping() and (names := store.freeable_blobs(limit=_BLOBS_MAX, in_use=in_use)):
         for name in names:
-            blobs.delete(name)
+            for each in _below(blobs, name):
+                blobs.delete(each)
         crash.point("clear.blobs_deleted")
         store.forget_blobs(names)
         count += len(names)
     return count
+
+
+def _below(blobs: Blobs, name: str) -> list[str]:
+    """A name that ends in a slash stands for all below it."""
+    return list(blobs.list(name)) if name.endswith("/") else [name]

@@ -63,8 +63,8 @@ class Upkeep(Protocol):
 
     def freeable_blobs(self, *, limit: int, in_use: Collection[str] = ()) -> list[str]:
         """Name blobs to delete: of hidden files that no unfinished batch reads, of uploads that are over, and dropped
-        ones. From then on nothing can begin to need them. Those `in_use` are left for another time. Named again and
-        again until `forget_blobs`.
+        ones. A name that ends in a slash stands for all blobs below it. From then on nothing can begin to need them.
+        Those `in_use` are left for another time. Named again and again until `forget_blobs`.
         """
 
     def forget_blobs(self, names: Collection[str]) -> None:

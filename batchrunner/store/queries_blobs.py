@@ -50,6 +50,11 @@ def drop_blob(conn: Connection, name: str, moment: Moment) -> None:
         conn.execute(insert(blobs).values(row))
 
 
+def drop_assets(conn: Connection, batch_id: str, moment: Moment) -> None:
+    """Mark a batch's media answers for deletion: they are known by the lines of its output file, and live as long."""
+    drop_blob(conn, f"assets/{batch_id}/", moment)
+
+
 def drop_forgotten(conn: Connection, moment: Moment) -> None:
     """Give up names that nothing came to need within a day: whoever registered them is long gone."""
     old = and_(blobs.c.state == BlobState.PENDING, blobs.c.created_at <= moment.wall - _PENDING_FOR)
@@ -73,6 +78,8 @@ def freeable_blobs(conn: Connection, moment: Moment, *, limit: int, in_use: Coll
         drop_blob(conn, row.blob, moment)
         if row.validation_blob is not None:
             drop_blob(conn, row.validation_blob, moment)
+    for batch_id in conn.execute(select(batches.c.id).where(batches.c.output_file_id.in_(ids))).scalars().all():
+        drop_assets(conn, batch_id, moment)
     dead = select(blobs.c.name).where(blobs.c.state == BlobState.DEAD, blobs.c.name.not_in(in_use))
     return list(conn.execute(dead.order_by(blobs.c.created_at, blobs.c.name).limit(limit)).scalars())
 

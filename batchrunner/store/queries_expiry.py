@@ -11,7 +11,7 @@ from batchrunner.holdings import Expired
 from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import BatchId, TaskKind
 from batchrunner.store.moments import Moment
-from batchrunner.store.queries_blobs import UNFINISHED, drop_forgotten
+from batchrunner.store.queries_blobs import UNFINISHED, drop_assets, drop_forgotten
 from batchrunner.store.queries_idempotency import drop_old
 from batchrunner.store.queries_uploads import expire_uploads
 from batchrunner.store.tables import batches, claims, extents, files, tasks
@@ -53,6 +53,9 @@ def _end_journals(conn: Connection, moment: Moment) -> None:
     conn.execute(delete(claims).where(claims.c.task_id.in_(shards)))
     conn.execute(delete(tasks).where(tasks.c.batch_id.in_(ids), tasks.c.kind == TaskKind.SHARD))
     conn.execute(update(batches).where(batches.c.id.in_(ids)).values(journal_ended_at=moment.wall))
+    bare = select(batches.c.id).where(batches.c.id.in_(ids), batches.c.output_file_id.is_(None))
+    for batch_id in conn.execute(bare).scalars().all():
+        drop_assets(conn, batch_id, moment)
 
 
 def _has_journal() -> ColumnElement[bool]:
@@ -67,8 +70,8 @@ def _ended_journals(conn: Connection) -> tuple[BatchId, ...]:
 
 def unfinished_counts(conn: Connection) -> dict[BatchStatus, int]:
     """Count batches that are not over."""
-    counted = select(batches.c.status, func.count().label("total")).where(batches.c.status.in_(UNFINISHED)).group_by(batches.c.status)
-    found = {row.status: row.total for row in conn.execute(counted)}
+    counted = select(batches.c.status, func.count().label("total")).where(batches.c.status.in_(UNFINISHED))
+    found = {row.status: row.total for row in conn.execute(counted.group_by(batches.c.status))}
     return {status: found.get(status, 0) for status in UNFINISHED}
 
 

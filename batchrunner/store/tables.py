@@ -151,6 +151,7 @@ batches = Table(
     Index("batches_by_tenant", "tenant", "serial"),
     Index("batches_by_tenant_and_status", "tenant", "status"),
     Index("batches_by_parent", "parent_id"),
+    Index("batches_by_output", "output_file_id"),
     Index(
         "batches_with_journals",
         "journal_ended_at",

@@ -187,6 +187,30 @@ def test_published_files_live_as_long_as_their_batch_asks_for(world: World) -> N
     assert world.scope.file(FileId("out")).expires_at == file.created_at + timedelta(hours=1)
 
 
+def test_media_answers_go_with_the_output_file_that_names_them(world: World) -> None:
+    world.store.publish(world.sealing().ref, replace(NOTHING, output=file_of("out")))
+    world.clock.advance(24 * 3600)
+    world.store.expire()
+    assert freed(world) == []
+
+    world.scope.delete_file(FileId("out"))
+
+    assert sorted(freed(world)) == ["assets/b1/", "files/out"]
+    world.store.forget_blobs(freed(world))
+    assert freed(world) == []
+
+
+def test_media_answers_of_a_batch_without_an_output_file_go_with_its_journal(world: World) -> None:
+    bring_to(world, BatchStatus.CANCELLED)
+    world.store.expire()
+    assert freed(world) == []
+
+    world.clock.advance(24 * 3600)
+    world.store.expire()
+
+    assert freed(world) == ["assets/b1/"]
+
+
 # -- names of blobs ----------------------------------------------------------------------------------------------------
 
 

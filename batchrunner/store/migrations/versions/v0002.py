@@ -55,6 +55,7 @@ def _indexes() -> None:
     _partial_index("files_to_free", "files", ["deleted_at", "expires_at"], "freed_at IS NULL")
     op.create_index("batches_by_tenant_and_status", "batches", ["tenant", "status"])
     op.create_index("batches_by_parent", "batches", ["parent_id"])
+    op.create_index("batches_by_output", "batches", ["output_file_id"])
     _partial_index("batches_with_journals", "batches", ["journal_ended_at", "status"], "journal_freed_at IS NULL")
 
 

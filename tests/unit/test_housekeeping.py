@@ -1,0 +1,93 @@
+"""What time has ended leaves the disk, in any order of crashes, and nothing else does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from batchrunner.blobs.local import LocalBlobs
+from batchrunner.errors import BatchrunnerError, BlobsUnavailable
+from batchrunner.housekeeping import Cleared, clear
+from batchrunner.models import BatchId, FileId
+from tests.contract.conftest import ManualClock, SqliteBackend
+from tests.contract.worlds import NOTHING, World, file_of
+
+DAY_S = 24 * 3600.0
+OF_THE_BATCH = ("assets/b1/1.png", "assets/b1/2.png", "files/out", "journal/b1/2/1-s-1.seg")
+OF_OTHERS = ("assets/b10/1.png", "files/else", "journal/b10/2/1-s-1.seg")
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    clock = ManualClock()
+    backend = SqliteBackend(tmp_path / "state.db", clock)
+    made = World(backend, clock)
+    made.store.publish(made.sealing().ref, replace(NOTHING, output=file_of("out")))
+    yield made
+    backend.close()
+
+
+@pytest.fixture
+def blobs(tmp_path: Path) -> LocalBlobs:
+    kept = LocalBlobs(tmp_path / "blobs")
+    for name in (*OF_THE_BATCH, *OF_OTHERS):
+        writer = kept.writer(name)
+        writer.write(b"x")
+        writer.commit()
+    return kept
+
+
+def names(blobs: LocalBlobs) -> list[str]:
+    return list(blobs.list(""))
+
+
+def test_nothing_goes_before_its_time(world: World, blobs: LocalBlobs) -> None:
+    before = names(blobs)
+
+    assert clear(world.store, blobs, in_use=()) == Cleared()
+    assert names(blobs) == before
+
+
+def test_journal_goes_after_a_day_and_media_with_the_output_file(world: World, blobs: LocalBlobs) -> None:
+    world.clock.advance(DAY_S)
+
+    assert clear(world.store, blobs, in_use=()) == Cleared(journals=1)
+    assert names(blobs) == sorted([*OF_OTHERS, "assets/b1/1.png", "assets/b1/2.png", "files/out"])
+    world.scope.delete_file(FileId("out"))
+    assert clear(world.store, blobs, in_use={"files/out"}) == Cleared()
+    assert clear(world.store, blobs, in_use=()) == Cleared(blobs=2)
+
+    assert names(blobs) == sorted(OF_OTHERS)
+    assert clear(world.store, blobs, in_use=()) == Cleared()
+
+
+class Failing(LocalBlobs):
+    """Blobs whose folder goes away at the nth deletion."""
+
+    deletions_left = 0
+
+    def delete(self, name: str) -> None:
+        if self.deletions_left == 0:
+            raise BlobsUnavailable("the folder is gone")
+        self.deletions_left -= 1
+        super().delete(name)
+
+
+@pytest.mark.parametrize("deletions", range(4))
+def test_sweep_that_broke_off_is_finished_by_the_next(
+    world: World, blobs: LocalBlobs, tmp_path: Path, deletions: int
+) -> None:
+    failing = Failing(tmp_path / "blobs")
+    failing.deletions_left = deletions
+    world.clock.advance(DAY_S)
+    world.scope.delete_file(FileId("out"))
+    world.scope.delete_batch(BatchId("b1"))
+
+    with pytest.raises(BatchrunnerError):
+        clear(world.store, failing, in_use=())
+    clear(world.store, blobs, in_use=())
+
+    assert names(blobs) == sorted(OF_OTHERS)
