@@ -8,6 +8,7 @@ BatchrunnerError
 │   ├── RunDiffers              the state folder belongs to another run
 │   ├── OutputExists            the output was not written by us
 │   ├── AlreadyRunning          another process works on the same state folder
+│   ├── PortTaken               the address to listen on is not to be had
 │   ├── NotFound                no such batch, file or blob
 │   ├── TransitionRefused       a status and event that are not in the lifecycle table
 │   ├── KeyRefused              no API key, or none that is valid
@@ -104,6 +105,14 @@ class AlreadyRunning(CallerError):
     code = "already_running"
     http_status = 409
     hint = "Wait for the other process, or stop it; its work is kept."
+
+
+class PortTaken(CallerError):
+    """The address to listen on belongs to somebody else, or is not one of this machine."""
+
+    code = "port_taken"
+    http_status = 409
+    hint = "Stop what listens there, or choose another port with --port."
 
 
 class NotFound(CallerError):

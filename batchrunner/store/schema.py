@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import sqlite3
 from pathlib import Path
 
 from sqlalchemy import Connection, insert, inspect, select
 
-from batchrunner.errors import FolderUnsuitable, SchemaNewer
+from batchrunner.errors import FolderUnsuitable, SchemaNewer, StoreUnavailable
 from batchrunner.store.tables import alembic_version, schema, stamp
 
 VERSION = "0002"
@@ -64,6 +65,24 @@ def check(conn: Connection) -> None:
     found = version_of(conn)
     if found != VERSION:
         raise SchemaNewer(f"the database has schema {found}, this program works with {VERSION}")
+
+
+def version_of_file(path: Path) -> str | None:
+    """Read the stamped version of a database that nobody else has open in this process; None without one. Writes
+    nothing.
+
+    Raises:
+        StoreUnavailable: it cannot be read, or is no database.
+    """
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            named = connection.execute("SELECT name FROM sqlite_master WHERE name = ?", (alembic_version.name,))
+            if named.fetchone() is None:
+                return None
+            found = connection.execute(f"SELECT version_num FROM {alembic_version.name}").fetchone()  # noqa: S608
+            return str(found[0]) if found else None
+    except sqlite3.Error as error:
+        raise StoreUnavailable(f"{path} cannot be read: {error}") from error
 
 
 def version_of(conn: Connection) -> str | None:

@@ -1,0 +1,49 @@
+"""The data folder of a server: where it lies, who works on it, and its store for a command beside the server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from batchrunner.settings import Settings
+
+if TYPE_CHECKING:
+    from batchrunner.app import Adapters
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def folder_option(command: _F) -> _F:
+    """Give a command the option --data."""
+    return click.option(
+        "--data",
+        "server_folder",
+        metavar="DIR",
+        type=click.Path(file_okay=False),
+        help="The server's data folder. [$XDG_DATA_HOME/batchrunner, else ~/.local/share/batchrunner]",
+    )(command)
+
+
+def folder_of(settings: Settings) -> Path:
+    """Where the server keeps its state."""
+    if settings.server_folder is not None:
+        return Path(settings.server_folder).expanduser().absolute()
+    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return (home / "batchrunner").absolute()
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Adapters]:
+    """Open the folder's store for a while, beside a server or without one."""
+    from batchrunner.app import open_adapters
+
+    adapters = open_adapters(folder)
+    try:
+        yield adapters
+    finally:
+        adapters.store.close()

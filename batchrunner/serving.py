@@ -1,0 +1,208 @@
+"""The API process of a server: it composes the API over the data folder, answers, sweeps what time has ended, and stops
+when its parent says so or is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+from aiohttp import web
+
+from batchrunner.api.http import ApiParts
+from batchrunner.api.routes import build_app, make_runner
+from batchrunner.api.vitals import Vitals
+from batchrunner.app import Adapters, LogLine, arm_crash_point, open_adapters
+from batchrunner.errors import BatchrunnerError, DiskFull
+from batchrunner.housekeeping import clear
+from batchrunner.orders import LISTENING, READY, Greeting, Pulse
+from batchrunner.ports import Clock
+from batchrunner.tuning import freeze_start_up, tune_process
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+_LINE_BYTES_MAX = 1 << 20
+_LOOK_S = 2.0
+# What is under way when the parent is gone: nobody waits for this process any more, and a new one may start.
+_ORPHAN_GRACE_S = 1.0
+
+
+class ApiProcess:
+    """One API over open adapters. `run` returns after `stop`, when what was under way has been answered or its grace is
+    over.
+    """
+
+    def __init__(self, adapters: Adapters, greeting: Greeting, *, is_open: bool) -> None:
+        settings = greeting.settings
+        self.vitals = Vitals(is_local=greeting.is_local)
+        self._adapters = adapters
+        self._settings = settings
+        self._fds = greeting.listening_fds
+        self._executor = ThreadPoolExecutor(settings.api_threads, thread_name_prefix="api")
+        self._parts = ApiParts(
+            store=adapters.store,
+            blobs=adapters.blobs,
+            clock=adapters.clock,
+            rng=adapters.rng,
+            settings=settings,
+            is_open=is_open,
+            executor=self._executor,
+            vitals=self.vitals,
+        )
+        self._grace_s = settings.drain_grace_s
+        self._limit: asyncio.Timeout | None = None
+
+    def stop(self, *, grace_s: float) -> None:
+        """Take no more requests and end within the grace; called again it shortens it."""
+        if self.vitals.closing.is_set():
+            self._grace_s = min(self._grace_s, grace_s)
+        else:
+            self._grace_s = grace_s
+        self.vitals.closing.set()
+        if self._limit is not None:
+            self._limit.reschedule(asyncio.get_running_loop().time() + self._grace_s)
+
+    async def run(self) -> None:
+        """Listen and answer until `stop`."""
+        runner = make_runner(build_app(self._parts), shutdown_s=self._settings.drain_grace_s)
+        await runner.setup()
+        for fd in self._fds:
+            await web.SockSite(runner, socket.socket(fileno=fd)).start()
+        _tell_parent(READY)
+        freeze_start_up()
+        try:
+            async with asyncio.TaskGroup() as group:
+                loops = [group.create_task(self._keep_house()), group.create_task(self._look_around())]
+                await self.vitals.closing.wait()
+                for each in loops:
+                    each.cancel()
+        finally:
+            await self._end(runner)
+
+    async def _end(self, runner: web.AppRunner) -> None:
+        try:
+            async with asyncio.timeout(self._grace_s) as self._limit:
+                await runner.cleanup()
+        except TimeoutError:
+            logger.warning("requests were cut off", extra={"action": "requests_cut"})
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _keep_house(self) -> None:
+        """Sweep now and then."""
+        while True:
+            try:
+                await self._sweep()
+            except BatchrunnerError as error:
+                logger.warning("the sweep failed: %s", error, extra={"action": "sweep_failed", "code": error.code})
+            await self._adapters.clock.sleep(self._settings.sweep_s)
+
+    async def _sweep(self) -> None:
+        in_use = self._parts.reading.names()
+        store, blobs = self._adapters.store, self._adapters.blobs
+        cleared = await self._called(lambda: clear(store, blobs, in_use=in_use, is_stopping=self.vitals.closing.is_set))
+        if cleared.blobs or cleared.journals or cleared.files or cleared.uploads:
+            logger.info(
+                "swept: %d files expired, %d uploads ended, %d journals and %d blobs deleted",
+                cleared.files,
+                cleared.uploads,
+                cleared.journals,
+                cleared.blobs,
+                extra={"action": "swept"},
+            )
+
+    async def _look_around(self) -> None:
+        """Notice what changes the rules: the first key, and a full disk."""
+        while True:
+            try:
+                if self._parts.is_open and await self._called(self._adapters.store.has_keys):
+                    # Whether keys are asked for is settled when the API is made; the next process makes it anew.
+                    logger.info("there are API keys now: requests need one", extra={"action": "keys_appeared"})
+                    self.stop(grace_s=self._settings.drain_grace_s)
+                await self._called(self._mind_the_reserve)
+            except BatchrunnerError as error:
+                logger.warning("the look around failed: %s", error, extra={"action": "look_failed", "code": error.code})
+            await self._adapters.clock.sleep(_LOOK_S)
+
+    def _mind_the_reserve(self) -> None:
+        """Give the reserve up when the disk is full, so that a cancel can be written; take it again when it is not."""
+        blobs, reserve_bytes = self._adapters.blobs, self._settings.reserve_bytes
+        free_bytes = blobs.free_bytes()
+        if free_bytes is None:
+            return
+        if free_bytes < reserve_bytes:
+            blobs.release_reserve()
+        elif free_bytes > 4 * reserve_bytes:
+            try:
+                blobs.keep_reserve(reserve_bytes)
+            except DiskFull as error:
+                logger.info("no reserve: %s", error, extra={"action": "reserve_missing"})
+
+    async def _called(self, function: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function)
+
+
+def _tell_parent(line: bytes) -> None:
+    sys.stdout.buffer.write(line)
+    sys.stdout.buffer.flush()
+
+
+async def _obey(process: ApiProcess, clock: Clock, stdin: asyncio.StreamReader) -> None:
+    """Follow the parent's pulse; when its pipe closes, end soon: a new server may want the folder."""
+    while line := await stdin.readline():
+        _follow(process, clock, line)
+    process.stop(grace_s=_ORPHAN_GRACE_S)
+
+
+def _follow(process: ApiProcess, clock: Clock, line: bytes) -> None:
+    pulse = msgspec.json.decode(line, type=Pulse)
+    process.vitals.feel(pulse, clock.monotonic_s())
+    if pulse.stop_grace_s is not None:
+        process.stop(grace_s=pulse.stop_grace_s)
+
+
+async def _api_process() -> None:
+    loop = asyncio.get_running_loop()
+    stdin = asyncio.StreamReader(limit=_LINE_BYTES_MAX)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
+    greeting = msgspec.json.decode(await stdin.readline(), type=Greeting)
+    _tell_parent(LISTENING)
+    # The parent speaks once the folder's database has this program's schema.
+    first = await stdin.readline()
+    if not first:
+        return
+    adapters = await asyncio.to_thread(open_adapters, Path(greeting.folder))
+    is_open = greeting.is_local and not await asyncio.to_thread(adapters.store.has_keys)
+    process = ApiProcess(adapters, greeting, is_open=is_open)
+    _follow(process, adapters.clock, first)
+    loop.add_signal_handler(signal.SIGTERM, lambda: process.stop(grace_s=greeting.settings.drain_grace_s))
+    obeying = asyncio.create_task(_obey(process, adapters.clock, stdin))
+    try:
+        await process.run()
+    finally:
+        obeying.cancel()
+        adapters.store.close()
+
+
+def api_main() -> None:
+    """Run this process as the API of the server at the other end of its pipes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    arm_crash_point()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogLine("%(asctime)s api: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    with asyncio.Runner(loop_factory=tune_process()) as runner:
+        runner.run(_api_process())
+
+
+if __name__ == "__main__":
+    api_main()
