@@ -222,6 +222,7 @@ def _upstream(adapters: Adapters, settings: Settings, api_key: str | None, budge
         idle_timeout_s=settings.idle_timeout_s,
         connect_timeout_s=settings.connect_timeout_s,
         reply_bytes_max=settings.reply_bytes_max,
+        asset_bytes_max=settings.asset_bytes_max,
         budget=budget,
     )
 

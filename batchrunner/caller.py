@@ -31,7 +31,7 @@ class Caller:
                 return nobody_there(answer)
         key = f"{work.run.batch.id}-{line.line_number}-{work.generation}"
         attempt = await self._upstream.send(
-            line.url, line.body, idempotency_key=key, is_at_most_once=work.run.is_at_most_once
+            line.url, line.body, idempotency_key=key, is_at_most_once=work.run.is_at_most_once, owner=work
         )
         if is_sign_of_life(attempt):
             self._outage.note_answer(attempt.started_at_s)

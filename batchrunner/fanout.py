@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import assert_never
 
 from batchrunner.caller import Caller
 from batchrunner.journal import Journal
-from batchrunner.lanes import Lane, Waiting, Work, as_it_is
+from batchrunner.lanes import Lane, Waiting, Work
 from batchrunner.limits import DEATHS_ALONE, OUTAGE_SPAN_S, Gate, estimate_tokens
+from batchrunner.memory import MemoryBudget
 from batchrunner.metrics import Tally
-from batchrunner.models import NO_USAGE, Attempt, BatchId, PauseReason, RecordKind, RequestLine, Usage
+from batchrunner.models import NO_USAGE, Attempt, BatchId, PauseReason, RecordKind, Usage
 from batchrunner.pace import Bound, Sample
 from batchrunner.ports import Clock, Rng, Upstream
 from batchrunner.results import ReplyFacts, reply_facts
@@ -29,7 +30,6 @@ from batchrunner.verdict import (
     GiveUp,
     RetryAfter,
     RetryPolicy,
-    is_media,
     is_unreached,
     judge,
     suspicion,
@@ -41,7 +41,6 @@ _TICKS_PER_REFUSAL = 3
 # Waiting retries hold their lines in memory and tell that the upstream has trouble: beyond this many times the window
 # no fresh line is sent.
 _WAITING_PER_WINDOW = 2
-_REPLY_BYTES_LEAST = 64 * 1024
 # A line answered 401, 403 or "no such model" is asked again after this time, until the breaker knows more.
 _UNDECIDED_WAIT_S = 1.0
 
@@ -50,7 +49,7 @@ class Fanout:
     """The pool of one process. `window` is set from outside; everything else follows from the shards that are added.
 
     `on_change` is called (on the loop) when a shard was finished, exhausted or needs an intent registered, and when the
-    pool paused itself; it must be cheap. `keep_media` turns a media answer into the JSON that stands for it.
+    pool paused itself; it must be cheap.
     """
 
     def __init__(
@@ -69,15 +68,14 @@ class Fanout:
         self.pause_reason: PauseReason | None = None
         self.gate = gate
         self.on_change: Callable[[], None] = nobody
-        self.keep_media: Callable[[ShardRun, RequestLine, Attempt], Awaitable[Attempt]] = as_it_is
         self._upstream = upstream
         self._caller = Caller(upstream, gate.outage)
         self._journal = journal
         self._clock = clock
         self._rng = rng
         self._policy = RetryPolicy(max_tries=settings.max_tries, retry_after_max_s=settings.retry_after_max_s)
-        self._memory_bytes_max = settings.memory_bytes_max
         self._lanes: deque[Lane] = deque()
+        self._memory = MemoryBudget(settings.memory_bytes_max, lanes=self._lanes, journal=journal, reading=gate.reading)
         self._lane_of: dict[BatchId, Lane] = {}
         self._waiting = Waiting()
         self._allowed = 0
@@ -90,7 +88,6 @@ class Fanout:
         self._in_flight: set[Work] = set()
         self._is_closed = False
         self._contact_message = ""
-        self._reply_bytes_high = float(_REPLY_BYTES_LEAST)
         self._sampler = Sampler(clock.monotonic_s())
 
     # -- what the worker calls ---------------------------------------------------------------------------------------
@@ -154,6 +151,11 @@ class Fanout:
                 waiter.set_result(None)
                 return
 
+    def durable(self) -> None:
+        """Results have become durable, and with them gone from memory."""
+        self._memory.share()
+        self.wake()
+
     def take_sample(self) -> Sample:
         """Give what happened since the last sample, for the window's controller."""
         return self._sampler.take(self._clock.monotonic_s(), self.effective_window, self._short_of())
@@ -184,12 +186,7 @@ class Fanout:
     @property
     def effective_window(self) -> int:
         """The window, or less where the memory budget would not hold that many answers."""
-        return min(self.window, max(1, int(self._memory_left_bytes / self._reply_bytes_high)))
-
-    @property
-    def _memory_left_bytes(self) -> int:
-        held_bytes = sum(run.buffer_bytes for lane in self._lanes for run in lane.runs) + self._journal.waiting_bytes
-        return self._memory_bytes_max - held_bytes
+        return self._memory.window(self.window)
 
     async def run(self) -> None:
         """Work until `close`; then return when no exchange is under way."""
@@ -202,7 +199,7 @@ class Fanout:
                     self._refused_before, self._refused_places = self._refused_places, 0
                 if ticks % _TICKS_PER_SWEEP == 0:
                     self._upstream.sweep_deadlines()
-                    self._reply_bytes_high = max(float(_REPLY_BYTES_LEAST), self._reply_bytes_high * 0.98)
+                    self._memory.fade()
                 await self._clock.sleep(TICK_S)
             for waiter in self._parked:
                 if not waiter.done():
@@ -217,7 +214,7 @@ class Fanout:
     def _tick(self, group: asyncio.TaskGroup) -> None:
         now_s = self._clock.monotonic_s()
         self._sampler.note_in_flight(now_s, len(self._in_flight))
-        self.gate.reading.set_limit(self._memory_left_bytes)
+        self._memory.share()
         if self._is_closed:
             return
         self._allowed = self.effective_window
@@ -352,11 +349,9 @@ class Fanout:
             work.task = None
             self._in_flight.discard(work)
         if attempt is None:
-            work.run.break_off(line)
+            work.run.break_off(work.line)
             self.on_change()
             return
-        if attempt.content_type != "application/json" and is_media(attempt):
-            attempt = await self.keep_media(work.run, work.line, attempt)
         self._settle(work, attempt)
 
     # -- the outcome -------------------------------------------------------------------------------------------------
@@ -376,8 +371,7 @@ class Fanout:
         run, line, usage, tally = work.run, work.line, facts.usage, self.tally
         self._sampler.note_answer(attempt.elapsed_s)
         self.gate.breaker.note(None, line.line_number)
-        if len(attempt.body) > self._reply_bytes_high:
-            self._reply_bytes_high = float(len(attempt.body))
+        self._memory.note_reply(len(attempt.body))
         payload = run.results.answered(
             line.line_number, line.custom_id, attempt.status, attempt.request_id, attempt.body
         )

@@ -7,6 +7,7 @@ import heapq
 from collections import deque
 
 from batchrunner.models import Attempt, BatchId, RequestLine
+from batchrunner.ports import AssetSink
 from batchrunner.shards import ShardRun
 from batchrunner.verdict import GiveUp
 
@@ -38,6 +39,11 @@ class Work:
         self.is_excused = False
         self.task: asyncio.Task[None] | None = None
 
+    def open_asset(self, content_type: str) -> AssetSink:
+        """See AssetOwner."""
+        assert self.run.assets is not None
+        return self.run.assets.open(self.run.batch.id, self.line.line_number, content_type)
+
 
 class Lane:
     """The shards of one batch that this process holds, in line order; lanes take turns line by line."""
@@ -58,11 +64,6 @@ class Lane:
                 run.in_flight_count += 1
                 return Work(run, line)
         return None
-
-
-async def as_it_is(_run: ShardRun, _line: RequestLine, attempt: Attempt) -> Attempt:
-    """Stands where nobody keeps media answers."""
-    return attempt
 
 
 class Waiting:

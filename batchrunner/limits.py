@@ -319,34 +319,46 @@ class Reader(Protocol):
 class ReadBudget:
     """Bytes of unfinished answers that may be held at once; beyond that nothing is read on for a while.
 
-    One answer, the oldest, is always read on: it ends, and makes room. What was read to its end counts until the limit
-    is set anew, for it is still in memory, and only then in the sums of others.
+    One answer, the oldest, leads: it is read on all the same, so that it ends and makes room. What was read to its end
+    counts until the limit is set anew, for it is still in memory, and only then in the sums of others; until then
+    nobody else leads.
     """
 
-    __slots__ = ("_delivered_bytes", "_held_bytes", "_leader", "_limit_bytes", "_paused", "_running")
+    __slots__ = (
+        "_delivered_bytes", "_held_bytes", "_leader", "_limit_bytes", "_may_lead", "_paused", "_running", "is_short",
+    )  # fmt: skip
 
     def __init__(self) -> None:
+        # Whether the next read should be a small one.
+        self.is_short = False
         self._limit_bytes = math.inf
+        self._may_lead = True
         self._held_bytes = 0
         self._delivered_bytes = 0
         self._leader: Reader | None = None
         self._running: set[Reader] = set()
         self._paused: set[Reader] = set()
 
-    def set_limit(self, limit_bytes: float) -> None:
-        """Say how much memory is left for answers; to be repeated many times a second."""
+    def set_limit(self, limit_bytes: float, *, may_lead: bool = True) -> None:
+        """Say how much memory is left for answers; to be repeated many times a second.
+
+        Without `may_lead` no answer is begun to be read beyond the limit: where it would go, there is no room either.
+        """
         self._limit_bytes = limit_bytes
+        self._may_lead = may_lead
         self._delivered_bytes = 0
+        self.is_short = self._room() < 0.0
         if self._paused:
             self._go_on()
 
     def take(self, reader: Reader, size_bytes: int) -> None:
-        """Count what was read of an unfinished answer; if that is too much, only the oldest is read on."""
+        """Count what was read of an unfinished answer; if that is too much, only the leader is read on."""
         self._held_bytes += size_bytes
         self._running.add(reader)
         if self._room() >= 0.0:
             return
-        if self._leader is None:
+        self.is_short = True
+        if self._is_leader_wanted():
             self._leader = min(self._running | self._paused, key=_age)
             if self._leader in self._paused:
                 self._resume(self._leader)
@@ -355,8 +367,13 @@ class ReadBudget:
             self._paused.add(each)
             each.pause()
 
+    def give_back(self, size_bytes: int) -> None:
+        """Give back a part of what was counted for an answer that goes on."""
+        self._held_bytes -= size_bytes
+        self._after_giving()
+
     def release(self, reader: Reader, size_bytes: int, *, is_delivered: bool) -> None:
-        """Give back what was counted for an answer that has ended."""
+        """Give back what is still counted for an answer that has ended. It is not resumed if it was paused."""
         self._held_bytes -= size_bytes
         if is_delivered:
             self._delivered_bytes += size_bytes
@@ -364,8 +381,19 @@ class ReadBudget:
         self._paused.discard(reader)
         if reader is self._leader:
             self._leader = None
+        self._after_giving()
+
+    def is_leader(self, reader: Reader) -> bool:
+        """Tell whether it is read on although memory is short."""
+        return reader is self._leader
+
+    def _after_giving(self) -> None:
+        self.is_short = self._room() < 0.0
         if self._paused:
             self._go_on()
+
+    def _is_leader_wanted(self) -> bool:
+        return self._leader is None and self._may_lead and self._delivered_bytes == 0
 
     def _room(self) -> float:
         return self._limit_bytes - self._held_bytes - self._delivered_bytes
@@ -373,7 +401,7 @@ class ReadBudget:
     def _go_on(self) -> None:
         room = self._room()
         for reader in sorted(self._paused, key=_age):
-            if room <= 0.0 and self._leader is not None:
+            if room <= 0.0 and not self._is_leader_wanted():
                 return
             room -= reader.missing_bytes
             if room <= 0.0 and self._leader is None:

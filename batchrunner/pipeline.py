@@ -14,7 +14,6 @@ asynchronous, the sending, lives in `fanout`, and which step runs when is the wo
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import logging
 from array import array
@@ -25,7 +24,8 @@ from typing import assert_never
 import msgspec
 
 from batchrunner import crash
-from batchrunner.errors import BlobsUnavailable, DiskFull, NameTaken, OwnError
+from batchrunner.assets import Assets
+from batchrunner.errors import BlobsUnavailable, DiskFull, OwnError
 from batchrunner.journal import Journal
 from batchrunner.lines import LineRules, ProblemCode
 from batchrunner.models import (
@@ -48,23 +48,6 @@ logger = logging.getLogger(__name__)
 
 # Larger pieces leave holes in the heap that peak memory shows.
 _READ_BYTES = 1 << 18
-# Source: the IANA names of what speech, image and video endpoints answer with.
-_SUFFIXES = {
-    "audio/mpeg": ".mp3",
-    "audio/mp3": ".mp3",
-    "audio/wav": ".wav",
-    "audio/x-wav": ".wav",
-    "audio/flac": ".flac",
-    "audio/aac": ".aac",
-    "audio/ogg": ".ogg",
-    "audio/opus": ".opus",
-    "image/png": ".png",
-    "image/jpeg": ".jpg",
-    "image/webp": ".webp",
-    "image/gif": ".gif",
-    "video/mp4": ".mp4",
-    "video/webm": ".webm",
-}
 _encode = msgspec.json.Encoder().encode
 
 
@@ -78,6 +61,7 @@ class Pipeline:
 
     def __init__(self, *, store: Store, blobs: Blobs, journal: Journal, clock: Clock, settings: Settings) -> None:
         self.journal = journal
+        self.assets = Assets(blobs, clock, settings)
         self._store = store
         self._blobs = blobs
         self._clock = clock
@@ -155,6 +139,7 @@ class Pipeline:
     def load_shard(self, claim: Claim) -> ShardRun:
         """Make a claimed shard ready for the fan-out. Raises as `shards.load` does."""
         run = load(self._blobs, self.journal, claim, self.rules(claim.batch))
+        run.assets = self.assets
         self._damages[TaskKind.SHARD] += len(run.repairs)
         return run
 
@@ -178,35 +163,6 @@ class Pipeline:
     def damage_count(self) -> int:
         """Registered byte ranges of the journal that were found damaged so far."""
         return self._damages.total()
-
-    def keep_asset(self, batch: Batch, line_number: int, content_type: str, content: bytes) -> bytes:
-        """Make a media answer durable as an asset of its batch; gives the JSON that stands for it in the result line.
-
-        Raises:
-            DiskFull, BlobsUnavailable: it is not kept.
-        """
-        sha256 = hashlib.sha256(content).hexdigest()
-        asset_id = f"asset_{line_number}_{sha256[:24]}"
-        name = f"{asset_id}{_SUFFIXES.get(content_type, '.bin')}"
-        writer = self._blobs.writer(f"assets/{batch.id}/{name}")
-        try:
-            writer.write(content)
-            writer.commit()
-        except NameTaken:
-            # The same bytes of the same line, from a holder that died before it could say so.
-            writer.abort()
-        except BaseException:
-            writer.abort()
-            raise
-        asset = {
-            "object": "asset",
-            "id": asset_id,
-            "content_type": content_type,
-            "bytes": len(content),
-            "sha256": sha256,
-            "url": f"{self._settings.assets_url}/{name}",
-        }
-        return _encode(asset)
 
     def keep_reserve(self) -> None:
         """Hold back the space with which statuses can be written on a full disk; without it there is none to hold."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import takewhile
 
 from batchrunner import crash
+from batchrunner.assets import Assets
 from batchrunner.errors import InputChanged, ReconciliationError
 from batchrunner.frames import Salvaged, lost_count, salvage
 from batchrunner.journal import Journal, ShardJournal, copy_salvaged
@@ -77,6 +78,8 @@ class ShardRun:
         self.in_flight_count = 0
         self.is_stopped = False
         self.on_need: Callable[[], None] = nobody
+        # Where its media answers go; there is none where none can come.
+        self.assets: Assets | None = None
         # The keeper's own notes: when it last registered, what it still has to, and until when the shard may be left.
         self.registered_at_s = 0.0
         self.unregistered: list[NewExtent] = []

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import zlib
 from collections import deque
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import msgspec
 from aiohttp.hdrs import CONTENT_ENCODING, CONTENT_TYPE, RETRY_AFTER
 from multidict import istr
 from yarl import URL
 
 from batchrunner import __version__
-from batchrunner.errors import UsageError
+from batchrunner.errors import BlobsUnavailable, UsageError
 from batchrunner.limits import ReadBudget
 from batchrunner.models import Attempt, AttemptError
-from batchrunner.ports import Clock
-from batchrunner.upstream_wire import Dialer, Failure, Reply, Wire
-from batchrunner.verdict import parse_retry_after
+from batchrunner.ports import AssetOwner, Clock
+from batchrunner.upstream_dialer import Dialer
+from batchrunner.upstream_media import label, media_type
+from batchrunner.upstream_wire import Failure, ReadLimits, Reply, Wire
+from batchrunner.verdict import is_media, parse_retry_after
+
+logger = logging.getLogger(__name__)
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE = re.compile(r"[\x21-\x7e\x80-\xff]([\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?")
@@ -31,7 +36,7 @@ _OWN_HEADERS = {"connection", "content-length", "expect", "host", "idempotency-k
 _OWN_HEADERS |= {"transfer-encoding", "upgrade"}
 _REQUEST_ID = istr("x-request-id")
 _RETRY_AFTER_MS = istr("retry-after-ms")
-_LABEL_CHARACTERS_MAX = 256
+_JSON_TYPE = "application/json"
 _GZIP_MEMBERS_MAX = 16
 _HEADS_MAX = 256
 # Nobody waits long for an answer that only proves that somebody is there.
@@ -99,6 +104,7 @@ class AiohttpUpstream:
         connect_timeout_s: float = 10.0,
         keepalive_s: float = 4.0,
         reply_bytes_max: int = 32 * 1024 * 1024,
+        asset_bytes_max: int = 512 * 1024 * 1024,
         ca_bundle: Path | None = None,
         budget: ReadBudget | None = None,
     ) -> None:
@@ -114,9 +120,8 @@ class AiohttpUpstream:
         self._dialer = Dialer(
             base,
             connect_timeout_s=connect_timeout_s,
-            reply_bytes_max=reply_bytes_max,
+            limits=ReadLimits(reply_bytes_max, asset_bytes_max, budget or ReadBudget()),
             ca_bundle=ca_bundle,
-            budget=budget or ReadBudget(),
         )
         self._heads: dict[str, bytes] = {}
         # Used from the right, so that what a smaller window leaves over grows old on the left.
@@ -127,7 +132,13 @@ class AiohttpUpstream:
         self._swept_at_s = clock.monotonic_s()
 
     async def send(
-        self, url: str, body: bytes, *, idempotency_key: str | None, is_at_most_once: bool = False
+        self,
+        url: str,
+        body: bytes,
+        *,
+        idempotency_key: str | None,
+        is_at_most_once: bool = False,
+        owner: AssetOwner | None = None,
     ) -> Attempt:
         """See Upstream.
 
@@ -139,14 +150,17 @@ class AiohttpUpstream:
         outcome: Reply | Failure
         wire = self._take_idle(started_at_s)
         if wire is not None:
-            outcome = await self._exchange(wire, head, body, started_at_s)
+            outcome = await self._exchange(wire, head, body, started_at_s, owner)
             is_stale = isinstance(outcome, Failure) and outcome.error is AttemptError.RESET and not wire.has_heard
             is_stale = is_stale and self._clock.monotonic_s() - started_at_s < _STALE_WITHIN_S
             if is_stale and not is_at_most_once:
-                outcome = await self._exchange_anew(head, body, started_at_s)
+                outcome = await self._exchange_anew(head, body, started_at_s, owner)
         else:
-            outcome = await self._exchange_anew(head, body, started_at_s)
-        return self._attempt(outcome, started_at_s)
+            outcome = await self._exchange_anew(head, body, started_at_s, owner)
+        attempt = self._attempt(outcome, started_at_s)
+        if owner is not None and attempt.content_type != _JSON_TYPE and is_media(attempt):
+            return await _kept(attempt, owner)
+        return attempt
 
     async def knock(self) -> Attempt:
         """See Upstream. It asks for the list of models, on a new connection."""
@@ -169,16 +183,20 @@ class AiohttpUpstream:
             wire.abort()
         return None
 
-    async def _exchange_anew(self, head: bytes, body: bytes, started_at_s: float) -> Reply | Failure:
+    async def _exchange_anew(
+        self, head: bytes, body: bytes, started_at_s: float, owner: AssetOwner | None = None
+    ) -> Reply | Failure:
         opened = await self._open(started_at_s)
         if isinstance(opened, Failure):
             return opened
-        return await self._exchange(opened, head, body, started_at_s)
+        return await self._exchange(opened, head, body, started_at_s, owner)
 
-    async def _exchange(self, wire: Wire, head: bytes, body: bytes, started_at_s: float) -> Reply | Failure:
+    async def _exchange(
+        self, wire: Wire, head: bytes, body: bytes, started_at_s: float, owner: AssetOwner | None
+    ) -> Reply | Failure:
         self._busy.add(wire)
         try:
-            outcome = await wire.exchange(head, body, started_at_s)
+            outcome = await wire.exchange(head, body, started_at_s, owner)
             if isinstance(outcome, Reply) and CONTENT_ENCODING in outcome.headers:
                 outcome = self._decoded(outcome)
                 if isinstance(outcome, Failure):
@@ -274,8 +292,8 @@ class AiohttpUpstream:
             return Attempt(
                 status=outcome.status,
                 body=outcome.body,
-                content_type=_media_type(headers.get(CONTENT_TYPE, "")),
-                request_id=_label(request_id) if request_id else None,
+                content_type=_JSON_TYPE if outcome.is_asset else media_type(headers.get(CONTENT_TYPE, "")),
+                request_id=label(request_id) if request_id else None,
                 retry_after_s=retry_after_s,
                 started_at_s=started_at_s,
                 elapsed_s=self._clock.monotonic_s() - started_at_s,
@@ -298,7 +316,7 @@ class AiohttpUpstream:
         if name in {"", "identity"} or not body:
             return reply
         if name not in {"gzip", "x-gzip", "deflate"}:
-            told = f"{peer} answered in content encoding {_label(name)!r}, asked for was identity"
+            told = f"{peer} answered in content encoding {label(name)!r}, asked for was identity"
             return Failure(AttemptError.BAD_ENCODING, told, status)
         try:
             decoded = _inflate(body, _window_bits(name, body), self._reply_bytes_max)
@@ -308,6 +326,23 @@ class AiohttpUpstream:
             told = f"the answer of {peer} is over {self._reply_bytes_max} bytes when decoded"
             return Failure(AttemptError.TOO_LARGE, told, status)
         return Reply(status, reply.headers, decoded)
+
+
+async def _kept(attempt: Attempt, owner: AssetOwner) -> Attempt:
+    """Have a media answer that came in one piece kept by its owner; as it is still whole here, it is never lost."""
+    while True:
+        sink = owner.open_asset(attempt.content_type)
+        is_kept = False
+        try:
+            await sink.write([attempt.body])
+            body = await sink.finish()
+            is_kept = True
+            return msgspec.structs.replace(attempt, body=body, content_type=_JSON_TYPE)
+        except BlobsUnavailable as error:
+            logger.warning("asset is written again: %s", error, extra={"action": "asset_again"})
+        finally:
+            if not is_kept:
+                sink.abort()
 
 
 class _Opening:
@@ -355,19 +390,6 @@ def _shared_head(base: URL, api_key: str | None, extra: Mapping[str, str]) -> by
             # The value is not repeated: it may be a key.
             raise UsageError(f"header {name}: its value holds a character that no header may carry")
     return "".join([*(f"{name}: {value}\r\n" for name, value in headers.items()), "Content-Length: "]).encode("latin-1")
-
-
-@lru_cache(maxsize=256)
-def _media_type(content_type: str) -> str:
-    return _label(content_type.partition(";")[0].strip().lower())
-
-
-def _label(value: str) -> str:
-    """Make a header's value safe to store and print: no control characters, no lone surrogates, not long."""
-    if len(value) <= _LABEL_CHARACTERS_MAX and value.isascii() and value.isprintable():
-        return value
-    readable = value[:_LABEL_CHARACTERS_MAX].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return "".join(each if each.isprintable() else "\ufffd" for each in readable)
 
 
 def _window_bits(name: str, body: bytes) -> int:

@@ -1,7 +1,7 @@
 """One connection to the upstream: write a request, read the whole answer.
 
-Connections are opened by aiohttp's connector and answers are parsed by its C parser, both below aiohttp's session;
-every use of that semi-public ground is in this module. It knows nothing of lines, retries or pools.
+Answers are parsed by aiohttp's C parser, below its session; of that semi-public ground only this module and
+`upstream_dialer` make use. It knows nothing of lines, retries or pools.
 """
 
 from __future__ import annotations
@@ -9,24 +9,25 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
-import ssl
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-import aiohttp
-from aiohttp.hdrs import CONTENT_LENGTH
+from aiohttp.hdrs import CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE
 from aiohttp.http import HttpProcessingError, HttpResponseParser, RawResponseMessage
 from aiohttp.streams import StreamReader
 from multidict import CIMultiDictProxy
-from yarl import URL
 
-from batchrunner.errors import UsageError
+from batchrunner.errors import BlobsUnavailable
 from batchrunner.limits import ReadBudget
 from batchrunner.models import AttemptError
+from batchrunner.ports import AssetOwner
+from batchrunner.upstream_media import PIPE_BYTES_MAX, MediaPipe, media_type
+from batchrunner.verdict import is_media_type
 
 # As much as asyncio's own transports ask the kernel for in one read.
-_READ_BYTES = 256 * 1024
+READ_BYTES = 256 * 1024
+# And while memory is short: the first read of an answer comes before anybody knows how long it is.
+_SHORT_READ_BYTES = 16 * 1024
 # Above this, copying head and body into one piece costs more than a second write.
 _JOINED_BYTES_MAX = 64 * 1024
 _INTERIM_ANSWERS_MAX = 100
@@ -43,14 +44,27 @@ class Failure:
 
 
 class Reply:
-    """A whole answer as it came over the wire; `body` is still in the content encoding that its headers name."""
+    """A whole answer as it came over the wire; `body` is still in the content encoding that its headers name.
 
-    __slots__ = ("body", "headers", "status")
+    `is_asset`: the answer was kept by its owner, and `body` is the JSON that stands for it.
+    """
+
+    __slots__ = ("body", "headers", "is_asset", "status")
 
     def __init__(self, status: int, headers: CIMultiDictProxy[str], body: bytes) -> None:
         self.status = status
         self.headers = headers
         self.body = body
+        self.is_asset = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReadLimits:
+    """How much may be read: of one answer, of one with media that its owner keeps, and of all together."""
+
+    reply_bytes_max: int
+    asset_bytes_max: int
+    budget: ReadBudget
 
 
 class _Handler(Protocol):
@@ -77,20 +91,26 @@ class Wire(asyncio.BufferedProtocol):
 
     __slots__ = (
         "_budget",
+        "_bytes_max",
         "_charged_bytes",
         "_chunks",
         "_connection",
+        "_ended",
         "_failure",
         "_handler",
         "_interim_count",
+        "_is_counted",
+        "_is_over_budget",
+        "_limits",
         "_loop",
         "_message",
+        "_owner",
         "_pages",
         "_parser",
         "_payload",
         "_peer",
+        "_pipe",
         "_read_buffer",
-        "_reply_bytes_max",
         "_size_bytes",
         "_transport",
         "_waiter",
@@ -111,8 +131,7 @@ class Wire(asyncio.BufferedProtocol):
         *,
         peer: str,
         read_buffer: memoryview,
-        reply_bytes_max: int,
-        budget: ReadBudget,
+        limits: ReadLimits,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._connection = connection
@@ -120,24 +139,31 @@ class Wire(asyncio.BufferedProtocol):
         self._transport = transport
         self._peer = peer
         self._read_buffer = read_buffer
-        self._reply_bytes_max = reply_bytes_max
-        self._budget = budget
+        self._limits = limits
+        self._budget = limits.budget
         self._charged_bytes = 0
+        self._is_counted = False
+        self._is_over_budget = False
         self.is_paused = False
         # Bodies are decoded later, so the parser never gives more than it was fed: no flow control is needed.
         self._parser = HttpResponseParser(
             self,  # type: ignore[arg-type]
             self._loop,
-            _READ_BYTES,
+            READ_BYTES,
             read_until_eof=True,
             auto_decompress=False,
         )
-        self._waiter: asyncio.Future[Reply | Failure] | None = None
+        # Its result is None when the answer goes to its owner piece by piece; `_ended` then stands for its end.
+        self._waiter: asyncio.Future[Reply | Failure | None] | None = None
+        self._ended: asyncio.Future[Reply | Failure | None] | None = None
         self.is_open = True
         self.idle_since_s = 0.0
-        self._begin(0.0)
+        self._begin(0.0, None)
 
-    def _begin(self, started_at_s: float) -> None:
+    def _begin(self, started_at_s: float, owner: AssetOwner | None) -> None:
+        self._owner = owner
+        self._pipe: MediaPipe | None = None
+        self._bytes_max = self._limits.reply_bytes_max
         self._message: RawResponseMessage | None = None
         self._payload: StreamReader | None = None
         self._chunks: list[bytes] = []
@@ -149,13 +175,16 @@ class Wire(asyncio.BufferedProtocol):
         self.progress_bytes = -1
         self.progress_at_s = started_at_s
 
-    async def exchange(self, head: bytes, body: bytes, started_at_s: float) -> Reply | Failure:
+    async def exchange(
+        self, head: bytes, body: bytes, started_at_s: float, owner: AssetOwner | None = None
+    ) -> Reply | Failure:
         """Send a request and wait for the end of its answer. Cancelling it closes the connection.
 
+        An answer with media that is not whole after one read goes to its `owner`, others into memory.
         `has_heard` then tells whether any byte of an answer came, `is_open` whether the connection may be used again.
         """
-        self._begin(started_at_s)
-        waiter: asyncio.Future[Reply | Failure] = self._loop.create_future()
+        self._begin(started_at_s, owner)
+        waiter: asyncio.Future[Reply | Failure | None] = self._loop.create_future()
         self._waiter = waiter
         if len(body) < _JOINED_BYTES_MAX:
             self._transport.write(head + body)
@@ -165,19 +194,59 @@ class Wire(asyncio.BufferedProtocol):
         outcome: Reply | Failure | None = None
         try:
             outcome = await waiter
+            if outcome is None:
+                outcome = await self._carry()
             return outcome
         except asyncio.CancelledError:
             self.abort()
             raise
         finally:
             self._drop_pages()
-            if self._charged_bytes:
-                self._budget.release(self, self._charged_bytes, is_delivered=isinstance(outcome, Reply))
-                self._charged_bytes = 0
+            if self._is_counted:
+                self._stop_counting(is_delivered=isinstance(outcome, Reply) and not outcome.is_asset)
+
+    def _stop_counting(self, *, is_delivered: bool) -> None:
+        self._budget.release(self, self._charged_bytes, is_delivered=is_delivered)
+        self._charged_bytes = 0
+        self._is_counted = False
+        # It may have been paused between the end of its answer and this moment; the next one would never be read.
+        self.resume()
+
+    async def _carry(self) -> Reply | Failure:
+        """Carry an answer to the sink of its owner while it is read; of one that does not end well nothing is left."""
+        pipe, ended = self._pipe, self._ended
+        assert pipe is not None
+        assert ended is not None
+        is_kept = False
+        try:
+            await pipe.drain()
+            outcome = await ended
+            assert outcome is not None
+            if isinstance(outcome, Reply) and self._size_bytes:
+                outcome.body = await pipe.sink.finish()
+                outcome.is_asset = is_kept = True
+            return outcome
+        except BlobsUnavailable as error:
+            self.abort()
+            return Failure(AttemptError.ABORTED, f"the answer could not be kept: {error}", self._status)
+        finally:
+            if not is_kept:
+                pipe.sink.abort()
+
+    def _note_written(self, size_bytes: int) -> None:
+        # The end of an answer is not counted.
+        size_bytes = min(size_bytes, self._charged_bytes)
+        self._charged_bytes -= size_bytes
+        self._go_on()
+        self._budget.give_back(size_bytes)
+
+    @property
+    def _status(self) -> int:
+        return self._message.code if self._message is not None else 0
 
     def end(self, error: AttemptError, message: str) -> None:
         """End the exchange that is under way for a reason of our own, and close the connection."""
-        self._settle(Failure(error, message, self._message.code if self._message is not None else 0))
+        self._settle(Failure(error, message, self._status))
         self.abort()
 
     def abort(self) -> None:
@@ -197,6 +266,8 @@ class Wire(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - the loop's signature
         """See asyncio.BufferedProtocol."""
+        if self._budget.is_short and not self._budget.is_leader(self):
+            return self._read_buffer[:_SHORT_READ_BYTES]
         return self._read_buffer
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -233,29 +304,56 @@ class Wire(asyncio.BufferedProtocol):
         message = self._message
         assert message is not None
         chunk = payload.read_nowait()
+        is_whole = payload.is_eof()
+        if self._owner is not None and not is_whole:
+            self._choose(message, self._owner)
         if chunk:
-            self._keep(chunk)
+            if self._pipe is None:
+                self._keep(chunk)
+            else:
+                self._pipe.feed(chunk)
             self._size_bytes += len(chunk)
-        if self._size_bytes > self._reply_bytes_max:
+        if self._size_bytes > self._bytes_max:
             self._refuse_size()
-        elif payload.is_eof():
+        elif is_whole:
             self._complete(message, is_reusable=not message.should_close)
-        elif _declared_bytes(message) > self._reply_bytes_max:
+        elif _declared_bytes(message) > self._bytes_max:
             self._refuse_size()
-        else:
-            read_bytes = self._size_bytes - self._charged_bytes
-            self._charged_bytes = self._size_bytes
-            self._budget.take(self, read_bytes)
+        elif chunk:
+            self._count(len(chunk))
+
+    def _choose(self, message: RawResponseMessage, owner: AssetOwner) -> None:
+        """Decide, once, whether an answer goes to its owner piece by piece."""
+        self._owner = None
+        headers = message.headers
+        content_type = media_type(headers.get(CONTENT_TYPE, ""))
+        is_plain = headers.get(CONTENT_ENCODING, "").strip().lower() in {"", "identity"}
+        if self._waiter is None or not (200 <= message.code < 300 and is_plain and is_media_type(content_type)):
+            return
+        self._bytes_max = self._limits.asset_bytes_max
+        self._pipe = pipe = MediaPipe(owner.open_asset(content_type), self._note_written)
+        waiter, self._waiter = self._waiter, self._loop.create_future()
+        self._waiter.add_done_callback(lambda _: pipe.end())
+        self._ended = self._waiter
+        if not waiter.done():
+            waiter.set_result(None)
+
+    def _count(self, size_bytes: int) -> None:
+        self._charged_bytes += size_bytes
+        self._is_counted = True
+        if self._pipe is not None and self._pipe.is_full:
+            self._halt()
+        self._budget.take(self, size_bytes)
 
     def _keep(self, chunk: bytes) -> None:
         """Gather a body: in pieces while it is small, then in pages of its own, which leave no holes in the heap."""
         if self._pages is None:
-            if self._size_bytes + len(chunk) <= _READ_BYTES:
+            if self._size_bytes + len(chunk) <= READ_BYTES:
                 self._chunks.append(chunk)
                 return
-            size_bytes = (_declared_bytes(self._message) if self._message else 0) or self._reply_bytes_max
+            size_bytes = (_declared_bytes(self._message) if self._message else 0) or self._bytes_max
             # Pages that nothing was written to cost nothing.
-            self._pages = mmap.mmap(-1, size_bytes + _READ_BYTES, **_PRIVATE)
+            self._pages = mmap.mmap(-1, size_bytes + READ_BYTES, **_PRIVATE)
             self._pages.write(b"".join(self._chunks))
             self._chunks.clear()
         self._pages.write(chunk)
@@ -267,17 +365,32 @@ class Wire(asyncio.BufferedProtocol):
 
     @property
     def missing_bytes(self) -> int:
-        """See Reader: by the announced length, or one read more."""
+        """See Reader: by the announced length, or one read more; of media no more than is held at once."""
+        if self._pipe is not None:
+            return PIPE_BYTES_MAX
         declared = _declared_bytes(self._message) if self._message is not None else 0
-        return max(_READ_BYTES, declared - self._size_bytes)
+        return max(READ_BYTES, declared - self._size_bytes)
 
     def pause(self) -> None:
         """See Reader. The peer waits when the kernel's buffers are full."""
-        self.is_paused = True
-        self._transport.pause_reading()
+        self._is_over_budget = True
+        self._halt()
 
     def resume(self) -> None:
         """See Reader."""
+        self._is_over_budget = False
+        self._go_on()
+
+    def _halt(self) -> None:
+        if not self.is_paused:
+            self.is_paused = True
+            if self.is_open:
+                self._transport.pause_reading()
+
+    def _go_on(self) -> None:
+        """Read on, unless the budget or the pipe still stands against it."""
+        if not self.is_paused or self._is_over_budget or (self._pipe is not None and self._pipe.is_full):
+            return
         self.is_paused = False
         if self.is_open:
             self._transport.resume_reading()
@@ -288,7 +401,7 @@ class Wire(asyncio.BufferedProtocol):
             self._pages = None
 
     def _refuse_size(self) -> None:
-        self.end(AttemptError.TOO_LARGE, f"the answer of {self._peer} is over {self._reply_bytes_max} bytes")
+        self.end(AttemptError.TOO_LARGE, f"the answer of {self._peer} is over {self._bytes_max} bytes")
 
     def _complete(self, message: RawResponseMessage, *, is_reusable: bool) -> None:
         self._settle(Reply(message.code, message.headers, self._body()))
@@ -335,84 +448,3 @@ class Wire(asyncio.BufferedProtocol):
 def _declared_bytes(message: RawResponseMessage) -> int:
     declared = message.headers.get(CONTENT_LENGTH, "")
     return int(declared) if declared.isdecimal() else 0
-
-
-class Dialer:
-    """Opens connections to one base URL through aiohttp's connector: DNS with a cache, happy eyeballs, TLS.
-
-    Made inside the running loop that it serves. `ca_bundle` is a PEM file that replaces the system's certificate store.
-
-    Raises:
-        UsageError: the CA bundle cannot be read.
-    """
-
-    def __init__(
-        self,
-        base: URL,
-        *,
-        connect_timeout_s: float,
-        reply_bytes_max: int,
-        ca_bundle: Path | None,
-        budget: ReadBudget,
-    ) -> None:
-        self.peer = f"{base.host_subcomponent}:{base.port}"
-        self._reply_bytes_max = reply_bytes_max
-        self._connect_timeout_s = connect_timeout_s
-        self._budget = budget
-        # The fan-out bounds what is in flight, and idle connections are kept by the owner of the wires.
-        self._connector = aiohttp.TCPConnector(limit=0, ssl=_trust(ca_bundle) if ca_bundle else True)
-        self._request = aiohttp.ClientRequest("POST", base, loop=asyncio.get_running_loop())
-        self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout_s)
-        self._read_buffer = memoryview(bytearray(_READ_BYTES))
-
-    async def open(self) -> Wire | Failure:
-        """Open one connection. Nothing was sent when this fails."""
-        try:
-            connection = await self._connector.connect(self._request, [], self._timeout)
-        except (aiohttp.ClientError, OSError) as error:
-            return Failure(AttemptError.NOT_CONNECTED, f"cannot connect to {self.peer}: {self._cause(error)}")
-        handler, transport = connection.protocol, connection.transport
-        if handler is None or transport is None or handler.should_close:
-            connection.close()
-            cause = "it spoke or closed before it was asked"
-            return Failure(AttemptError.NOT_CONNECTED, f"cannot talk to {self.peer}: {cause}")
-        wire = Wire(
-            connection,
-            handler,
-            transport,
-            peer=self.peer,
-            read_buffer=self._read_buffer,
-            reply_bytes_max=self._reply_bytes_max,
-            budget=self._budget,
-        )
-        transport.set_protocol(wire)
-        return wire
-
-    def _cause(self, error: Exception) -> str:
-        match error:
-            case TimeoutError():
-                return f"no connection within {self._connect_timeout_s:g} s"
-            case aiohttp.ClientConnectorDNSError():
-                return "the host name is not known"
-            case aiohttp.ClientConnectorCertificateError(certificate_error=ssl.SSLCertVerificationError() as refused):
-                return f"its TLS certificate is not trusted ({refused.verify_message})"
-            case aiohttp.ClientSSLError(os_error=ssl.SSLError() as refused):
-                return f"the TLS handshake failed ({refused.reason})"
-            case aiohttp.ClientConnectorError(os_error=cause):
-                # asyncio words it its own way ("Connect call failed"); people know the system's words.
-                return os.strerror(cause.errno) if cause.errno else cause.strerror or type(cause).__name__
-            case _:
-                return type(error).__name__
-
-    async def close(self) -> None:
-        """Close what is still open and stop name lookups."""
-        await self._connector.close()
-
-
-def _trust(ca_bundle: Path) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=str(ca_bundle))
-    except OSError as error:
-        raise UsageError(f"cannot read the CA bundle {ca_bundle}: {error.strerror or error}") from error
-    context.set_alpn_protocols(["http/1.1"])
-    return context

@@ -110,8 +110,13 @@ def is_media(attempt: Attempt) -> bool:
         bool(attempt.body)
         and attempt.error is None
         and 200 <= attempt.status < 300
-        and attempt.content_type.lstrip().lower().startswith(MEDIA_TYPES)
+        and is_media_type(attempt.content_type)
     )
+
+
+def is_media_type(content_type: str) -> bool:
+    """Tell whether a Content-Type names audio, an image, a video or bytes."""
+    return content_type.lstrip().lower().startswith(MEDIA_TYPES)
 
 
 def is_unreached(attempt: Attempt) -> bool:

@@ -14,8 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar, assert_never
 
-import msgspec
-
 from batchrunner import crash
 from batchrunner.errors import (
     BatchrunnerError,
@@ -29,7 +27,7 @@ from batchrunner.errors import (
 )
 from batchrunner.fanout import Fanout
 from batchrunner.lifecycle import BatchStatus
-from batchrunner.models import Attempt, Claim, Held, PauseReason, Progress, RequestLine, SessionId, TaskKind
+from batchrunner.models import Claim, Held, PauseReason, Progress, SessionId, TaskKind
 from batchrunner.pipeline import Pipeline
 from batchrunner.ports import Clock, Store
 from batchrunner.renewals import Renewals
@@ -71,7 +69,7 @@ class Worker:
         self.session = session
         self.fanout = fanout
         fanout.on_change = self.changed
-        fanout.keep_media = self._keep_media
+        pipeline.assets.on_trouble = self._note_trouble
         self.step_done = asyncio.Event()
         self.trouble: BatchrunnerError | None = None
         self._store = store
@@ -102,8 +100,10 @@ class Worker:
         self._changed.set()
 
     def durable(self) -> None:
-        """Results have become durable: lines that waited for that may go out, and a finished shard may be settled."""
-        self.fanout.wake()
+        """Results have become durable: lines and answers that waited for that may go on, and a finished shard may be
+        settled.
+        """
+        self.fanout.durable()
         if any(run.is_finished or run.leave_by_s is not None for run in self._runs.values()):
             self._changed.set()
 
@@ -139,6 +139,7 @@ class Worker:
         finally:
             self._renewals.stop()
             self._threads.shutdown(wait=True)
+            self._pipeline.assets.close()
 
     # -- the keeper --------------------------------------------------------------------------------------------------
 
@@ -451,16 +452,6 @@ class Worker:
             self._claim_at_s = 0.0
             self.step_done.set()
             self.changed()
-
-    async def _keep_media(self, run: ShardRun, line: RequestLine, attempt: Attempt) -> Attempt:
-        """Make a media answer an asset; a full disk is waited out, for the answer is paid."""
-        keep = partial(self._pipeline.keep_asset, run.batch, line.line_number, attempt.content_type, attempt.body)
-        while True:
-            try:
-                return msgspec.structs.replace(attempt, body=await self._call(keep))
-            except (DiskFull, BlobsUnavailable) as error:
-                self._note_trouble(error)
-                await self._clock.sleep(1.0)
 
     def _owe(self, claim: Claim, error: Exception) -> None:
         """Remember a task that failed; what we know the cause of needs no traceback."""

@@ -263,25 +263,37 @@ class LocalWriter:
         self._temporary = _temporary(path)
         fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._file: BinaryIO = os.fdopen(fd, "wb", buffering=_BUFFER_BYTES)
+        self._is_lost = False
 
     def write(self, chunk: bytes) -> None:
-        """See BlobWriter."""
+        """See BlobWriter. The buffer takes a chunk only if it could be emptied, and keeps what could not be written."""
         try:
             self._file.write(chunk)
         except OSError as error:
             _translate(error, self._name)
 
-    def commit(self) -> None:
+    def commit(self, last_part: str | None = None) -> None:
         """See BlobWriter. A link, unlike a rename, never replaces what is there."""
+        path = self._path if last_part is None else self._path.with_name(last_part)
+        if self._is_lost:
+            raise BlobsUnavailable(f"{self._name} has ended")
         try:
             self._file.flush()
-            os.fsync(self._file.fileno())
+            self._sync()
+            os.link(self._temporary, path)
             self._file.close()
-            os.link(self._temporary, self._path)
             self._temporary.unlink()
-            _sync_folder(self._path.parent)
+            _sync_folder(path.parent)
         except OSError as error:
             _translate(error, self._name)
+
+    def _sync(self) -> None:
+        """After a failed sync the kernel forgets what it could not write, so a later one would lie."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError:
+            self._is_lost = True
+            raise
 
     def abort(self) -> None:
         """See BlobWriter."""

@@ -113,6 +113,23 @@ def test_commit_never_replaces_a_blob(blobs: Blobs) -> None:
     assert blobs.read("a", 0, 5) == b"first"
 
 
+def test_commit_may_name_the_last_part_that_was_not_known_before(blobs: Blobs) -> None:
+    put(blobs, "assets/b/taken.mp3", b"first")
+    writer = blobs.writer("assets/b/line_7")
+    writer.write(b"sound")
+    with pytest.raises(NameTaken):
+        writer.commit("taken.mp3")
+    writer.abort()
+    writer = blobs.writer("assets/b/line_7")
+    writer.write(b"sound")
+
+    writer.commit("asset_7.mp3")
+
+    assert list(blobs.list("")) == ["assets/b/asset_7.mp3", "assets/b/taken.mp3"]
+    assert blobs.read("assets/b/asset_7.mp3", 0, 10) == b"sound"
+    assert blobs.read("assets/b/taken.mp3", 0, 10) == b"first"
+
+
 def test_reading_stops_where_the_blob_ends(blobs: Blobs) -> None:
     put(blobs, "a", b"0123456789")
 

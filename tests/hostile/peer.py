@@ -65,6 +65,11 @@ class Talk:
     def say(self, message: bytes) -> None:
         self._writer.write(message)
 
+    async def say_on(self, message: bytes) -> None:
+        """Say no faster than the other side listens."""
+        self._writer.write(message)
+        await self._writer.drain()
+
     async def say_slowly(self, message: bytes) -> None:
         """Every byte in a packet of its own, as far as the kernel lets it."""
         for position in range(len(message)):

@@ -14,6 +14,7 @@ from tests.hostile.peer import answer
 
 TRIES = 3
 REPLY_BYTES_MAX = 12 * 1024 * 1024
+ASSET_BYTES_MAX = 20 * 1024 * 1024
 GOOD = b'{"choices":[{"index":0,"message":{"role":"assistant","content":"hello"}}]}'
 REFUSAL = b'{"error":{"message":"no","type":"invalid_request_error","param":null,"code":null}}'
 TEXT = {"Content_Type": "text/html"}
@@ -436,6 +437,13 @@ def asset(name: str, line_number: int, content_type: str, suffix: str, *, conten
     return line(name, told, expected=Answered(orjson.dumps(kept)), url=SPEECH)
 
 
+def chunked_sound(content: bytes) -> bytes:
+    return chunked(content).replace(b"\r\n", b"\r\nContent-Type: audio/mpeg\r\n", 1)
+
+
+SOUND_TOO_LARGE = Failed(
+    LineCode.INVALID_RESPONSE, f"{TOO_LARGE} (the answer of <peer> is over {ASSET_BYTES_MAX} bytes)"
+)
 MEDIA = [
     asset("mp3", 1, "audio/mpeg", ".mp3"),
     asset("the same bytes again", 2, "audio/mpeg", ".mp3"),
@@ -445,8 +453,24 @@ MEDIA = [
     asset("unknown sound", 6, "audio/x-new", ".bin"),
     asset("JSON that is called a sound", 7, "audio/mpeg", ".mp3", content=GOOD),
     asset("8 MB", 8, "audio/wav", ".wav", content=b"\x00\n" * 4_000_000),
+    asset("larger than JSON may be", 9, "audio/wav", ".wav", content=b"\x00\n" * 8_000_000),
     line("JSON after all", ok(), url=SPEECH),
     line("empty sound, then a good answer", answer(b"", Content_Type="audio/mpeg"), ok(), url=SPEECH),
+    line(
+        "sound over the cap",
+        answer(bytes(ASSET_BYTES_MAX + 1), Content_Type="audio/mpeg"),
+        expected=SOUND_TOO_LARGE,
+        url=SPEECH,
+    ),
+    line(
+        "sound over the cap, in chunks", chunked_sound(bytes(ASSET_BYTES_MAX + 1)), expected=SOUND_TOO_LARGE, url=SPEECH
+    ),
+    line(
+        "sound that is reset, then whole",
+        Words(answer(SOUND * 100, Content_Type="audio/mpeg")[:-1], then=Then.RESET),
+        ok(),
+        url=SPEECH,
+    ),
     line("sound that says no type", answer(SOUND), expected=NOT_JSON, sends=TRIES, url=SPEECH),
     line(
         "refusal called a sound",

@@ -15,6 +15,7 @@ from batchrunner.results import ResultLines
 from batchrunner.settings import Settings
 from tests.hostile.cases import Then, Words
 from tests.hostile.run_cases import (
+    ASSET_BYTES_MAX,
     CASES,
     HTML,
     IDLE_S,
@@ -34,7 +35,13 @@ from tests.hostile.running import BATCH, Ended, OutagePeer, run_cases
 
 pytestmark = pytest.mark.slow
 
-QUICK = Settings(max_tries=TRIES, retry_after_max_s=0.02, reply_bytes_max=REPLY_BYTES_MAX, journal_tick_s=0.01)
+QUICK = Settings(
+    max_tries=TRIES,
+    retry_after_max_s=0.02,
+    reply_bytes_max=REPLY_BYTES_MAX,
+    asset_bytes_max=ASSET_BYTES_MAX,
+    journal_tick_s=0.01,
+)
 
 
 @pytest.fixture(scope="module")

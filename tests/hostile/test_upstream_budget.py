@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -21,6 +23,24 @@ def body_for(request: bytes) -> bytes:
     return request.partition(b"\r\n\r\n")[2] * SIZE_BYTES
 
 
+@asynccontextmanager
+async def no_room() -> AsyncIterator[ReadBudget]:
+    """A budget without any room, as a process sets it again and again."""
+    budget = ReadBudget()
+
+    async def tick() -> None:
+        while True:
+            budget.set_limit(0)
+            await asyncio.sleep(0.005)  # real time, as in the process
+
+    ticking = asyncio.create_task(tick())
+    await asyncio.sleep(0)
+    try:
+        yield budget
+    finally:
+        ticking.cancel()
+
+
 def upstream_of(url: str, clock: SteppedClock, budget: ReadBudget) -> AiohttpUpstream:
     return AiohttpUpstream(url, clock=clock, total_timeout_s=TOTAL_S, idle_timeout_s=IDLE_S, budget=budget)
 
@@ -32,9 +52,8 @@ async def test_answers_beyond_the_budget_are_read_one_after_the_other(is_chunked
         talk.say(chunked(body) if is_chunked else answer(body))
         await talk.gone()
 
-    clock, budget = SteppedClock(), ReadBudget()
-    budget.set_limit(0)
-    async with peer_with(script) as peer:
+    clock = SteppedClock()
+    async with peer_with(script) as peer, no_room() as budget:
         upstream = upstream_of(peer.url, clock, budget)
         sending = [upstream.send("/v1/embeddings", b"%d" % number, idempotency_key=None) for number in range(6)]
         attempts = await asyncio.wait_for(asyncio.gather(*sending), LIMIT_S)
@@ -58,9 +77,8 @@ async def test_no_deadline_counts_the_time_for_which_an_answer_was_not_read() ->
             talk.say(whole)
         await talk.gone()
 
-    clock, budget = SteppedClock(), ReadBudget()
-    budget.set_limit(0)
-    async with peer_with(script) as peer:
+    clock = SteppedClock()
+    async with peer_with(script) as peer, no_room() as budget:
         upstream = upstream_of(peer.url, clock, budget)
         oldest = asyncio.create_task(upstream.send("/v1/embeddings", b"0", idempotency_key=None))
         await until(lambda: any(wire.received_bytes > 0 for wire in upstream._busy))
@@ -88,9 +106,8 @@ async def test_answer_that_ends_while_it_is_not_read_gives_its_share_back(how: s
         talk.say(answer(body_for(request))[: SIZE_BYTES // 2])
         await talk.gone()
 
-    clock, budget = SteppedClock(), ReadBudget()
-    budget.set_limit(0)
-    async with peer_with(script) as peer:
+    clock = SteppedClock()
+    async with peer_with(script) as peer, no_room() as budget:
         upstream = upstream_of(peer.url, clock, budget)
         sending = [asyncio.create_task(upstream.send("/v1/embeddings", b"1", idempotency_key=None)) for _ in range(3)]
         await until(lambda: sum(wire.is_paused for wire in upstream._busy) == 2)
@@ -111,3 +128,38 @@ async def test_answer_that_ends_while_it_is_not_read_gives_its_share_back(how: s
     assert budget._held_bytes == 0
     assert not budget._running
     assert not budget._paused
+
+
+async def test_connection_that_was_to_be_read_later_is_read_in_its_next_exchange() -> None:
+    """A head that comes before its body, then a large answer that has no room: the idle connection is none of those
+    that wait.
+    """
+    release = asyncio.Event()
+
+    async def script(talk: Talk) -> None:
+        while True:
+            request = await talk.request()
+            if request.endswith(b"large"):
+                talk.say(answer(b"x" * SIZE_BYTES)[:-1])
+                await release.wait()
+                talk.say(b"x")
+            else:
+                head, _, body = answer(b"{}", Content_Type="application/json").partition(b"\r\n\r\n")
+                talk.say(head + b"\r\n\r\n")
+                await until(lambda: any(wire.received_bytes == 0 for wire in upstream._busy))
+                talk.say(body)
+
+    clock = SteppedClock()
+    async with peer_with(script) as peer, no_room() as budget:
+        upstream = upstream_of(peer.url, clock, budget)
+        first = [upstream.send("/v1/embeddings", b"small", idempotency_key=None) for _ in range(2)]
+        await asyncio.wait_for(asyncio.gather(*first), LIMIT_S)
+        large = asyncio.create_task(upstream.send("/v1/embeddings", b"large", idempotency_key=None))
+        await until(lambda: any(wire.received_bytes > 0 for wire in upstream._busy))
+        again = await asyncio.wait_for(upstream.send("/v1/embeddings", b"small", idempotency_key=None), LIMIT_S)
+        release.set()
+        last = await asyncio.wait_for(large, LIMIT_S)
+        await upstream.close()
+
+    assert (again.error, again.body) == (None, b"{}")
+    assert (last.error, len(last.body)) == (None, SIZE_BYTES)

@@ -33,6 +33,7 @@ from batchrunner.models import (
     TaskState,
     Usage,
 )
+from batchrunner.ports import AssetOwner
 from batchrunner.settings import Settings
 from batchrunner.shards import ShardRun
 
@@ -146,7 +147,13 @@ class ScriptedUpstream:
         self._timers: set[asyncio.Future[Attempt | None]] = set()
 
     async def send(
-        self, url: str, body: bytes, *, idempotency_key: str | None, is_at_most_once: bool = False
+        self,
+        url: str,
+        body: bytes,
+        *,
+        idempotency_key: str | None,
+        is_at_most_once: bool = False,
+        owner: AssetOwner | None = None,
     ) -> Attempt:
         line = int(json.loads(body)["n"])
         started_at_s = self._clock.monotonic_s()

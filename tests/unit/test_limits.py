@@ -463,6 +463,8 @@ def test_read_budget_lets_the_next_oldest_go_on_when_there_is_room() -> None:
     assert [reader.is_paused for reader in (leader, young, old)] == [False, True, True]
 
     leader.read(40)
+    assert [young.is_paused, old.is_paused] == [True, True]
+    budget.set_limit(100)
     assert [young.is_paused, old.is_paused] == [True, False]
     budget.set_limit(200)
 
@@ -497,8 +499,36 @@ def test_read_budget_without_any_room_still_reads_one_answer_after_the_other() -
         assert len(going) == 1
         if going[0].read(10):
             ended.append(going[0])
+            assert all(reader.is_paused for reader in readers if reader not in ended)
+            budget.set_limit(-1000)
 
     assert [reader.started_at_s for reader in ended] == [float(number) for number in range(20)]
+
+
+def test_read_budget_begins_nothing_beyond_the_limit_where_nobody_may_lead() -> None:
+    budget = ReadBudget()
+    budget.set_limit(-1000, may_lead=False)
+    readers = [PaperReader(budget, float(number), 50) for number in range(3)]
+    for reader in readers:
+        reader.read(10)
+    assert all(reader.is_paused for reader in readers)
+
+    budget.set_limit(-1000)
+
+    assert [reader.is_paused for reader in readers] == [False, True, True]
+
+
+def test_read_budget_goes_on_when_a_part_is_given_back() -> None:
+    budget = ReadBudget()
+    budget.set_limit(100)
+    leader, late = (PaperReader(budget, at_s, 1000) for at_s in (1.0, 2.0))
+    leader.read(80)
+    late.read(80)
+    assert (late.is_paused, budget.is_short, budget.is_leader(leader)) == (True, True, True)
+
+    budget.give_back(70)
+
+    assert (late.is_paused, budget.is_short) == (False, False)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -511,8 +541,11 @@ def test_read_budget_is_kept_to_one_read_each_and_one_whole_answer(seed: int) ->
     running = list(readers)
     for _ in range(100_000):
         going = [reader for reader in running if not reader.is_paused]
-        if not going:
+        if not running:
             break
+        if not going:
+            budget.set_limit(1000)
+            continue
         reader = draw.choice(going)
         if draw.random() < 0.01:
             budget.release(reader, reader.read_bytes, is_delivered=False)

@@ -317,3 +317,71 @@ def test_short_writes_of_a_real_file_system_lose_and_double_nothing(tmp_path: Pa
     assert int(extents) > 8
     assert int(torn) == int(extents) - 1
     assert trouble == "None"
+
+
+REPEATED = textwrap.dedent(
+    """
+    import hashlib, resource, sys
+    from pathlib import Path
+
+    from batchrunner.blobs.local import LocalBlobs
+    from batchrunner.errors import DiskFull
+
+    def allow(size_bytes):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, resource.RLIM_INFINITY))
+
+    blobs = LocalBlobs(Path(sys.argv[1]))
+    writer = blobs.writer("long")
+    pieces = [bytes([number]) * (100_000 + 9_973 * number % 150_000) for number in range(40)]
+    allowed, refusals = 1_000, 0
+
+    def patiently(function):
+        global allowed, refusals
+        while True:
+            allow(allowed)
+            try:
+                return function()
+            except DiskFull:
+                refusals += 1
+                allowed += 77_777
+
+    for piece in pieces:
+        patiently(lambda: writer.write(piece))
+    patiently(writer.commit)
+    whole = b"".join(pieces)
+    assert blobs.size_bytes("long") == len(whole)
+    assert blobs.read("long", 0, len(whole)) == whole
+    print(refusals)
+    """
+)
+
+
+def test_what_a_full_disk_refused_is_written_again_without_a_hole_or_a_repeat(tmp_path: Path) -> None:
+    """The space comes back bit by bit, and each time the kernel writes short."""
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", REPEATED, str(tmp_path / "blobs")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+    assert ran.stderr == ""
+    assert int(ran.stdout) > 20
+
+
+def test_a_blob_whose_sync_failed_is_never_committed(
+    blobs: LocalBlobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = blobs.writer("a")
+    writer.write(b"sound")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fails(errno.ENOSPC))
+        with pytest.raises(DiskFull):
+            writer.commit()
+
+    with pytest.raises(BlobsUnavailable, match="has ended"):
+        writer.commit()
+    writer.abort()
+
+    assert not blobs.exists("a")
