@@ -13,6 +13,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import msgspec
@@ -71,8 +72,10 @@ _LOST = (
 class _Sink:
     """One file on its way: bytes, hash and number of lines. The blob is opened with the first line."""
 
-    def __init__(self, blobs: Blobs, name: str) -> None:
+    def __init__(self, blobs: Blobs, name: str, register: Callable[[str], None]) -> None:
+        """`register` makes the name known, so that what a crash leaves of it is found."""
         self.name = name
+        self._register = register
         self.line_count = 0
         self.size_bytes = 0
         self._blobs = blobs
@@ -99,6 +102,7 @@ class _Sink:
         chunk = b"".join(self._held)
         self._held, self._held_bytes = [], 0
         if self._writer is None:
+            self._register(self.name)
             self._writer = self._blobs.writer(self.name)
         self._writer.write(chunk)
         self._sha256.update(chunk)
@@ -162,8 +166,9 @@ class Sealing:
         """Start the files and the ledger, before anything is written or anew after damage was met."""
         self._ledger = _Ledger()
         stem = f"files/{self._batch.id}/{self._claim.ref.epoch}-{self._claim.session}"
-        self._output = _Sink(self._blobs, f"{stem}-output.jsonl")
-        self._errors = _Sink(self._blobs, f"{stem}-errors.jsonl")
+        register = partial(self._store.register_blob, owner=self._claim.session)
+        self._output = _Sink(self._blobs, f"{stem}-output.jsonl", register)
+        self._errors = _Sink(self._blobs, f"{stem}-errors.jsonl", register)
 
     def run(self) -> Batch:
         """Fence, salvage, copy, prove, publish; gives the batch that has ended. One whose results turn out damaged,

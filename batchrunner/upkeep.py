@@ -34,10 +34,11 @@ class Upkeep(Protocol):
     """The ways of blobs from their first byte to their last, and what ends by time."""
 
     def register_blob(self, name: str, *, owner: str) -> None:
-        """Make a name known before its first byte; without a row that needs it within 24 h it is dropped.
+        """Make a name known before its first byte; without a row that needs it within 24 h it is dropped. May be
+        repeated by its owner.
 
         Raises:
-            NameTaken: it is known already.
+            NameTaken: it is another owner's, or a row needs it already, or it was dropped.
         """
 
     def abandon_blob(self, name: str) -> None:

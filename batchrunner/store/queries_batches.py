@@ -14,7 +14,7 @@ from batchrunner.holdings import KeyLimits, OpenCounts, Replay
 from batchrunner.lifecycle import ENDED_BY, SEALING, TERMINAL, BatchEvent, BatchStatus, next_status
 from batchrunner.models import BatchId, NewBatch, Order, PauseReason, TaskKind, TaskState, TenantId
 from batchrunner.store.moments import Moment
-from batchrunner.store.queries_blobs import UNFINISHED, drop_blob
+from batchrunner.store.queries_blobs import UNFINISHED, drop_blob, need_blob
 from batchrunner.store.queries_files import file_of_tenant, require_bytes
 from batchrunner.store.queries_idempotency import note_made
 from batchrunner.store.tables import batches, extents, outbox, tasks
@@ -110,6 +110,8 @@ def create_batch(
         "problems": (),
         "created_at": moment.wall,
     }
+    if new.chosen_blob is not None:
+        need_blob(conn, new.chosen_blob)
     conn.execute(insert(batches).values(given | fresh))
     add_task(conn, new.id, TaskKind.VALIDATE)
     return conn.execute(_BATCH, {"b_id": new.id}).mappings().one()

@@ -17,8 +17,11 @@ UNFINISHED = tuple(status for status in BatchStatus if status not in TERMINAL)
 
 
 def register_blob(conn: Connection, name: str, moment: Moment, *, owner: str) -> None:
-    """Insert a pending name; guards that a name is given once."""
-    if conn.execute(select(blobs.c.state).where(blobs.c.name == name)).one_or_none() is not None:
+    """Insert a pending name; guards that a name is given to one owner, and lets the same insert be repeated."""
+    found = conn.execute(select(blobs.c.state, blobs.c.owner).where(blobs.c.name == name)).one_or_none()
+    if found is not None and (found.state, found.owner) == (BlobState.PENDING, owner):
+        return
+    if found is not None:
         raise NameTaken(f"the blob name {name} is taken")
     row = {"name": name, "state": BlobState.PENDING, "created_at": moment.wall, "owner": owner}
     conn.execute(insert(blobs).values(row))

@@ -30,6 +30,7 @@ from batchrunner.models import (
 )
 from batchrunner.store.moments import Moment
 from batchrunner.store.queries_batches import add_task, lock_batch, move
+from batchrunner.store.queries_blobs import need_blob
 from batchrunner.store.queries_claims import claims_by_task, end_leases_of_other_boots
 from batchrunner.store.queries_files import add_file
 from batchrunner.store.queries_progress import (
@@ -93,6 +94,8 @@ def _write_problems(
     conn: Connection, batch: RowMapping, found: AcceptedInput | RejectedInput, more: dict[str, object]
 ) -> None:
     problems = {name: getattr(found, name) for name in ("problems", "problem_count", "problems_blob")}
+    if found.problems_blob is not None:
+        need_blob(conn, found.problems_blob)
     conn.execute(update(batches).where(batches.c.id == batch["id"]).values(problems | more))
 
 

@@ -13,7 +13,7 @@ from batchrunner.holdings import PartId, Upload, UploadId, UploadPart, UploadSta
 from batchrunner.lifecycle import BatchEvent, BatchStatus
 from batchrunner.models import BatchId, File, FileId, TaskKind
 from batchrunner.ports import TenantScope
-from tests.contract.worlds import ANA, BEN, NOTHING, STEPS, World, accepted, bring_to, file_of, progress
+from tests.contract.worlds import ANA, BEN, NOTHING, REJECTED, STEPS, World, accepted, bring_to, file_of, progress
 
 
 def upload_of(world: World, name: str = "u1") -> Upload:
@@ -214,11 +214,38 @@ def test_media_answers_of_a_batch_without_an_output_file_go_with_its_journal(wor
 # -- names of blobs ----------------------------------------------------------------------------------------------------
 
 
-def test_blob_name_is_given_once(world: World) -> None:
+def test_blob_name_is_given_to_one_owner_until_a_row_needs_it(world: World) -> None:
+    world.store.register_blob("files/a", owner="api")
     world.store.register_blob("files/a", owner="api")
 
     with pytest.raises(NameTaken):
+        world.store.register_blob("files/a", owner="another")
+    world.scope.add_file(file_of("a"))
+    with pytest.raises(NameTaken):
         world.store.register_blob("files/a", owner="api")
+
+
+@pytest.mark.parametrize("blob", ["chosen/b2", "problems/b1"])
+def test_what_a_batch_needs_is_not_dropped(world: World, blob: str) -> None:
+    world.store.register_blob(blob, owner="api")
+
+    world.created("b2", chosen_blob="chosen/b2")
+    world.store.reject_input(world.claim(kinds=STEPS).ref, REJECTED)
+    world.clock.advance(24 * 3600)
+    world.store.expire()
+
+    assert freed(world) == []
+
+
+def test_files_of_a_seal_that_died_are_dropped_and_those_of_the_next_stay(world: World) -> None:
+    for epoch in (1, 2):
+        world.store.register_blob(f"files/out-{epoch}", owner="a session")
+    world.store.publish(world.sealing().ref, replace(NOTHING, output=replace(file_of("out"), blob="files/out-2")))
+
+    world.clock.advance(24 * 3600)
+    world.store.expire()
+
+    assert freed(world) == ["files/out-1"]
 
 
 def test_blob_that_nothing_came_to_need_is_dropped_after_a_day(world: World) -> None:
