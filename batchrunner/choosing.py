@@ -81,16 +81,20 @@ def write_chosen(
     *,
     refused: Container[int | None],
     line_bytes_max: int,
+    among: Container[int] | None = None,
 ) -> int:
     """Write the line numbers of the wanted ids, but for refused lines, into a blob and give how many they are.
 
-    `source` is the input in pieces of any size. Without a line there is no blob. Blocks.
+    `source` is the input in pieces of any size, `among` the only lines that count. Without a line there is no blob.
+    Blocks.
     """
     count = 0
     writer = blobs.writer(name)
     try:
         for number, raw in _numbered(source, line_bytes_max):
-            if number not in refused and custom_id_of(raw) in wanted:
+            if number in refused or (among is not None and number not in among):
+                continue
+            if custom_id_of(raw) in wanted:
                 writer.write(number.to_bytes(8, "little"))
                 count += 1
         if count:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 
 import orjson
 
@@ -134,6 +135,7 @@ def _read_body(body: object) -> tuple[str, str]:
     return word, message if isinstance(message, str) else orjson.dumps(message).decode()
 
 
+@lru_cache(maxsize=4096)
 def normalise(message: str) -> str:
     """Replace what differs between two failures of the same kind."""
     text = message[:_READ_CHARS_MAX]
@@ -200,20 +202,23 @@ class FailureGroups:
         Raises:
             UsageError: it is not a line of an errors file.
         """
-        self.total += 1
         try:
             line = orjson.loads(raw)
         except orjson.JSONDecodeError as error:
-            raise UsageError(f"line {self.total:,} of the errors is not JSON: {error.msg}") from error
+            raise UsageError(f"line {self.total + 1:,} of the errors is not JSON: {error.msg}") from error
         if not isinstance(line, dict) or "custom_id" not in line:
             raise UsageError(
-                f"line {self.total:,} is not a result line", hint="Name OUTPUT.run or OUTPUT.errors.jsonl."
+                f"line {self.total + 1:,} is not a result line", hint="Name OUTPUT.run or OUTPUT.errors.jsonl."
             )
-        failure = read_failure(line)
+        self.add_failure(read_failure(line), _text(line.get("custom_id")), _text(line.get("id")))
+
+    def add_failure(self, failure: Failure, custom_id: str | None, line_id: str | None) -> None:
+        """Take one failure; `line_id` is the id of its result line, None where it has none."""
+        self.total += 1
         group = self._group(failure)
         group.count += 1
         if len(group.samples) < _SAMPLES:
-            group.samples.append({"custom_id": _text(line.get("custom_id")), "id": _text(line.get("id"))})
+            group.samples.append({"custom_id": custom_id, "id": line_id})
 
     def groups(self) -> list[Group]:
         """The groups, largest first."""

@@ -93,9 +93,14 @@ class LineNumbers:
     def __init__(self, numbers: Iterator[int]) -> None:
         self._numbers = array("Q", sorted(array("Q", numbers)))
 
-    def __contains__(self, number: int) -> bool:
+    def __contains__(self, number: object) -> bool:
+        if not isinstance(number, int):
+            return False
         place = bisect_left(self._numbers, number)
         return place < len(self._numbers) and self._numbers[place] == number
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers)
 
     def __len__(self) -> int:
         return len(self._numbers)

@@ -1,0 +1,245 @@
+"""Batches: made, shown, listed, cancelled, paused, resumed, retried, deleted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from batchrunner.api.batch_object import BatchList, ExtendedBatch, batch_object, strict_object
+from batchrunner.api.creating import INLINE_BYTES_MAX, BatchRequest, create, read_request
+from batchrunner.api.envelope import Refusal, no_such_batch
+from batchrunner.api.http import Answer, Call, Route, json_answer
+from batchrunner.api.retrying import RetryRequest, read_retry, retry
+from batchrunner.errors import NotFound, TransitionRefused
+from batchrunner.holdings import KeyScope
+from batchrunner.lifecycle import TERMINAL, BatchEvent, BatchStatus, allows
+from batchrunner.models import Batch, BatchId, PauseReason
+
+_MOVES_AGAIN = 5
+_CANCELLED = (BatchStatus.CANCELLING, BatchStatus.CANCELLED)
+_RUNNING = (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS)
+
+
+class ListBatches(msgspec.Struct, frozen=True):
+    """The query of a listing."""
+
+    after: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=100)] = 20
+
+
+class BatchDeleted(msgspec.Struct, frozen=True, kw_only=True):
+    """What is left of a deleted batch."""
+
+    id: str
+    object: Literal["batch"] = "batch"
+    deleted: bool = True
+
+
+def shown(call: Call, batch: Batch) -> ExtendedBatch:
+    """Map a batch with what its workers do now. Blocks."""
+    shares = call.scope.live(batch.id) if batch.status not in TERMINAL else []
+    return batch_object(batch, shares, call.parts.clock.now())
+
+
+def batch_of(call: Call) -> Batch:
+    """Look up the batch that the path names. Blocks. Raises: Refusal."""
+    batch_id = BatchId(call.path_params["batch_id"])
+    try:
+        return call.scope.batch(batch_id)
+    except NotFound:
+        raise no_such_batch(batch_id) from None
+
+
+def _answer(call: Call, extended: ExtendedBatch) -> Answer:
+    return json_answer(strict_object(extended) if call.is_strict else extended)
+
+
+async def create_batch(call: Call) -> Answer:
+    """Make a batch; that its lines are sound is found out by whoever validates it."""
+    wanted = await read_request(call)
+    return _answer(call, await call.blocking(lambda: shown(call, create(call, wanted))))
+
+
+async def present_batch(call: Call, batch_id: str) -> Answer:
+    """Show the batch that an earlier request with the same Idempotency-Key made."""
+    return _answer(call, await call.blocking(lambda: shown(call, call.scope.batch(BatchId(batch_id)))))
+
+
+async def retrieve_batch(call: Call) -> Answer:
+    """Show one batch."""
+    return _answer(call, await call.blocking(lambda: shown(call, batch_of(call))))
+
+
+async def list_batches(call: Call) -> Answer:
+    """Give a page of the tenant's batches, newest first."""
+    wanted = call.parameters(ListBatches)
+    found = await call.blocking(_page, call, wanted)
+    page = BatchList(
+        data=tuple(found[: wanted.limit]),
+        first_id=found[0].id if found else None,
+        last_id=found[min(len(found), wanted.limit) - 1].id if found else None,
+        has_more=len(found) > wanted.limit,
+    )
+    if not call.is_strict:
+        return json_answer(page)
+    members = {name: getattr(page, name) for name in BatchList.__struct_fields__}
+    return json_answer(members | {"data": [strict_object(each) for each in page.data]})
+
+
+def _page(call: Call, wanted: ListBatches) -> Sequence[ExtendedBatch]:
+    after = BatchId(wanted.after) if wanted.after is not None else None
+    try:
+        found = call.scope.batches(limit=wanted.limit + 1, after=after)
+        return [shown(call, each) for each in found]
+    except NotFound:
+        raise no_such_batch(wanted.after or "") from None
+
+
+async def cancel_batch(call: Call) -> Answer:
+    """Cancel a batch; again is no error, after another end it is."""
+    return _answer(call, await call.blocking(lambda: shown(call, _cancelled(call))))
+
+
+def _cancelled(call: Call) -> Batch:
+    for _ in range(_MOVES_AGAIN):
+        batch = batch_of(call)
+        if batch.status in _CANCELLED:
+            return batch
+        if not allows(batch.status, BatchEvent.CANCEL_REQUESTED):
+            break
+        try:
+            call.scope.send(batch.id, BatchEvent.CANCEL_REQUESTED)
+        except TransitionRefused:
+            # It ended in between; the next look says how.
+            continue
+    else:
+        raise Refusal("The batch changes too fast to be cancelled.", status=409, code="conflict", retry_after_s=1.0)
+    raise _conflict("cancel", batch)
+
+
+def _conflict(verb: str, batch: Batch) -> Refusal:
+    """Source: recorded answer of the OpenAI API to a cancel of a completed batch."""
+    return Refusal(f"Cannot {verb} a batch with status '{batch.status}'.", status=409)
+
+
+async def pause_batch(call: Call) -> Answer:
+    """Hold a batch; its deadline goes on."""
+
+    def pause() -> ExtendedBatch:
+        batch = batch_of(call)
+        if batch.status not in _RUNNING:
+            raise _conflict("pause", batch)
+        call.scope.pause(batch.id, PauseReason.OPERATOR)
+        return shown(call, batch_of(call))
+
+    return _answer(call, await call.blocking(pause))
+
+
+async def resume_batch(call: Call) -> Answer:
+    """Let a batch go on that was paused, or that was parked after too many failures."""
+
+    def resume() -> ExtendedBatch:
+        batch = batch_of(call)
+        if batch.status in TERMINAL:
+            raise _conflict("resume", batch)
+        call.scope.resume(batch.id)
+        return shown(call, batch_of(call))
+
+    return _answer(call, await call.blocking(resume))
+
+
+async def retry_batch(call: Call) -> Answer:
+    """Make a batch of the lines of an ended one that failed, were cancelled or ran out of time."""
+    wanted = await read_retry(call)
+    async with call.parts.heavy:
+        # One after the other: two retries at once could both take the same line.
+        return _answer(call, await call.blocking(lambda: shown(call, retry(call, batch_of(call), wanted))))
+
+
+async def delete_batch(call: Call) -> Answer:
+    """Hide a batch that is over; its files stay."""
+
+    def delete() -> BatchDeleted:
+        batch = batch_of(call)
+        try:
+            call.scope.delete_batch(batch.id)
+        except TransitionRefused:
+            raise _conflict("delete", batch) from None
+        return BatchDeleted(id=batch.id)
+
+    return json_answer(await call.blocking(delete))
+
+
+ROUTES = (
+    Route(
+        method="POST",
+        path="/v1/batches",
+        handler=create_batch,
+        summary="Create a batch from a file or from requests",
+        scope=KeyScope.WRITE,
+        request=BatchRequest,
+        answer=ExtendedBatch,
+        body_bytes_max=INLINE_BYTES_MAX,
+        present=present_batch,
+    ),
+    Route(
+        method="GET",
+        path="/v1/batches",
+        handler=list_batches,
+        summary="List batches, newest first",
+        query=ListBatches,
+        answer=BatchList,
+    ),
+    Route(
+        method="GET",
+        path="/v1/batches/{batch_id}",
+        handler=retrieve_batch,
+        summary="Show a batch with its progress",
+        answer=ExtendedBatch,
+    ),
+    Route(
+        method="POST",
+        path="/v1/batches/{batch_id}/cancel",
+        handler=cancel_batch,
+        summary="Cancel a batch; finished results are kept",
+        scope=KeyScope.WRITE,
+        answer=ExtendedBatch,
+    ),
+    Route(
+        method="POST",
+        path="/v1/batches/{batch_id}/pause",
+        handler=pause_batch,
+        summary="Send no more requests of a batch until it is resumed; its deadline goes on",
+        scope=KeyScope.WRITE,
+        answer=ExtendedBatch,
+    ),
+    Route(
+        method="POST",
+        path="/v1/batches/{batch_id}/resume",
+        handler=resume_batch,
+        summary="Let a paused or blocked batch go on",
+        scope=KeyScope.WRITE,
+        answer=ExtendedBatch,
+    ),
+    Route(
+        method="POST",
+        path="/v1/batches/{batch_id}/retry",
+        handler=retry_batch,
+        summary="Run the failed lines of an ended batch again, as a batch linked to it",
+        scope=KeyScope.WRITE,
+        request=RetryRequest,
+        answer=ExtendedBatch,
+        present=present_batch,
+    ),
+    Route(
+        method="DELETE",
+        path="/v1/batches/{batch_id}",
+        handler=delete_batch,
+        summary="Delete a batch that is over; its files stay",
+        scope=KeyScope.WRITE,
+        answer=BatchDeleted,
+    ),
+)

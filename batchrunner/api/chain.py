@@ -1,0 +1,65 @@
+"""A batch and the retries of its lines as one family: found by their links, its failures known across all of it."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+
+from batchrunner.choosing import custom_id_of, lines_of
+from batchrunner.errors import NotFound
+from batchrunner.lifecycle import TERMINAL
+from batchrunner.models import Batch
+from batchrunner.pipeline import read_blob
+from batchrunner.ports import Blobs, TenantScope
+from batchrunner.reading import LineNumbers
+
+
+def family_of(scope: TenantScope, batch: Batch) -> list[Batch]:
+    """Give the batch that was first and all retries below it, parents before their children, oldest first. Blocks.
+
+    What is above a deleted batch is out of reach.
+    """
+    first = batch
+    while first.parent_id is not None:
+        try:
+            first = scope.batch(first.parent_id)
+        except NotFound:
+            break
+    found = [first]
+    for each in found:
+        found += scope.children(each.id)
+    return sorted(found, key=lambda each: (each.created_at, each is not first))
+
+
+def healed_ids(blobs: Blobs, scope: TenantScope, family: list[Batch]) -> set[str]:
+    """Give the custom_ids that a retry of the family has brought to a good end. Blocks."""
+    healed: set[str] = set()
+    for each in family:
+        if each.parent_id is None or each.status not in TERMINAL or each.output_file_id is None:
+            continue
+        try:
+            file = scope.file(each.output_file_id)
+        except NotFound:
+            # Whoever deleted these results wants them again.
+            continue
+        healed.update(_ids(blobs, file.blob))
+    return healed
+
+
+def _ids(blobs: Blobs, name: str) -> Iterator[str]:
+    for raw in lines_of(read_blob(blobs, name)):
+        custom_id = custom_id_of(raw)
+        if custom_id is not None:
+            yield custom_id
+
+
+def chosen_numbers(blobs: Blobs, name: str) -> LineNumbers:
+    """Read the line numbers that a linked batch is limited to. Blocks."""
+    chosen = array("Q")
+    rest = b""
+    for chunk in read_blob(blobs, name):
+        whole = len(rest) + len(chunk) & ~7
+        held = rest + chunk
+        chosen.frombytes(held[:whole])
+        rest = held[whole:]
+    return LineNumbers(iter(chosen))

@@ -1,0 +1,247 @@
+"""What a batch is made of: the body of a create as it has to be, and how it becomes a NewBatch."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Raw
+
+from batchrunner.api.envelope import Refusal, invalid_value, missing_parameter
+from batchrunner.api.file_object import BATCH, ExpiresAfter
+from batchrunner.api.files import BlobSink, new_file
+from batchrunner.api.http import ApiParts, Call
+from batchrunner.errors import NotFound, UsageError
+from batchrunner.holdings import NO_LIMITS
+from batchrunner.models import (
+    OPENAI,
+    OPENAI_STRICT,
+    Batch,
+    BatchId,
+    File,
+    FileId,
+    NewBatch,
+    OnInvalid,
+    OnUnknown,
+    Order,
+)
+from batchrunner.settings import ENDPOINTS, MIB, parse_duration
+
+# Source: the endpoints of OpenAI's Batch API.
+STRICT_ENDPOINTS = ENDPOINTS[:8]
+STRICT_WINDOW = "24h"
+WINDOW_S_MIN, WINDOW_S_MAX = 60.0, 14 * 86400.0
+PRIORITY_MAX = 100
+# Larger sets of requests are for a file: a body is held in memory and read at one go.
+INLINE_BYTES_MAX = 16 * MIB
+_URL_CHARS_MAX = 2048
+
+Metadata = Annotated[
+    dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
+]
+Priority = Annotated[int, Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)]
+
+
+class StrictBatchRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The body that OpenAI takes."""
+
+    input_file_id: str
+    endpoint: str
+    completion_window: str
+    metadata: Metadata | None = None
+    output_expires_after: ExpiresAfter | None = None
+
+
+class InlineRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One request that comes in the create itself; without a url it goes to the batch's endpoint."""
+
+    custom_id: str
+    method: str = "POST"
+    url: str | None = None
+    body: Raw
+
+
+class BatchRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of a create: OpenAI's fields, and ours. Either `input_file_id` or `requests` says what to run."""
+
+    input_file_id: str | None = None
+    endpoint: str
+    completion_window: str = STRICT_WINDOW
+    metadata: Metadata | None = None
+    output_expires_after: ExpiresAfter | None = None
+    requests: Annotated[list[InlineRequest], Meta(min_length=1)] | None = None
+    on_invalid: OnInvalid = OnInvalid.FAIL
+    on_unknown: OnUnknown = OnUnknown.RETRY
+    order: Order = Order.INPUT
+    priority: Priority = 0
+    webhook_url: Annotated[str, Meta(max_length=_URL_CHARS_MAX)] | None = None
+
+
+async def read_request(call: Call) -> BatchRequest:
+    """Read and check the body of a create. Raises: Refusal."""
+    if call.is_strict:
+        strict = await call.json(StrictBatchRequest)
+        wanted = BatchRequest(**{name: getattr(strict, name) for name in strict.__struct_fields__})
+    else:
+        wanted = await call.json(BatchRequest)
+    if wanted.requests is None and wanted.input_file_id is None:
+        raise missing_parameter("input_file_id")
+    if wanted.requests is not None and wanted.input_file_id is not None:
+        raise Refusal(
+            "Only one of 'input_file_id' and 'requests' can be given.", param="requests", code="invalid_value"
+        )
+    supported = STRICT_ENDPOINTS if call.is_strict else call.parts.settings.endpoints
+    if wanted.endpoint not in supported:
+        raise invalid_value("endpoint", _echoed(wanted.endpoint), supported)
+    window_s(wanted.completion_window, is_strict=call.is_strict)
+    check_priority(call, wanted.priority)
+    check_webhook_url(call.parts, wanted.webhook_url)
+    return wanted
+
+
+def window_s(window: str, *, is_strict: bool) -> float:
+    """Give the seconds of a completion window. Raises: Refusal."""
+    if is_strict and window != STRICT_WINDOW:
+        raise invalid_value("completion_window", _echoed(window), [STRICT_WINDOW])
+    try:
+        seconds = parse_duration(window, what="completion_window")
+    except UsageError:
+        seconds = 0.0
+    if not WINDOW_S_MIN <= seconds <= WINDOW_S_MAX:
+        raise Refusal(
+            f"Invalid value: '{_echoed(window)}'. Supported values are: durations from '1m' to '14d', such as '24h'.",
+            param="completion_window",
+            code="invalid_value",
+        )
+    return seconds
+
+
+def check_priority(call: Call, priority: int) -> None:
+    """Raises: Refusal when the key may not ask for so much."""
+    priority_max = call.key.limits.priority_max if call.key is not None else None
+    if priority_max is not None and priority > priority_max:
+        raise Refusal(
+            f"This key may ask for a priority of at most {priority_max}, not {priority}.",
+            status=403,
+            param="priority",
+            code="priority_above_limit",
+        )
+
+
+def check_webhook_url(parts: ApiParts, url: str | None) -> None:
+    """Raises: Refusal when it is no address that may ever be called; where it leads is checked at each delivery."""
+    if url is None:
+        return
+    schemes = ("https://", "http://") if parts.is_open else ("https://",)
+    is_plain = url.isascii() and url.isprintable() and " " not in url and "\\" not in url
+    if not is_plain or not any(url.lower().startswith(each) and len(url) > len(each) for each in schemes):
+        raise Refusal(
+            f"Invalid 'webhook_url': expected an address that begins with {' or '.join(schemes)}.",
+            param="webhook_url",
+            code="invalid_url",
+        )
+
+
+def create(call: Call, wanted: BatchRequest) -> Batch:
+    """Make the batch. Blocks.
+
+    Raises:
+        Refusal: the input is a file for something else.
+        QuotaExceeded: the key's limits are reached.
+    """
+    batch_id = BatchId(f"batch_{call.parts.rng.token_hex(16)}")
+    file = _inline_file(call, batch_id, wanted) if wanted.requests is not None else _input_file(call, wanted)
+    new = _new_batch(call, batch_id, wanted, file)
+    limits = call.key.limits if call.key is not None else NO_LIMITS
+    try:
+        return call.scope.create_batch(new, replay=call.replay, limits=limits)
+    except NotFound:
+        # Deleted since it was looked up.
+        return call.scope.create_batch(_new_batch(call, batch_id, wanted, None), replay=call.replay, limits=limits)
+
+
+def _input_file(call: Call, wanted: BatchRequest) -> File | None:
+    """Look the input up; one that is not there makes a batch that fails, as with OpenAI."""
+    assert wanted.input_file_id is not None
+    try:
+        file = call.scope.file(FileId(wanted.input_file_id))
+    except NotFound:
+        return None
+    if file.purpose != BATCH:
+        raise Refusal(
+            f"Invalid 'input_file_id': the file has the purpose '{file.purpose}', expected '{BATCH}'.",
+            param="input_file_id",
+            code="invalid_value",
+        )
+    return file
+
+
+def _inline_file(call: Call, batch_id: BatchId, wanted: BatchRequest) -> File:
+    """Write the requests as the file that somebody else would have uploaded, so that the engine has one way only."""
+    assert wanted.requests is not None
+    sink = BlobSink(
+        call.parts, f"files/{call.parts.rng.token_hex(16)}", size_bytes_max=call.parts.settings.file_bytes_max
+    )
+    try:
+        # The body was held whole already, and its lines are no larger.
+        sink.feed(b"".join(map(_line_of, wanted.requests)))
+        file = new_file(
+            call,
+            sink.finish(),
+            blob=sink.name,
+            filename=f"{batch_id}_requests.jsonl",
+            purpose=BATCH,
+            expires_after_s=None,
+        )
+        return call.scope.add_file(file)
+    except BaseException:
+        sink.abort()
+        raise
+
+
+def _line_of(request: InlineRequest) -> bytes:
+    """Give a request as a line; whatever it holds, validation judges it as it would in a file."""
+    given: dict[str, object] = {"custom_id": request.custom_id, "method": request.method}
+    if request.url is not None:
+        given["url"] = request.url
+    # Line ends of a pretty-printed body would cut the line in two.
+    body = bytes(request.body)
+    given["body"] = Raw(msgspec.json.format(body, indent=-1) if b"\n" in body or b"\r" in body else body)
+    return msgspec.json.encode(given) + b"\n"
+
+
+def _new_batch(call: Call, batch_id: BatchId, wanted: BatchRequest, file: File | None) -> NewBatch:
+    seconds = window_s(wanted.completion_window, is_strict=call.is_strict)
+    return NewBatch(
+        id=batch_id,
+        tenant=call.tenant,
+        dialect=OPENAI_STRICT if call.is_strict else OPENAI,
+        endpoint=wanted.endpoint,
+        input_file_id=file.id if file is not None else None,
+        input_name=file.id if file is not None else wanted.input_file_id,
+        source=file.blob if file is not None else "",
+        input_sha256=file.sha256 if file is not None else None,
+        completion_window=wanted.completion_window,
+        deadline_at=call.parts.clock.now() + timedelta(seconds=seconds),
+        on_invalid=wanted.on_invalid,
+        on_unknown=wanted.on_unknown,
+        order=wanted.order,
+        priority=wanted.priority,
+        metadata=dict(wanted.metadata or {}),
+        output_expires_after_s=_output_life_s(call, wanted),
+        webhook_url=wanted.webhook_url,
+    )
+
+
+def _output_life_s(call: Call, wanted: BatchRequest) -> int | None:
+    """How long the batch's files are kept, None for ever."""
+    if wanted.output_expires_after is not None:
+        return wanted.output_expires_after.seconds
+    kept_s = call.parts.settings.output_retention_s
+    return None if kept_s is None else int(kept_s)
+
+
+def _echoed(text: str) -> str:
+    shown = "".join(each if each.isprintable() else "?" for each in text)
+    return shown if len(shown) <= 100 else f"{shown[:100]}..."

@@ -1,0 +1,87 @@
+"""Server-sent events of one batch: what it is now, then each change, until it is over.
+
+Source: the event stream of the HTML standard.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from batchrunner.api.batches import batch_of, shown
+from batchrunner.api.http import Answer, Call, Route
+from batchrunner.api.watching import Feed, Seen
+from batchrunner.lifecycle import TERMINAL
+from batchrunner.models import Batch, BatchId
+
+EVENT_STREAM = "text/event-stream"
+# Proxies close what is silent for half a minute or more.
+HEARTBEAT_S = 15.0
+_HEARTBEAT = b": still here\n\n"
+_EVENT_ID = re.compile(r"\d{1,18}-\d{1,18}")
+_encode = msgspec.json.Encoder().encode
+
+
+async def follow_batch(call: Call) -> Answer:
+    """Stream a batch's levels; a reader that comes back with the id of the last one of all is told to stay away."""
+    first = await call.blocking(lambda: _look(call, batch_of(call)))
+    known = call.request.headers.get("Last-Event-ID", "")
+    if first.is_over and _EVENT_ID.fullmatch(known) and known == first.event_id:
+        return Answer(status=204)
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return Answer(content_type=EVENT_STREAM, headers=headers, chunks=_events(call, first))
+
+
+def _look(call: Call, batch: Batch) -> Seen:
+    return Seen(
+        batch=shown(call, batch),
+        version=batch.version,
+        is_over=batch.status in TERMINAL,
+        looked_at_s=call.parts.clock.monotonic_s(),
+    )
+
+
+async def _events(call: Call, first: Seen) -> AsyncIterator[bytes]:
+    yield _event("status", first)
+    if first.is_over:
+        return
+
+    batch_id = BatchId(first.batch.id)
+
+    async def look() -> Seen:
+        return await call.blocking(lambda: _look(call, call.scope.batch(batch_id)))
+
+    async with call.parts.watching.follow(batch_id, first, look, call.parts.clock) as feed:
+        async for piece in _changes(feed, first):
+            yield piece
+
+
+async def _changes(feed: Feed, known: Seen) -> AsyncIterator[bytes]:
+    while not known.is_over:
+        try:
+            seen = await feed.next_after(known, timeout_s=HEARTBEAT_S)
+        except TimeoutError:
+            yield _HEARTBEAT
+            continue
+        if seen is None:
+            return
+        yield _event("status" if seen.version != known.version else "progress", seen)
+        known = seen
+
+
+def _event(name: str, seen: Seen) -> bytes:
+    """Write one event; JSON has no line ends of its own."""
+    return b"event: %b\nid: %b\ndata: %b\n\n" % (name.encode(), seen.event_id.encode(), _encode(seen.batch))
+
+
+ROUTES = (
+    Route(
+        method="GET",
+        path="/v1/batches/{batch_id}/events",
+        handler=follow_batch,
+        summary="Follow a batch as server-sent events until it is over; resumes with Last-Event-ID",
+        answer_media=EVENT_STREAM,
+    ),
+)

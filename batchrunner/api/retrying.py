@@ -1,0 +1,150 @@
+"""The retry of an ended batch: which of its lines run again, and the linked batch that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from datetime import timedelta
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from batchrunner.api.chain import chosen_numbers, family_of, healed_ids
+from batchrunner.api.creating import Metadata, Priority, check_priority, check_webhook_url, window_s
+from batchrunner.api.envelope import Refusal
+from batchrunner.api.http import Call
+from batchrunner.choosing import failed_ids, lines_of, write_chosen
+from batchrunner.errors import NotFound
+from batchrunner.holdings import NO_LIMITS
+from batchrunner.lifecycle import TERMINAL, BatchStatus
+from batchrunner.models import Batch, BatchId, FileId, NewBatch
+from batchrunner.pipeline import read_blob
+from batchrunner.seal import read_problems
+
+_CHOICES_MAX = 100_000
+
+
+class RetryRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of a retry, which may be empty: every line without a result of its own runs again.
+
+    `codes` are those of the error file, or HTTP statuses such as `429`. What is not given is as in the first batch.
+    """
+
+    codes: Annotated[list[str], Meta(min_length=1, max_length=_CHOICES_MAX)] | None = None
+    custom_ids: Annotated[list[str], Meta(min_length=1, max_length=_CHOICES_MAX)] | None = None
+    completion_window: str | None = None
+    priority: Priority | None = None
+    metadata: Metadata | None = None
+    webhook_url: str | None = None
+
+
+async def read_retry(call: Call) -> RetryRequest:
+    """Read and check the body. Raises: Refusal."""
+    wanted = await call.json(RetryRequest) if (await call.body()).strip() else RetryRequest()
+    if wanted.completion_window is not None:
+        window_s(wanted.completion_window, is_strict=call.is_strict)
+    if wanted.priority is not None:
+        check_priority(call, wanted.priority)
+    check_webhook_url(call.parts, wanted.webhook_url)
+    return wanted
+
+
+def retry(call: Call, parent: Batch, wanted: RetryRequest) -> Batch:
+    """Make the linked batch. Blocks, for as long as it takes to read the input.
+
+    Raises:
+        Refusal: the batch is not over, nothing of it can run again, or a line is under way in another retry.
+        QuotaExceeded: the key's limits are reached.
+    """
+    if parent.status not in TERMINAL or parent.status is BatchStatus.FAILED:
+        raise Refusal(f"Cannot retry a batch with status '{parent.status}'.", status=409)
+    blobs = call.parts.blobs
+    family = family_of(call.scope, parent)
+    failed = failed_ids(
+        _error_lines(call, parent),
+        codes=frozenset(wanted.codes) if wanted.codes is not None else None,
+        custom_ids=frozenset(wanted.custom_ids) if wanted.custom_ids is not None else None,
+    )
+    failed -= healed_ids(blobs, call.scope, family)
+    new = _new_batch(call, parent, wanted)
+    assert new.chosen_blob is not None
+    if not failed or not _write(call, parent, new.chosen_blob, failed):
+        raise Refusal("No line of this batch has failed in such a way and can be retried.", code="nothing_to_retry")
+    try:
+        _check_apart(call, family, new.chosen_blob)
+        return _created(call, new)
+    except BaseException:
+        blobs.delete(new.chosen_blob)
+        raise
+
+
+def _created(call: Call, new: NewBatch) -> Batch:
+    try:
+        limits = call.key.limits if call.key is not None else NO_LIMITS
+        batch = call.scope.create_batch(new, replay=call.replay, limits=limits)
+    except NotFound:
+        raise _gone(f"The input of batch {new.parent_id} was deleted") from None
+    if batch.id != new.id and new.chosen_blob is not None:
+        # An earlier request with the same Idempotency-Key made it.
+        call.parts.blobs.delete(new.chosen_blob)
+    return batch
+
+
+def _write(call: Call, parent: Batch, name: str, failed: set[str]) -> int:
+    blobs = call.parts.blobs
+    refused = {problem.line_number for problem in read_problems(blobs, parent.problems_blob)}
+    line_bytes_max = call.parts.settings.line_bytes_max
+    among = chosen_numbers(blobs, parent.chosen_blob) if parent.chosen_blob is not None else None
+    source = read_blob(blobs, parent.source)
+    try:
+        return write_chosen(blobs, name, source, failed, refused=refused, line_bytes_max=line_bytes_max, among=among)
+    except NotFound:
+        raise _gone(f"The input of batch {parent.id} was deleted") from None
+
+
+def _error_lines(call: Call, parent: Batch) -> Iterator[bytes]:
+    if parent.error_file_id is None:
+        return
+    try:
+        file = call.scope.file(FileId(parent.error_file_id))
+        yield from lines_of(read_blob(call.parts.blobs, file.blob))
+    except NotFound:
+        raise _gone(f"The error file {parent.error_file_id} was deleted") from None
+
+
+def _gone(what: str) -> Refusal:
+    return Refusal(f"{what}, so that its lines cannot be run again.", status=410, code="input_gone")
+
+
+def _check_apart(call: Call, family: list[Batch], name: str) -> None:
+    """Raises: Refusal when a chosen line is under way in another retry of the family."""
+    blobs = call.parts.blobs
+    busy = [each for each in family if each.status not in TERMINAL and each.chosen_blob is not None]
+    chosen = chosen_numbers(blobs, name) if busy else ()
+    for each in busy:
+        assert each.chosen_blob is not None
+        under_way = chosen_numbers(blobs, each.chosen_blob)
+        for number in chosen:
+            if number in under_way:
+                message = f"Line {number} is being retried by batch {each.id} already; wait for its end, or cancel it."
+                raise Refusal(message, status=409, code="already_retrying")
+
+
+def _new_batch(call: Call, parent: Batch, wanted: RetryRequest) -> NewBatch:
+    """Take from the parent what the request does not name."""
+    batch_id = BatchId(f"batch_{call.parts.rng.token_hex(16)}")
+    window = wanted.completion_window or parent.completion_window or "24h"
+    deadline_s = window_s(window, is_strict=False)
+    inherited = NewBatch(**{each.name: getattr(parent, each.name) for each in fields(NewBatch)})
+    return replace(
+        inherited,
+        id=batch_id,
+        parent_id=parent.id,
+        chosen_blob=f"chosen/{batch_id}",
+        completion_window=window,
+        deadline_at=call.parts.clock.now() + timedelta(seconds=deadline_s),
+        priority=wanted.priority if wanted.priority is not None else parent.priority,
+        metadata=dict(wanted.metadata) if wanted.metadata is not None else parent.metadata,
+        webhook_url=wanted.webhook_url if wanted.webhook_url is not None else parent.webhook_url,
+    )
