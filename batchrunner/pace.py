@@ -203,6 +203,7 @@ class Window:
     _is_base_sure: bool = field(init=False, default=False)
     # The largest size that is known to cost throughput, 0 when unknown; and the smallest that was refused.
     _floor: int = field(init=False, default=0)
+    _floor_latency_s: float = field(init=False, default=0.0)
     _floor_at_s: float = field(init=False, default=0.0)
     _floor_age_s: float = field(init=False, default=FLOOR_AGE_S)
     _ceiling: float = field(init=False, default=math.inf)
@@ -347,6 +348,7 @@ class Window:
             return
         if loss > max(LOSS_TOLERATED, 1.0 * level.doubt_against(known)):
             self._floor = level.size
+            self._floor_latency_s = level.latency_s
             self._floor_at_s = at_s
             if loss > max(0.6 * steps, SURPRISING * level.doubt_against(known)):
                 # Throughput fell with the window, so no request was waiting: this is what one costs alone.
@@ -354,6 +356,9 @@ class Window:
                 self._is_base_sure = True
             self._retreat(at_s)
             return
+        if self._floor > 0 and level.latency_s <= 1.1 * self._floor_latency_s:
+            # Nobody waits longer than in a window that is too small.
+            self._is_base_sure = True
         self._floor_age_s = FLOOR_AGE_S
         self._known = level
         self._base_latency_s = min(self._base_latency_s, level.latency_s)
