@@ -1,5 +1,5 @@
-"""The blocks of README and docs/ that are made from code. `python -m tests.generated` rewrites them; a test holds them
-to it.
+"""What is made from code: the OpenAPI document, and blocks of README and docs/. `python -m tests.generated` rewrites
+them; a test holds them to the code.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import click
+import orjson
 
 from batchrunner import cli, errors, lifecycle, metrics, settings
+from batchrunner.api.openapi import document
+from batchrunner.api.routes import ROUTES
 from batchrunner.cli.exits import MEANINGS, exit_code_of
 
 ROOT = Path(__file__).parents[1]
+OPENAPI = ROOT / "schemas" / "openapi.json"
 REFERENCE = "docs/reference.md"
 UNITS = ((settings.GIB, "GiB"), (settings.MIB, "MiB"), (settings.KIB, "KiB"))
 
@@ -162,7 +166,15 @@ def found(page: str, name: str) -> re.Match[str]:
     return match
 
 
+def openapi() -> bytes:
+    """Write the OpenAPI document as it stands in schemas/."""
+    return orjson.dumps(document(ROUTES), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
 def main() -> None:
+    if OPENAPI.read_bytes() != openapi():
+        OPENAPI.write_bytes(openapi())
+        print(f"{OPENAPI.name} rewritten")
     for (page, name), make in BLOCKS.items():
         match, path = found(page, name), ROOT / page
         text = match.string[: match.start()] + make() + match.string[match.end() :]

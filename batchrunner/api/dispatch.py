@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import unquote_to_bytes
 
 from aiohttp import web
@@ -141,7 +141,8 @@ class Dispatcher:
             tenant=caller.tenant,
             key=caller.key,
         )
-        return await answer_once(call)
+        answer = await answer_once(call)
+        return answer if request.method == "HEAD" else await _begun(answer)
 
     async def _admit(self, turn: _Turn, route: Route) -> Caller:
         """Find out who calls, and whether they may. Raises: Refusal."""
@@ -278,6 +279,26 @@ async def _until(closing: asyncio.Event, chunks: AsyncIterator[bytes]) -> AsyncI
         if not coming.done():
             coming.cancel()
             await asyncio.wait({coming})
+
+
+async def _begun(answer: Answer) -> Answer:
+    """Have the first piece before the head goes out, so that what cannot be read at all is an error and no broken
+    answer. A stream without a known end may be silent at first, and is left alone.
+    """
+    if answer.chunks is None or not answer.size_bytes:
+        return answer
+    first = await anext(answer.chunks)
+    return replace(answer, chunks=_with_first(first, answer))
+
+
+async def _with_first(first: bytes, answer: Answer) -> AsyncIterator[bytes]:
+    assert answer.chunks is not None
+    try:
+        yield first
+        async for chunk in answer.chunks:
+            yield chunk
+    finally:
+        await _close(answer)
 
 
 async def _close(answer: Answer) -> None:

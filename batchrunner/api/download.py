@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from batchrunner.api.envelope import Refusal
 from batchrunner.api.http import Answer, Call
-from batchrunner.errors import BlobsUnavailable
+from batchrunner.errors import BlobsUnavailable, NotFound
 
 _PIECE_BYTES = 512 * 1024
 _RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")
@@ -55,7 +55,11 @@ def content_disposition(filename: str) -> str:
 async def _pieces(call: Call, blob: str, start: int, end: int) -> AsyncIterator[bytes]:
     with call.parts.reading.hold(blob):
         while start < end:
-            piece = await call.blocking(call.parts.blobs.read, blob, start, min(start + _PIECE_BYTES, end))
+            try:
+                piece = await call.blocking(call.parts.blobs.read, blob, start, min(start + _PIECE_BYTES, end))
+            except NotFound as error:
+                # The file is known, so it is the bytes that are missing: that is no fault of the caller.
+                raise BlobsUnavailable(f"{blob} is not there") from error
             if not piece:
                 raise BlobsUnavailable(f"{blob} ends at byte {start}, {end} were announced")
             yield piece

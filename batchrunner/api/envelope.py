@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import orjson
+import msgspec
 
 from batchrunner.errors import BatchrunnerError, CallerError, IdempotencyRunning, PeerError
 
@@ -18,7 +18,23 @@ RETRY_AFTER_MAX_S = 60
 UNAVAILABLE_RETRY_S = 5.0
 # The SDKs send these again unless they are told that nothing will change.
 _RETRIED_BY_SDKS = frozenset({408, 409, 429})
+_encode = msgspec.json.Encoder().encode
 _SERVER_FAULT = "The server had an error while processing your request. Sorry about that!"
+
+
+class ErrorMembers(msgspec.Struct, frozen=True):
+    """What an error says; all four keys are always there."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorEnvelope(msgspec.Struct, frozen=True):
+    """The body of every answer that is an error. Source: the OpenAI API."""
+
+    error: ErrorMembers
 
 
 class Refusal(Exception):
@@ -49,8 +65,7 @@ class Refusal(Exception):
 
     def body(self) -> bytes:
         """Give the JSON of the answer."""
-        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
-        return orjson.dumps({"error": error})
+        return _encode(ErrorEnvelope(ErrorMembers(self.message, self.kind, self.param, self.code)))
 
     def headers(self) -> dict[str, str]:
         """Give what tells an SDK whether and when to try again, and the refusal's own headers."""

@@ -14,6 +14,8 @@ from batchrunner.models import File
 # Source: the purposes of the OpenAI API, in the order in which it lists them in its refusal.
 PURPOSES = ("fine-tune", "assistants", "batch", "user_data", "vision", "evals")
 BATCH = "batch"
+# Checked by `check_purpose`, whose words differ from those for other fields.
+Purpose = Annotated[str, Meta(extra_json_schema={"enum": list(PURPOSES)})]
 _EXPIRES_S_MIN = 3600
 _EXPIRES_S_MAX = 2_592_000
 

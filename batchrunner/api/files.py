@@ -18,6 +18,7 @@ from batchrunner.api.file_object import (
     FileDeleted,
     FileList,
     FileObject,
+    Purpose,
     check_purpose,
     file_object,
     file_too_large,
@@ -25,9 +26,9 @@ from batchrunner.api.file_object import (
 )
 from batchrunner.api.http import JSON, Answer, ApiParts, Call, Route, json_answer
 from batchrunner.api.idempotency import fields_fingerprint, settle_streamed
-from batchrunner.api.multipart import Form, receive
+from batchrunner.api.multipart import MULTIPART, Form, receive
 from batchrunner.api.typed import read_parameters
-from batchrunner.errors import NotFound, StoreUnavailable
+from batchrunner.errors import BlobsUnavailable, NotFound, StoreUnavailable
 from batchrunner.holdings import KeyScope
 from batchrunner.intake import Intake, Taken, examine
 from batchrunner.models import File, FileId
@@ -43,7 +44,7 @@ _NOT_DOWNLOADABLE = frozenset({"assistants", "vision", "user_data"})
 class FileForm(msgspec.Struct, frozen=True):
     """The text fields of an upload."""
 
-    purpose: str
+    purpose: Purpose
     expires_after: ExpiresAfter | None = None
 
 
@@ -154,7 +155,7 @@ async def create_file(call: Call) -> Answer:
         sinks.append(BlobSink(parts, f"files/{parts.rng.token_hex(16)}", size_bytes_max=size_bytes_max))
         return sinks[0]
 
-    form = Form(call.request.headers.get("Content-Type", ""), file_field="file", open_sink=open_sink)
+    form = Form(call.request.headers.get("Content-Type", ""), file_field=call.route.file_field, open_sink=open_sink)
     try:
         await receive(call, form, size_bytes_max=size_bytes_max)
         wanted = _read_form(form)
@@ -279,7 +280,10 @@ async def validate_file(call: Call) -> Answer:
     name = file.validation_blob
     if name is None:
         name = await _validated(call)
-    size_bytes = await call.blocking(call.parts.blobs.size_bytes, name)
+    try:
+        size_bytes = await call.blocking(call.parts.blobs.size_bytes, name)
+    except NotFound as error:
+        raise BlobsUnavailable(f"{name} is not there") from error
     return blob_answer(call, name, size_bytes=size_bytes, etag=f'"{file.sha256}-validation"', content_type=JSON)
 
 
@@ -310,7 +314,7 @@ ROUTES = (
         summary="Upload a file",
         scope=KeyScope.WRITE,
         request=FileForm,
-        request_media="multipart/form-data",
+        request_media=MULTIPART,
         answer=FileObject,
         present=present_file,
         is_streamed_in=True,

@@ -12,6 +12,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from batchrunner.api.envelope import Refusal
 from batchrunner.api.http import Call
 
+MULTIPART = "multipart/form-data"
 FIELD_BYTES_MAX = 64 * 1024
 PARTS_MAX = 64
 HEADERS_MAX = 8
@@ -50,7 +51,7 @@ class Form:
         """Begin. Raises: Refusal when the body is no multipart form."""
         kind, options = parse_options_header(content_type)
         boundary = options.get(b"boundary", b"")
-        if kind != b"multipart/form-data" or not boundary:
+        if kind != MULTIPART.encode() or not boundary:
             raise Refusal("Invalid content type: expected multipart/form-data with a boundary.", status=415)
         self.fields: dict[str, str] = {}
         self.filename: str | None = None

@@ -13,6 +13,7 @@ from msgspec import Meta
 from batchrunner.api.envelope import Refusal, no_such_upload
 from batchrunner.api.file_object import (
     ExpiresAfter,
+    Purpose,
     UploadObject,
     UploadPartObject,
     check_purpose,
@@ -21,7 +22,7 @@ from batchrunner.api.file_object import (
 from batchrunner.api.files import BlobSink, new_file
 from batchrunner.api.http import Answer, Call, Route, json_answer
 from batchrunner.api.idempotency import fields_fingerprint, settle_streamed
-from batchrunner.api.multipart import Form, receive
+from batchrunner.api.multipart import MULTIPART, Form, receive
 from batchrunner.errors import NotFound, TransitionRefused
 from batchrunner.holdings import KeyScope, PartId, Upload, UploadId, UploadPart, UploadStatus
 from batchrunner.models import File
@@ -37,7 +38,7 @@ class NewUpload(msgspec.Struct, frozen=True):
     bytes: Annotated[int, Meta(ge=1)]
     filename: Annotated[str, Meta(min_length=1, max_length=_FILENAME_CHARS_MAX)]
     mime_type: Annotated[str, Meta(max_length=256)]
-    purpose: str
+    purpose: Purpose
     expires_after: ExpiresAfter | None = None
 
 
@@ -93,7 +94,7 @@ async def add_part(call: Call) -> Answer:
         sinks.append(BlobSink(parts, f"parts/{parts.rng.token_hex(16)}", size_bytes_max=size_bytes_max))
         return sinks[0]
 
-    form = Form(call.request.headers.get("Content-Type", ""), file_field="data", open_sink=open_sink)
+    form = Form(call.request.headers.get("Content-Type", ""), file_field=call.route.file_field, open_sink=open_sink)
     try:
         await receive(call, form, size_bytes_max=size_bytes_max)
         if not sinks:
@@ -266,7 +267,8 @@ ROUTES = (
         summary="Send one part",
         scope=KeyScope.WRITE,
         request=UploadPartForm,
-        request_media="multipart/form-data",
+        request_media=MULTIPART,
+        file_field="data",
         answer=UploadPartObject,
         present=present_part,
         is_streamed_in=True,

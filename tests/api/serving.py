@@ -48,6 +48,7 @@ class Served:
     """A server that runs, and a client of it."""
 
     port: int
+    folder: Path
     parts: ApiParts
     session: aiohttp.ClientSession
     secret: str | None = None
@@ -172,7 +173,7 @@ async def serving(
         await site.start()
         port = runner.addresses[0][1]
         async with aiohttp.ClientSession() as session:
-            yield Served(port=port, parts=parts, session=session, clock=clock)
+            yield Served(port=port, folder=folder, parts=parts, session=session, clock=clock)
     finally:
         await runner.cleanup()
         executor.shutdown()

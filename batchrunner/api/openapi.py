@@ -1,0 +1,137 @@
+"""The OpenAPI document of the API, made from the route table and the structs that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from batchrunner import __version__
+from batchrunner.api.envelope import ErrorEnvelope
+from batchrunner.api.http import JSON, Route
+from batchrunner.api.multipart import MULTIPART
+
+_REFERENCE = "#/components/schemas/{name}"
+_ERROR = {"$ref": _REFERENCE.format(name=ErrorEnvelope.__name__)}
+
+Schema = dict[str, Any]
+
+
+def document(routes: Sequence[Route]) -> Schema:
+    """Describe a route table as OpenAPI 3.1. The same table gives the same document."""
+    kinds = [ErrorEnvelope, *_body_kinds(routes)]
+    _, components = msgspec.json.schema_components(list(dict.fromkeys(kinds)), ref_template=_REFERENCE)
+    paths: dict[str, Schema] = {}
+    for route in sorted(routes, key=lambda each: (each.path, each.method)):
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "batchrunner",
+            "version": __version__,
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+            "description": "An OpenAI Batch API. What is under /v1 is under /openai/v1 too, without the extensions.",
+        },
+        "servers": [{"url": "/"}],
+        "paths": paths,
+        "components": {
+            "schemas": dict(sorted(components.items())),
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "api-key"},
+            },
+        },
+    }
+
+
+def fields_of(kind: type[msgspec.Struct]) -> Iterator[tuple[str, Schema, bool]]:
+    """Give each field of a struct by its name on the wire, with its schema and whether it must be there."""
+    (_,), components = msgspec.json.schema_components([kind], ref_template=_REFERENCE)
+    schema = components[kind.__name__]
+    for name, each in schema["properties"].items():
+        yield name, each, name in schema.get("required", ())
+
+
+def form_fields(route: Route) -> Iterator[tuple[str, Schema, bool]]:
+    """Give the fields of a multipart form: what is nested is written `outer[inner]`, as the SDKs do."""
+    assert route.request is not None
+    yield route.file_field, {"type": "string", "format": "binary"}, True
+    for member in msgspec.structs.fields(route.request):
+        nested = _nested(member.type)
+        if nested is None:
+            yield from (each for each in fields_of(route.request) if each[0] == member.encode_name)
+            continue
+        for name, schema, _ in fields_of(nested):
+            yield f"{member.encode_name}[{name}]", schema, False
+
+
+def _nested(kind: object) -> type[msgspec.Struct] | None:
+    for each in getattr(kind, "__args__", (kind,)):
+        if isinstance(each, type) and issubclass(each, msgspec.Struct):
+            return each
+    return None
+
+
+def _body_kinds(routes: Sequence[Route]) -> Iterator[type[msgspec.Struct]]:
+    for route in routes:
+        if route.request is not None and route.request_media == JSON:
+            yield route.request
+        if route.answer is not None:
+            yield route.answer
+
+
+def _operation(route: Route) -> Schema:
+    operation: Schema = {"operationId": route.name, "summary": route.summary}
+    if parameters := [*_path_parameters(route), *_query_parameters(route), *_header_parameters(route)]:
+        operation["parameters"] = parameters
+    if route.request is not None:
+        operation["requestBody"] = {"required": True, "content": {route.request_media: {"schema": _request(route)}}}
+    operation["responses"] = _responses(route)
+    # An open server, which listens on a loopback address only, takes requests without a key.
+    operation["security"] = [{"bearer": []}, {"header": []}, {}] if route.scope is not None else []
+    return operation
+
+
+def _path_parameters(route: Route) -> Iterator[Schema]:
+    for name in route.parameters:
+        yield {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+
+
+def _query_parameters(route: Route) -> Iterator[Schema]:
+    if route.query is None:
+        return
+    for name, schema, is_required in fields_of(route.query):
+        yield {"name": name, "in": "query", "required": is_required, "schema": schema}
+
+
+def _header_parameters(route: Route) -> Iterator[Schema]:
+    if route.is_create:
+        schema = {"type": "string", "minLength": 1, "maxLength": 255}
+        yield {"name": "Idempotency-Key", "in": "header", "required": False, "schema": schema}
+
+
+def _request(route: Route) -> Schema:
+    assert route.request is not None
+    if route.request_media != MULTIPART:
+        return {"$ref": _REFERENCE.format(name=route.request.__name__)}
+    fields = list(form_fields(route))
+    return {
+        "type": "object",
+        "properties": {name: schema for name, schema, _ in fields},
+        "required": [name for name, _, is_required in fields if is_required],
+    }
+
+
+def _responses(route: Route) -> Schema:
+    schema: Mapping[str, object] = {"type": "string"}
+    if route.answer is not None:
+        schema = {"$ref": _REFERENCE.format(name=route.answer.__name__)}
+    elif route.answer_media == JSON:
+        schema = {"type": "object"}
+    error = {"content": {JSON: {"schema": _ERROR}}}
+    return {
+        "200": {"description": "Done.", "content": {route.answer_media: {"schema": schema}}},
+        "4XX": {"description": "The request is at fault; `error.message` says why.", **error},
+        "5XX": {"description": "The server is at fault or busy; the request may be sent again.", **error},
+    }

@@ -1,0 +1,138 @@
+"""Tenant by verb by object, from the route table: whatever a stranger asks for is not there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from batchrunner.api.health import opened
+from batchrunner.api.http import Route
+from batchrunner.api.routes import ROUTES
+from tests.api.serving import FORM_HEADERS, LINE, Served, form, serving
+
+OBJECT_ROUTES = [route for route in ROUTES if route.parameters]
+# What to send so that a request is refused for its object only: by path, a body that fits.
+BODIES = {
+    "/v1/uploads/{upload_id}/complete": b'{"part_ids":[]}',
+    "/v1/batches/{batch_id}/retry": b"{}",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Estate:
+    """What one tenant has, by the name that a path gives it."""
+
+    served: Served
+    owned: dict[str, str]
+    stranger: str
+
+
+@pytest.fixture
+async def estate(tmp_path: Path) -> AsyncIterator[Estate]:
+    async with serving(tmp_path, is_open=False) as served:
+        served.secret = served.add_key("acme")
+        file_id = (await served.upload()).json["id"]
+        wanted = {"bytes": len(LINE), "filename": "a", "mime_type": "m", "purpose": "batch"}
+        owned = {
+            "file_id": file_id,
+            "upload_id": (await served.call("POST", "/v1/uploads", json=wanted)).json["id"],
+        }
+        if any(route.path == "/v1/batches" for route in ROUTES):
+            order = {"input_file_id": file_id, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+            owned["batch_id"] = (await served.call("POST", "/v1/batches", json=order)).json["id"]
+        yield Estate(served, owned, served.add_key("stranger"))
+
+
+def own(estate: Estate, name: str) -> str:
+    return estate.owned[name]
+
+
+def percent_encoded(estate: Estate, name: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in estate.owned[name].encode())
+
+
+def twice_encoded(estate: Estate, name: str) -> str:
+    return percent_encoded(estate, name).replace("%", "%25")
+
+
+def upper_case(estate: Estate, name: str) -> str:
+    return estate.owned[name].upper()
+
+
+def of_another_kind(estate: Estate, name: str) -> str:
+    return next(value for kind, value in estate.owned.items() if kind != name)
+
+
+def with_an_end(estate: Estate, name: str) -> str:
+    return f"{estate.owned[name]}%00"
+
+
+async def ask(estate: Estate, route: Route, name: Callable[[Estate, str], str], secret: str | None, prefix: str) -> int:
+    path = route.path
+    for parameter in route.parameters:
+        path = path.replace(f"{{{parameter}}}", name(estate, parameter))
+    headers, body = {}, None
+    if route.path in BODIES:
+        headers, body = {"Content-Type": "application/json"}, BODIES[route.path]
+    elif route.request_media.startswith("multipart/"):
+        headers, body = dict(FORM_HEADERS), form(fields={}, name=route.file_field)
+    # A stream of events goes on for as long as its batch does.
+    method = "HEAD" if route.answer_media == "text/event-stream" else route.method
+    reply = await estate.served.call(method, prefix + path, body=body, headers=headers, secret=secret)
+    return reply.status
+
+
+@pytest.mark.parametrize("prefix", ["", "/openai"])
+@pytest.mark.parametrize("route", OBJECT_ROUTES, ids=lambda route: f"{route.method} {route.path}")
+async def test_a_stranger_finds_nothing_and_changes_nothing(estate: Estate, route: Route, prefix: str) -> None:
+    for name in (own, percent_encoded, twice_encoded, upper_case, of_another_kind, with_an_end):
+        assert await ask(estate, route, name, estate.stranger, prefix) == 404, name.__name__
+
+    assert await ask(estate, route, own, None, prefix) != 404
+
+
+@pytest.mark.parametrize("route", OBJECT_ROUTES, ids=lambda route: f"{route.method} {route.path}")
+async def test_the_owner_too_needs_the_very_id(estate: Estate, route: Route) -> None:
+    for name in (twice_encoded, upper_case, of_another_kind, with_an_end):
+        assert await ask(estate, route, name, None, "") == 404, name.__name__
+
+
+@pytest.mark.parametrize(
+    "route",
+    [each for each in ROUTES if each.method == "GET" and not each.parameters and each.scope],
+    ids=lambda route: route.path,
+)
+async def test_a_stranger_lists_nothing_of_others(estate: Estate, route: Route) -> None:
+    reply = await estate.served.call("GET", route.path, secret=estate.stranger)
+
+    assert reply.status == 200
+    for owned in estate.owned.values():
+        assert owned.encode() not in reply.body
+
+
+@pytest.mark.parametrize("route", opened(ROUTES), ids=lambda route: f"{route.method} {route.path}")
+async def test_every_route_but_the_open_ones_wants_a_key(estate: Estate, route: Route) -> None:
+    path = route.path.replace("{", "").replace("}", "")
+
+    reply = await estate.served.call(route.method, path, headers={"Authorization": "Bearer wrong-secret-for-all"})
+
+    assert (reply.status == 401) is (route.scope is not None)
+
+
+async def test_a_cursor_of_another_tenant_is_unknown(estate: Estate) -> None:
+    reply = await estate.served.call("GET", f"/v1/files?after={estate.owned['file_id']}", secret=estate.stranger)
+
+    assert reply.status == 404
+
+
+async def test_idempotency_keys_of_two_tenants_do_not_meet(estate: Estate) -> None:
+    wanted = {"bytes": 5, "filename": "a", "mime_type": "m", "purpose": "batch"}
+    key = {"Idempotency-Key": "k"}
+
+    mine = await estate.served.call("POST", "/v1/uploads", json=wanted, headers=key)
+    theirs = await estate.served.call("POST", "/v1/uploads", json=wanted, headers=key, secret=estate.stranger)
+
+    assert mine.json["id"] != theirs.json["id"]
