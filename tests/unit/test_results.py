@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from typing import Any
 
 import orjson
@@ -244,3 +245,16 @@ def test_json_keeps_its_meaning_on_one_line(value: object, indent: int | None) -
 
     assert b"\n" not in spliced
     assert json.loads(spliced) == value
+
+
+def test_line_of_a_large_answer_takes_no_second_copy_of_it() -> None:
+    body = b'{"choices":[],"pad":"%b"}' % (b"x" * 4_000_000)
+    results = ResultLines(BatchId("batch_1"))
+    tracemalloc.start()
+    try:
+        made = results.answered(1, "a", 200, "req-1", body)
+        _, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert len(made) < most_bytes < 1.1 * len(made)
