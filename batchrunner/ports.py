@@ -403,8 +403,9 @@ class Store(KeyRing, Upkeep, Protocol):
         """Guarded. Show why the task's batch does not move on, None when it does again."""
 
     def sweep(self) -> Swept:
-        """Idempotent repair: deadlines that passed, in_progress without open shards, finalizing or cancelling without a
-        seal task, leases of another boot. Every process may call it at any time.
+        """Idempotent repair: deadlines that passed, batches that are still blocked 24 h after theirs (gave_up),
+        in_progress without open shards, finalizing or cancelling without a seal task, leases of another boot. Every
+        process may call it at any time.
         """
 
     def close(self) -> None:

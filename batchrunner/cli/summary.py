@@ -8,7 +8,7 @@ import orjson
 
 from batchrunner.cli.console import count_text, counted, duration_text, say
 from batchrunner.cli.exits import ExitCode
-from batchrunner.errors import BatchrunnerError
+from batchrunner.errors import BatchrunnerError, OwnError
 from batchrunner.lifecycle import TERMINAL, BatchStatus
 from batchrunner.models import NO_USAGE, Batch, Usage
 from batchrunner.supervisor import Live
@@ -85,12 +85,18 @@ def print_json(summary: Summary) -> None:
 def exit_code_for(batch: Batch) -> ExitCode:
     """The exit code that a finished batch stands for."""
     if batch.status is BatchStatus.FAILED:
-        return ExitCode.INPUT_INVALID if batch.problem_count else ExitCode.TROUBLE
+        return ExitCode.INPUT_INVALID if _is_input_invalid(batch) else ExitCode.TROUBLE
     if batch.status is BatchStatus.EXPIRED:
         return ExitCode.DEADLINE
     if batch.failed_count or batch.cancelled_count:
         return ExitCode.SOME_FAILED
     return ExitCode.OK
+
+
+def _is_input_invalid(batch: Batch) -> bool:
+    """Whether the input failed the batch, and not we who gave it up."""
+    is_given_up = any(problem.code == OwnError.code for problem in batch.problems)
+    return batch.status is BatchStatus.FAILED and batch.problem_count > 0 and not is_given_up
 
 
 def counts_of(batch: Batch) -> dict[str, int]:
@@ -127,7 +133,7 @@ def report(summary: Summary, *, batch: Batch | None, reason: str, is_json: bool)
         print_json(summary)
         return
     counts, usage = summary.counts, summary.usage
-    if batch is not None and batch.problem_count and batch.status is BatchStatus.FAILED:
+    if batch is not None and _is_input_invalid(batch):
         _say_problems(batch)
         say(f"input invalid: {counted(batch.problem_count, 'problem')}, nothing was sent")
         say(f"  next: {summary.next_command}")

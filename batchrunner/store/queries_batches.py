@@ -9,10 +9,10 @@ from dataclasses import fields
 import msgspec
 from sqlalchemy import Connection, RowMapping, bindparam, exists, func, insert, literal, or_, select, update
 
-from batchrunner.errors import NameTaken, NotFound, QuotaExceeded, TransitionRefused
+from batchrunner.errors import NameTaken, NotFound, OwnError, QuotaExceeded, TransitionRefused
 from batchrunner.holdings import KeyLimits, OpenCounts, Replay
 from batchrunner.lifecycle import ENDED_BY, SEALING, TERMINAL, BatchEvent, BatchStatus, next_status
-from batchrunner.models import BatchId, NewBatch, Order, PauseReason, TaskKind, TaskState, TenantId
+from batchrunner.models import BatchId, LineProblem, NewBatch, Order, PauseReason, TaskKind, TaskState, TenantId
 from batchrunner.store.moments import Moment
 from batchrunner.store.queries_blobs import UNFINISHED, drop_blob, need_blob
 from batchrunner.store.queries_files import file_of_tenant, require_bytes
@@ -187,6 +187,8 @@ def move(conn: Connection, batch: RowMapping, event: BatchEvent, moment: Moment)
     # What blocks a seal still blocks it when only the word changes.
     if not (seen in SEALING and target in SEALING):
         values["blocked_by"] = None
+    if event is BatchEvent.GAVE_UP:
+        values |= _given_up(batch)
     mine = {"b_id": batch["id"], "b_status": seen, "b_version": batch["version"]}
     if conn.execute(_MOVE, values | mine).rowcount != 1:
         return None
@@ -196,6 +198,14 @@ def move(conn: Connection, batch: RowMapping, event: BatchEvent, moment: Moment)
         _end_tasks(conn, batch["id"])
         _announce(conn, batch["id"], target, moment)
     return target
+
+
+def _given_up(batch: RowMapping) -> dict[str, object]:
+    """Say in the batch's problems that it was not its input that failed it; journals and blobs stay."""
+    cause = f": {batch['blocked_by']}" if batch["blocked_by"] else ""
+    message = f"The batch could not be brought to its end{cause}. Its data is kept."
+    problem = LineProblem(code=OwnError.code, message=message, param=None, line_number=None)
+    return {"problems": (*batch["problems"], problem), "problem_count": batch["problem_count"] + 1}
 
 
 def _end_tasks(conn: Connection, batch_id: BatchId) -> None:

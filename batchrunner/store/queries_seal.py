@@ -47,6 +47,8 @@ from batchrunner.store.tables import batches, claims, extents, tasks
 
 # A disk that damages results again after they were mended so often is not to be trusted with more.
 _REPAIRS_MAX = 3
+# How long a batch that does not come to its end is tried beyond its deadline.
+_GIVE_UP_AFTER = timedelta(days=1)
 _OPEN_STATES = (TaskState.QUEUED, TaskState.LEASED, TaskState.PARKED)
 
 
@@ -278,6 +280,7 @@ def sweep(conn: Connection, moment: Moment, *, expires: bool) -> Swept:
             batches.c.deadline_at <= moment.wall,
         )
         moved += _move_all(conn, late, BatchEvent.DEADLINE_PASSED, moment)
+        moved += _move_all(conn, _is_hopeless(moment), BatchEvent.GAVE_UP, moment)
     unsettled = exists().where(
         tasks.c.kind == TaskKind.SHARD, tasks.c.state.in_(_OPEN_STATES), tasks.c.batch_id == batches.c.id
     )
@@ -287,6 +290,17 @@ def sweep(conn: Connection, moment: Moment, *, expires: bool) -> Swept:
     bare = conn.execute(select(batches.c.id).where(batches.c.status.in_(SEALING), ~seal)).scalars().all()
     added = sum(add_task(conn, batch_id, TaskKind.SEAL) for batch_id in bare)
     return Swept(leases_ended=ended, moved=tuple(moved), seals_added=added)
+
+
+def _is_hopeless(moment: Moment) -> ColumnElement[bool]:
+    """A day over its deadline, and known to be stuck: a day that nobody was there to try its seal gives up nothing."""
+    waits = exists().where(
+        tasks.c.batch_id == batches.c.id,
+        tasks.c.kind == TaskKind.SEAL,
+        tasks.c.state.in_((TaskState.QUEUED, TaskState.PARKED)),
+    )
+    is_late = batches.c.deadline_at <= moment.wall - _GIVE_UP_AFTER
+    return and_(batches.c.status.in_(SEALING), is_late, batches.c.blocked_by.is_not(None), waits)
 
 
 def _move_all(

@@ -11,7 +11,7 @@ from datetime import timedelta
 import pytest
 
 from batchrunner.errors import Fenced, NameTaken, NotFound, ReconciliationError, TransitionRefused
-from batchrunner.lifecycle import TERMINAL, BatchEvent, BatchStatus, EndedBy
+from batchrunner.lifecycle import SEALING, TERMINAL, BatchEvent, BatchStatus, EndedBy
 from batchrunner.models import (
     BatchId,
     Claim,
@@ -290,6 +290,36 @@ def test_cancel_in_each_status(world: World, status: BatchStatus) -> None:
     rest = batch.pending_count
     over = world.store.publish(seal.ref, replace(NOTHING, cancelled_count=rest))
     assert (over.status, over.pending_count, over.cancelled_count) == (BatchStatus.CANCELLED, 0, rest)
+
+
+@pytest.mark.parametrize("status", [each for each in BatchStatus if each not in TERMINAL])
+def test_operator_gives_up_a_batch_in_any_status_and_its_data_stays(world: World, status: BatchStatus) -> None:
+    if status is BatchStatus.VALIDATING:
+        world.created()
+    else:
+        world.running(shards=2)
+        done = world.claim()
+        world.store.settle(done.ref, progress(done, 0, 100, succeeded=10))
+    if status in SEALING:
+        event = BatchEvent.CANCEL_REQUESTED if status is BatchStatus.CANCELLING else BatchEvent.DEADLINE_PASSED
+        world.scope.send(BatchId("b1"), event)
+        world.store.fence(world.claim(TWO, kinds=(TaskKind.SEAL,)).ref)
+    assert world.batch().status is status
+    extents = world.extents()
+
+    assert world.scope.send(BatchId("b1"), BatchEvent.GAVE_UP)
+
+    batch = world.batch()
+    assert (batch.status, batch.failed_at) == (BatchStatus.FAILED, world.clock.wall)
+    assert [problem.code for problem in batch.problems] == ["internal_error"]
+    assert batch.problem_count == 1
+    assert (batch.output_file_id, batch.error_file_id) == (None, None)
+    assert world.extents() == extents
+    assert world.claims_nothing(kinds=ANY)
+    assert world.claims_nothing(TWO, kinds=ANY)
+    assert '"type":"batch.failed"' in world.backend.dump()
+    with pytest.raises(TransitionRefused):
+        world.scope.send(BatchId("b1"), BatchEvent.GAVE_UP)
 
 
 def test_gave_up_ends_every_task_and_fences_its_holders(world: World) -> None:
@@ -887,6 +917,21 @@ def test_give_back_of_a_whole_progress_is_remembered_until_the_next(world: World
     assert world.batch().re_executed_count == 3
 
 
+def test_only_a_whole_progress_lowers_the_intent(world: World) -> None:
+    world.running()
+    claim = world.claim()
+    world.store.register(claim.ref, Progress(intent_mark=8))
+
+    world.store.register(claim.ref, Progress(intent_mark=5))
+    kept = world.shards()[0].intent_mark
+    world.store.give_back(claim.ref, Progress(intent_mark=3))
+    still = world.shards()[0].intent_mark
+    claim = world.claim()
+    world.store.give_back(claim.ref, Progress(is_whole=True, intent_mark=3))
+
+    assert (kept, still, world.shards()[0].intent_mark) == (8, 8, 3)
+
+
 def test_failed_task_backs_off_doubling_up_to_five_minutes(world: World) -> None:
     world.running()
     waits = []
@@ -1380,6 +1425,45 @@ def test_sweep_passes_deadlines_of_batches_that_still_take_answers(world: World)
         BatchStatus.VALIDATING,
         BatchStatus.CANCELLING,
     ]
+    assert world.store.sweep().moved == ()
+
+
+def test_sweep_gives_up_what_is_still_stuck_a_day_after_its_deadline(world: World) -> None:
+    soon = world.clock.wall + timedelta(minutes=1)
+    for name in ("stuck", "full", "idle", "busy", "none"):
+        world.running(name, deadline_at=None if name == "none" else soon)
+    world.clock.advance(60)
+    world.store.sweep()
+    world.scope.send(BatchId("none"), BatchEvent.DEADLINE_PASSED)
+    seals = {claim.batch.id: claim for claim in [world.claim(TWO, kinds=(TaskKind.SEAL,)) for _ in range(5)]}
+    for name in ("stuck", "none"):
+        world.store.fail_task(seals[BatchId(name)].ref, "journal_corrupt: no", progressed=False, is_hopeless=True)
+    for name in ("full", "busy"):
+        world.store.block(seals[BatchId(name)].ref, "disk_full")
+    world.store.fail_task(seals[BatchId("full")].ref, "disk_full: no", progressed=True)
+    world.store.give_back(seals[BatchId("idle")].ref, Progress())
+    world.clock.advance(24 * 3600 - 1)
+    assert world.store.sweep().moved == ()
+    world.clock.advance(1)
+
+    swept = world.store.sweep()
+
+    assert dict(swept.moved) == {"stuck": BatchEvent.GAVE_UP, "full": BatchEvent.GAVE_UP}
+    assert [problem.message for problem in world.batch("stuck").problems] == [
+        "The batch could not be brought to its end: journal_corrupt: no. Its data is kept."
+    ]
+    assert world.batch("full").status is BatchStatus.FAILED
+    assert {world.batch(name).status for name in ("idle", "busy", "none")} == {BatchStatus.FINALIZING}
+    assert world.store.sweep().moved == ()
+
+
+def test_sweep_after_a_day_away_expires_and_does_not_give_up(world: World) -> None:
+    world.running(deadline_at=world.clock.wall + timedelta(minutes=1))
+    world.clock.advance(3 * 24 * 3600)
+
+    swept = world.store.sweep()
+
+    assert dict(swept.moved) == {"b1": BatchEvent.DEADLINE_PASSED}
     assert world.store.sweep().moved == ()
 
 
