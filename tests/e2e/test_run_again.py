@@ -218,3 +218,20 @@ async def test_run_folder_of_a_dead_run_is_not_held_by_its_workers(tmp_path: Pat
         assert killed.code == -signal.SIGKILL
         assert ended.code == 0, ended.stderr
         run.check(repeats_max=ended.summary["re_executed"])
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_stop_in_the_middle_leaves_no_line_unknown_that_may_be_sent_once(tmp_path: Path, workers: str) -> None:
+    async with bench(tmp_path, latency="20ms", faults="429:0.05", seed=7) as run:
+        run.write_input(600)
+        flags = ["--on-unknown", "fail", "--workers", workers]
+
+        for stop_at in (100, 300):
+            command = await run.start(*flags)
+            await run.reach(lambda stats, stop_at=stop_at: stats.ok >= stop_at, command)
+            command.send(signal.SIGINT)
+            assert (await command.ended()).code == 130
+        ended = await run.run("--json", *flags)
+
+        assert ended.code == 0, ended.stderr
+        assert run.check(repeats_max=0).codes == {}

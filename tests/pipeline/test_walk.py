@@ -13,6 +13,7 @@ from batchrunner.blobs.local import LocalBlobs
 from batchrunner.errors import Fenced, InputChanged
 from batchrunner.lifecycle import BatchEvent, BatchStatus
 from batchrunner.models import LineCode, OnUnknown, Progress, TaskKind
+from batchrunner.shards import ShardRun
 from tests.pipeline.hands import BATCH, LEASE_S, Hand, Place
 
 
@@ -417,3 +418,108 @@ def test_line_that_kills_its_holder_again_and_again_is_given_up(place: Place) ->
 
     assert rest == [4, 5]
     assert place.check().codes == {LineCode.POISON_REQUEST: 1}
+
+
+def stop(hand: Hand, run: ShardRun) -> None:
+    """Stop cleanly: what came is durable, the shard goes back."""
+    run.is_stopped = True
+    run.journal.flush()
+    hand.store.give_back(run.claim.ref, run.last_progress())
+
+
+def reserve(hand: Hand, run: ShardRun, line_number: int) -> None:
+    """Register an intent ahead of the lines that are sent."""
+    hand.store.register(run.claim.ref, Progress(intent_mark=line_number))
+    run.intent_mark = line_number
+    run.journal.reserve(line_number)
+    run.journal.flush()
+
+
+def codes(place: Place) -> dict[str, str]:
+    lines = [json.loads(line) for line in place.files()[1].splitlines()]
+    return {line["custom_id"]: line["error"]["code"] for line in lines}
+
+
+def test_lines_only_reserved_before_a_clean_stop_are_sent_by_the_next_holder(place: Place) -> None:
+    one, two = place.hand("one"), place.hand("two")
+    place.begin(one, lines=10, on_unknown=OnUnknown.FAIL)
+    one.validate()
+    run = one.take()
+    reserve(one, run, 9)
+    one.answer(run, 3)
+
+    stop(one, run)
+    (shard,) = place.scope(two).shards(BATCH)
+    taken = two.take()
+    rest = two.answer(taken)
+    two.settle(taken)
+    two.seal()
+
+    assert shard.intent_mark == 3
+    assert rest == [4, 5, 6, 7, 8, 9, 10]
+    assert len(place.check().succeeded) == 10
+
+
+def test_line_that_was_refused_before_a_clean_stop_is_sent_again(place: Place) -> None:
+    """Below the last line that was sent there may be one that waited for its next try, or for a token."""
+    one, two = place.hand("one"), place.hand("two")
+    place.begin(one, lines=10, on_unknown=OnUnknown.FAIL)
+    one.validate()
+    run = one.take()
+    one.answer(run, 2)
+    assert one.next_line(run) is not None
+    one.answer(run, 2)
+
+    stop(one, run)
+    taken = two.take()
+    rest = two.answer(taken)
+    two.settle(taken)
+    two.seal()
+
+    assert rest == [3, 6, 7, 8, 9, 10]
+    assert len(place.check().succeeded) == 10
+
+
+def test_line_under_way_when_a_stop_breaks_it_off_is_the_only_unknown_one(place: Place) -> None:
+    one, two = place.hand("one"), place.hand("two")
+    place.begin(one, lines=10, on_unknown=OnUnknown.FAIL)
+    one.validate()
+    run = one.take()
+    reserve(one, run, 9)
+    one.answer(run, 2)
+    under_way = one.next_line(run)
+    assert under_way is not None
+    run.in_flight_count += 1
+
+    run.break_off(under_way)
+    stop(one, run)
+    taken = two.take()
+    rest = two.answer(taken)
+    two.settle(taken)
+    two.seal()
+
+    assert rest == [4, 5, 6, 7, 8, 9, 10]
+    assert codes(place) == {"request-00003": LineCode.OUTCOME_UNKNOWN}
+    place.check()
+
+
+def test_lines_of_a_dead_holder_are_unknown_up_to_its_intent_even_after_a_clean_stop(place: Place) -> None:
+    one, two, three = place.hand("one"), place.hand("two"), place.hand("three")
+    place.begin(one, lines=10, on_unknown=OnUnknown.FAIL)
+    one.validate()
+    run = one.take()
+    one.answer(run, 3)
+    stop(one, run)
+    dying = two.take()
+    reserve(two, dying, 5)
+    assert two.next_line(dying) is not None
+
+    lose(place, two, three)
+    taken = three.take()
+    rest = three.answer(taken)
+    three.settle(taken)
+    three.seal()
+
+    assert rest == [6, 7, 8, 9, 10]
+    assert codes(place) == dict.fromkeys(("request-00004", "request-00005"), LineCode.OUTCOME_UNKNOWN)
+    place.check()

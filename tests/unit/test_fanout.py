@@ -617,6 +617,27 @@ async def test_abort_ends_what_is_under_way_without_a_record() -> None:
     assert records(run) == []
 
 
+@pytest.mark.parametrize("is_left_for_good", [False, True])
+async def test_abort_of_lines_that_may_be_sent_once_leaves_only_those_under_way_in_doubt(
+    is_left_for_good: bool,
+) -> None:
+    run = shard_of(range(1, 10), batch=batch_of(on_unknown=OnUnknown.FAIL))
+    run.intent_mark = 9
+    async with scene(always(OK, latency_s=100.0), window=4) as told:
+        told.add(run)
+        await told.clock.advance(1.0)
+        run.is_left_for_good = is_left_for_good
+        under_way = list(told.upstream.in_flight)
+        told.fanout.stop(run)
+        told.fanout.abort(run)
+        await settled()
+
+        assert run.in_flight_count == 0
+    unknown = [] if is_left_for_good else under_way
+    assert sorted(failures(run)) == sorted(unknown)
+    assert {each["error"]["code"] for each in failures(run).values()} == ({"outcome_unknown"} if unknown else set())
+
+
 async def test_places_of_aborted_exchanges_serve_other_shards() -> None:
     stuck, next_one = shard_of(range(1, 10)), shard_of(range(101, 120), batch=batch_of("batch_2"))
     async with scene(lambda line, _nth: (1e6 if line < 100 else 0.1, OK), window=4) as told:
