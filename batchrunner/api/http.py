@@ -23,6 +23,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from batchrunner.api.envelope import Refusal, body_too_large
 from batchrunner.api.typed import StructT, read_json, read_parameters
 from batchrunner.api.vitals import Vitals
+from batchrunner.api.watching import Watching
 from batchrunner.holdings import ApiKey, KeyScope, Replay
 from batchrunner.models import TenantId
 from batchrunner.ports import Blobs, Clock, Rng, Store, TenantScope
@@ -66,7 +67,7 @@ class ApiParts:
     """What the API is made of. `executor` runs whatever blocks; `is_open` means no keys, which is for loopback only.
 
     `reading` names the blobs that must not be deleted now, `heavy` lets one long job at a time into the executor,
-    `vitals` tell how the server does and whether it is about to end.
+    `vitals` tell how the server does and whether it is about to end, `watching` holds the batches that are followed.
     """
 
     store: Store
@@ -79,6 +80,7 @@ class ApiParts:
     reading: Reading = field(default_factory=Reading)
     heavy: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     vitals: Vitals = field(default_factory=Vitals)
+    watching: Watching = field(default_factory=Watching)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +115,7 @@ class Handler(Protocol):
 
     __name__: str
 
-    def __call__(self, call: Call) -> Awaitable[Answer]:
+    def __call__(self, call: Call, /) -> Awaitable[Answer]:
         """Answer one call. Raises: Refusal, or any error of the tree."""
 
 

@@ -6,12 +6,21 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from batchrunner.api import files, uploads
+from batchrunner.api import batches, events, files, health, results, uploads
 from batchrunner.api.dispatch import Dispatcher
 from batchrunner.api.http import ApiParts, Route
+from batchrunner.api.reference import reference_routes
 from batchrunner.settings import MIB
 
-ROUTES: tuple[Route, ...] = (*files.ROUTES, *uploads.ROUTES)
+_TABLE: tuple[Route, ...] = (
+    *files.ROUTES,
+    *uploads.ROUTES,
+    *batches.ROUTES,
+    *results.ROUTES,
+    *events.ROUTES,
+    *health.ROUTES,
+)
+ROUTES: tuple[Route, ...] = (*_TABLE, *reference_routes(_TABLE))
 
 # Room for a body to come in while the last piece of it is hashed and written.
 _READ_BUFFER_BYTES = MIB
@@ -20,7 +29,14 @@ _READ_BUFFER_BYTES = MIB
 def build_app(parts: ApiParts, routes: Sequence[Route] = ROUTES) -> web.Application:
     """Make the application; whoever serves it runs it with `make_runner`."""
     app = web.Application()
-    app.router.add_route("*", "/{path:.*}", Dispatcher(parts, routes).handle)
+    table = health.opened(routes) if parts.vitals.is_local else routes
+    app.router.add_route("*", r"/{path:[\s\S]*}", Dispatcher(parts, table).handle)
+
+    async def stop_following(_app: web.Application) -> None:
+        # Whoever follows a batch would keep the server waiting for as long as the batch takes.
+        parts.watching.stop()
+
+    app.on_shutdown.append(stop_following)
     return app
 
 

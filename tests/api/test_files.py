@@ -177,7 +177,7 @@ async def test_deleted_file_is_gone_for_every_verb(api: Served) -> None:
 async def test_expiry_counts_from_creation(api: Served) -> None:
     fields = {"expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
 
-    file = (await api.upload(**fields)).json
+    file = (await api.upload(LINE, **fields)).json
     endless = (await api.upload(b"x", purpose="user_data")).json
 
     assert file["expires_at"] == file["created_at"] + 3600
