@@ -1,0 +1,64 @@
+"""Every refusal about batches, byte for byte as the golden files have it; they are written like the other ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from batchrunner.store.sqlite import SqliteStore
+from tests.api.batching import chat_lines, make_batch
+from tests.api.serving import Served, serving
+from tests.api.test_golden import Stage, sent
+
+GOLDEN = Path(__file__).parent / "golden_batches"
+CASES = sorted(path.stem for path in GOLDEN.glob("*.json"))
+STATUSES = ("in_progress", "completed", "failed", "expired", "cancelled")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stage(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stage]:
+    """A server without workers, with a batch in each status that a refusal speaks of. Refusals change nothing."""
+    async with serving(tmp_path_factory.mktemp("golden"), is_open=False) as served:
+        served.secret = served.add_key("acme")
+        names = {
+            "batch_file": (await served.upload()).json["id"],
+            "user_data_file": (await served.upload(b"x", purpose="user_data")).json["id"],
+            "long": "x" * 65,
+            "longer": "x" * 513,
+            "validating": (await make_batch(served, chat_lines(["a"])))["id"],
+        }
+        for status in STATUSES:
+            names[status] = await put(served, status)
+        yield Stage(served, names)
+
+
+async def put(served: Served, status: str) -> str:
+    """Make a batch and say in the store that it is in a status."""
+    batch_id: str = (await make_batch(served, chat_lines(["a"])))["id"]
+    store = served.parts.store
+    assert isinstance(store, SqliteStore)
+    with store.writing() as conn:
+        conn.exec_driver_sql("update batches set status = ? where id = ?", (status, batch_id))
+    return batch_id
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("case", CASES)
+async def test_refusal_is_as_the_golden_file_has_it(stage: Stage, case: str) -> None:
+    golden = json.loads(stage.fill((GOLDEN / f"{case}.json").read_text(encoding="utf-8")))
+    asked: dict[str, Any] = golden["request"]
+
+    reply = await stage.served.call(asked["method"], asked["path"], **sent(stage, asked))
+
+    assert reply.status == golden["status"]
+    assert reply.json == golden["body"]
+    assert list(reply.json["error"]) == ["message", "type", "param", "code"]
+    assert reply.headers["Content-Type"] == "application/json"
+    assert reply.headers["x-request-id"].startswith("req_")
+    if reply.status == 409:
+        assert reply.headers["x-should-retry"] == "false"
