@@ -1,0 +1,311 @@
+"""The processes of a server: what a death of each costs, how all end, and what a second one is told."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+import pytest
+
+from tests.e2e.harness import Command, start
+from tests.e2e.served import Server, Site, site, until
+
+LINES = 400
+WINDOW = 16
+# What may be sent again after a death: what was in flight, and one commit group of the worker.
+REPEATS_PER_KILL = WINDOW + 256
+RECOVERY_S = 5.0
+
+pytestmark = pytest.mark.slow
+
+
+def is_moving(batch: dict[str, Any]) -> bool:
+    return bool(batch["status"] == "in_progress" and batch["request_counts"]["completed"] >= LINES // 10)
+
+
+async def until_ready(server: Server) -> None:
+    """Wait until a worker ticks."""
+
+    async def ticks() -> bool:
+        checks = (await server.ready())[1]["checks"]
+        return bool(checks["workers"].get("detail", "").startswith("1 of"))
+
+    await until(ticks)
+
+
+async def end_and_check(here: Site, server: Server, batch_id: str, *, kills: int) -> None:
+    batch = await server.ended_batch(batch_id)
+
+    assert batch["status"] == "completed", batch
+    await here.check(server, batch, repeats_max=REPEATS_PER_KILL * kills)
+
+
+async def test_first_lines_are_the_base_url_and_a_curl_line_that_works(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        server = await here.serve("--workers", "1")
+
+        base_url, curl, *rest = [line.strip() for line in server.opening]
+        assert curl == f"curl {base_url}/batches"
+        assert rest[0] == f"data: {here.data}"
+        curling = await asyncio.create_subprocess_exec(
+            *curl.split(), "-sf", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+        )
+        out, _ = await curling.communicate()
+        assert curling.returncode == 0
+        assert b'"object":"list"' in out
+        assert (await server.stop()).code == 0
+
+
+async def test_killed_api_comes_back_on_its_port_and_the_batch_goes_on(tmp_path: Path) -> None:
+    async with site(tmp_path, latency="100ms") as here:
+        server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
+        batch_id = await server.submit(here.write_input(LINES))
+        await server.batch_when(batch_id, is_moving)
+        old, worker = server.api(), server.worker()
+
+        old.kill()
+        # The parent holds the port: a request that comes meanwhile waits, it is not refused.
+        async with (
+            asyncio.timeout(RECOVERY_S),
+            aiohttp.ClientSession() as fresh,
+            fresh.get(f"{server.base_url}/batches/{batch_id}") as answer,
+        ):
+            assert answer.status == 200
+
+        assert server.api().pid != old.pid
+        assert server.worker() == worker
+        await end_and_check(here, server, batch_id, kills=0)
+        assert (await server.stop()).code == 0
+
+
+async def test_killed_worker_comes_back_and_its_lines_at_once(tmp_path: Path) -> None:
+    async with site(tmp_path, latency="100ms") as here:
+        server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
+        batch_id = await server.submit(here.write_input(LINES))
+        moved = await server.batch_when(batch_id, is_moving)
+        worker = server.worker()
+
+        worker.kill()
+        done = moved["request_counts"]["completed"]
+        async with asyncio.timeout(RECOVERY_S):
+            # Whatever was counted by then; a worker that registers more than that is a new one.
+            await server.said("worker 0 ended with code -9")
+            await server.batch_when(batch_id, lambda batch: batch["request_counts"]["completed"] > done + WINDOW)
+
+        assert server.worker().pid != worker.pid
+        await end_and_check(here, server, batch_id, kills=1)
+        assert (await server.stop()).code == 0
+
+
+async def test_killed_server_is_started_again_and_the_batch_completes(tmp_path: Path) -> None:
+    async with site(tmp_path, latency="100ms") as here:
+        server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
+        batch_id = await server.submit(here.write_input(LINES))
+        await server.batch_when(batch_id, is_moving)
+
+        await server.kill_all()
+        again = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
+
+        await end_and_check(here, again, batch_id, kills=1)
+        assert (await again.stop()).code == 0
+
+
+async def test_server_may_be_started_while_the_children_of_a_killed_one_still_end(tmp_path: Path) -> None:
+    async with site(tmp_path, latency="100ms") as here:
+        server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
+        batch_id = await server.submit(here.write_input(LINES))
+        await server.batch_when(batch_id, is_moving)
+        port = server.base_url.rpartition(":")[2].removesuffix("/v1")
+        children = server.command.workers()
+
+        server.command.send(signal.SIGKILL)
+        again = await here.serve("--workers", "1", "--concurrency", str(WINDOW), "--port", port)
+
+        gone, alive = await asyncio.to_thread(psutil.wait_procs, children, timeout=RECOVERY_S)
+        assert len(gone) == 2
+        assert alive == []
+        await end_and_check(here, again, batch_id, kills=1)
+        assert (await again.stop()).code == 0
+
+
+async def test_sigterm_lets_what_is_in_flight_end_and_nothing_is_sent_again(tmp_path: Path) -> None:
+    async with site(tmp_path, latency="500ms") as here:
+        server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
+        batch_id = await server.submit(here.write_input(LINES // 4))
+        await here.simulator.wait_until(lambda stats: stats.total >= 2 * WINDOW)
+
+        ended = await server.stop()
+
+        assert ended.code == 0, ended.stderr
+        assert "SIGTERM: waiting up to 30 s" in ended.stderr
+        assert "Traceback" not in ended.stderr
+        again = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
+        await end_and_check(here, again, batch_id, kills=0)
+        assert (await again.stop()).code == 0
+
+
+async def test_second_signal_ends_at_once(tmp_path: Path) -> None:
+    async with site(tmp_path, latency="20s") as here:
+        server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
+        await server.submit(here.write_input(LINES))
+        await here.simulator.wait_until(lambda stats: stats.total >= 1)
+
+        server.command.send(signal.SIGTERM)
+        await server.said("again to stop at once")
+        async with asyncio.timeout(RECOVERY_S):
+            ended = await server.stop(signal.SIGINT)
+
+        assert ended.code == 130, ended.stderr
+
+
+async def test_request_under_way_is_answered_before_the_end(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        server = await here.serve("--workers", "0")
+        path = here.write_input(3)
+        content = path.read_bytes()
+        closed = asyncio.Event()
+
+        async def slowly() -> Any:
+            yield content[:100]
+            server.command.send(signal.SIGTERM)
+            await server.said("SIGTERM")
+            closed.set()
+            yield content[100:]
+
+        form = aiohttp.FormData()
+        form.add_field("purpose", "batch")
+        form.add_field("file", slowly(), filename="in.jsonl", content_type="application/jsonl")
+        async with here.session.post(f"{server.base_url}/files", data=form) as answer:
+            file = await answer.json()
+
+        assert closed.is_set()
+        assert file["bytes"] == len(content)
+        assert (await server.ended()).code == 0
+
+
+async def test_second_server_on_the_folder_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        server = await here.serve("--workers", "1")
+
+        second = await (await here.launch("--workers", "1")).ended()
+
+        assert second.code == 1
+        assert f"process {server.command.pid} is running this already" in second.stderr
+        assert (await server.ready())[0] == 200
+        await server.stop()
+
+
+async def test_taken_port_is_said_and_exits_1(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+
+            ended = await (await here.launch("--port", str(port))).ended()
+
+        assert ended.code == 1
+        assert f"cannot listen on 127.0.0.1 port {port}" in ended.stderr
+        assert "--port" in ended.stderr
+
+
+async def test_server_without_workers_takes_batches_and_one_with_workers_does_them(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        server = await here.serve("--workers", "0")
+        batch_id = await server.submit(here.write_input(20))
+        assert (await server.get(f"/batches/{batch_id}"))["status"] == "validating"
+        assert (await server.ready())[0] == 200
+        assert (await server.stop()).code == 0
+
+        again = await here.serve("--workers", "2")
+        await end_and_check(here, again, batch_id, kills=0)
+        assert (await again.stop()).code == 0
+
+
+async def test_server_without_upstream_says_so_validates_and_waits(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        server = await here.serve("--workers", "1", upstream=False)
+        batch_id = await server.submit(here.write_input(20))
+
+        assert any("none is named" in line for line in server.opening)
+        batch = await server.batch_when(batch_id, lambda found: found["status"] == "in_progress")
+        assert batch["request_counts"] == {"total": 20, "completed": 0, "failed": 0}
+        assert (await server.stop()).code == 0
+
+        again = await here.serve("--workers", "1")
+        await end_and_check(here, again, batch_id, kills=0)
+        assert (await again.stop()).code == 0
+
+
+async def test_readiness_tells_that_no_worker_reports(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        server = await here.serve("--workers", "1")
+        await until_ready(server)
+        worker = server.worker()
+
+        async def is_unready() -> bool:
+            return (await server.ready())[0] != 200
+
+        worker.suspend()
+        try:
+            await until(is_unready)
+            found = await server.ready()
+        finally:
+            worker.resume()
+
+        assert found[0] == 503
+        assert found[1]["failed"] == ["workers"]
+        await server.stop()
+
+
+async def test_first_key_closes_an_open_server(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        server = await here.serve("--workers", "0")
+        assert (await server.get("/batches"))["data"] == []
+
+        created = await (await start_keys(here, "create", "--scopes", "read")).ended()
+
+        async def is_closed() -> bool:
+            return await status_of(server, "/v1/batches") == 401
+
+        await until(is_closed)
+
+        secret = created.stdout.decode().strip()
+        assert await status_of(server, "/v1/batches", secret) == 200
+        assert await status_of(server, "/healthz") == await status_of(server, "/readyz") == 200
+        assert await status_of(server, "/metrics") == 200
+        assert "there are API keys now" in await server.said("there are API keys now")
+        assert (await server.stop()).code == 0
+
+
+async def test_others_are_served_only_with_keys(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        refused = await (await here.launch("--host", "0.0.0.0", "--workers", "0")).ended()
+        assert refused.code == 2
+        assert "batchrunner keys create" in refused.stderr
+
+        created = await (await start_keys(here, "create", "--scopes", "admin,read")).ended()
+        secret = created.stdout.decode().strip()
+        server = await here.serve("--host", "0.0.0.0", "--workers", "0")
+
+        assert server.base_url.startswith("http://127.0.0.1:")
+        assert "$BATCHRUNNER_API_KEY" in server.opening[1]
+        assert await status_of(server, "/v1/batches") == await status_of(server, "/metrics") == 401
+        assert await status_of(server, "/healthz") == 200
+        assert await status_of(server, "/metrics", secret) == await status_of(server, "/v1/batches", secret) == 200
+        _, ready = await server.ready()
+        assert all("detail" not in check for check in ready["checks"].values())
+        assert (await server.stop()).code == 0
+
+
+async def start_keys(here: Site, *words: str) -> Command:
+    return await start(["keys", *words, "--data", str(here.data)], here.folder, {})
+
+
+async def status_of(server: Server, path: str, secret: str | None = None) -> int:
+    headers = {"Authorization": f"Bearer {secret}"} if secret else {}
+    async with server.session.get(server.root + path, headers=headers) as answer:
+        return answer.status
