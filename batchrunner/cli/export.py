@@ -9,7 +9,9 @@ import shlex
 import shutil
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 import orjson
@@ -24,12 +26,16 @@ from batchrunner.cli.run_folder import Fingerprint, fingerprint, sync_folder, wr
 from batchrunner.cli.summary import ErrorGroup, Outcome, Summary, counts_of, exit_code_for, usage_of
 from batchrunner.errors import BlobsUnavailable, DiskFull
 from batchrunner.lifecycle import TERMINAL
-from batchrunner.models import Batch
+from batchrunner.models import Batch, File
 from batchrunner.ports import TenantScope
 
 _SAMPLES = 3
 _TOP = 5
 _COPY_BYTES = 1 << 22
+_KERNEL_BYTES = 1 << 30
+# The kernel, the file system or the pair of file systems cannot.
+_NO_KERNEL_COPY = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM})
+_NONE: Mapping[Path, File] = {}
 
 
 def finish(request: RunRequest, prepared: Prepared, runner: Runner, scope: TenantScope, outcome: Outcome) -> Summary:
@@ -42,7 +48,7 @@ def finish(request: RunRequest, prepared: Prepared, runner: Runner, scope: Tenan
     batch = folded.batch
     code = exit_code_for(batch)
     if batch.total_count:
-        _export(request, prepared, runner, folded)
+        _export(request, prepared, runner, folded, _sealed_files(prepared, scope, folded))
         prepared.record.finished_exit_code = int(code)
     summary = _summary(request, prepared, outcome, batch, folded, code=code)
     prepared.record.summary = orjson.dumps(msgspec.to_builtins(summary)).decode()
@@ -77,7 +83,15 @@ def _export_assets(prepared: Prepared, runner: Runner) -> None:
                 _place(blobs.path(name), target)
 
 
-def _export(request: RunRequest, prepared: Prepared, runner: Runner, folded: Folded) -> None:
+def _sealed_files(prepared: Prepared, scope: TenantScope, folded: Folded) -> dict[Path, File]:
+    """The rows of files that are exported as they were sealed; a fold over retries has none."""
+    if len(prepared.record.batches) > 1:
+        return {}
+    pairs = ((folded.output, folded.batch.output_file_id), (folded.errors, folded.batch.error_file_id))
+    return {path: scope.file(file_id) for path, file_id in pairs if path is not None and file_id is not None}
+
+
+def _export(request: RunRequest, prepared: Prepared, runner: Runner, folded: Folded, sealed: dict[Path, File]) -> None:
     """Put the files at their places, OUTPUT last: whoever sees it sees the errors and the manifest too."""
     crash.point("export.before")
     _export_assets(prepared, runner)
@@ -85,28 +99,35 @@ def _export(request: RunRequest, prepared: Prepared, runner: Runner, folded: Fol
     if folded.errors is None:
         prepared.errors_path.unlink(missing_ok=True)
     else:
-        exported |= _place(folded.errors, prepared.errors_path)
+        exported |= _place(folded.errors, prepared.errors_path, sealed)
     crash.point("export.errors_placed")
-    _write_manifest(prepared, runner, folded)
+    _write_manifest(prepared, runner, folded, sealed)
     crash.point("export.manifest_written")
     if not request.is_streaming:
-        exported |= _place(folded.output, prepared.output_path)
+        exported |= _place(folded.output, prepared.output_path, sealed)
         crash.point("export.output_placed")
     prepared.record.exported = exported
 
 
-def _place(source: Path | None, target: Path) -> dict[str, Fingerprint]:
+def _place(source: Path | None, target: Path, sealed: Mapping[Path, File] = _NONE) -> dict[str, Fingerprint]:
     """Make `target` a file of its own with the bytes of `source`, empty without one: temp, fsync, rename, fsync the
     folder.
+
+    Raises:
+        DiskFull, BlobsUnavailable: it is not there, or `source` is not as long as it was sealed.
     """
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         with temporary.open("wb") as writing:
             if source is not None:
                 with source.open("rb") as reading:
-                    shutil.copyfileobj(reading, writing, _COPY_BYTES)
+                    _copy(reading, writing)
             writing.flush()
             os.fsync(writing.fileno())
+            size_bytes = os.fstat(writing.fileno()).st_size
+        if source is not None and size_bytes != (wanted := _size_bytes(source, sealed)):
+            temporary.unlink()
+            raise BlobsUnavailable(f"{source} has {size_bytes:,} bytes, {wanted:,} were sealed")
         temporary.replace(target)
         sync_folder(target.parent)
     except OSError as error:
@@ -117,7 +138,24 @@ def _place(source: Path | None, target: Path) -> dict[str, Fingerprint]:
     return {str(target.resolve()): fingerprint(target)}
 
 
-def _write_manifest(prepared: Prepared, runner: Runner, folded: Folded) -> None:
+def _size_bytes(source: Path, sealed: Mapping[Path, File]) -> int:
+    return sealed[source].size_bytes if source in sealed else source.stat().st_size
+
+
+def _copy(reading: BinaryIO, writing: BinaryIO) -> None:
+    """Copy a whole file inside the kernel, which on some file systems shares its blocks, or else through memory."""
+    copied = 0
+    try:
+        while count := os.copy_file_range(reading.fileno(), writing.fileno(), _KERNEL_BYTES):
+            copied += count
+    except (OSError, AttributeError) as error:
+        if copied or (isinstance(error, OSError) and error.errno not in _NO_KERNEL_COPY):
+            raise
+    if not copied:
+        shutil.copyfileobj(reading, writing, _COPY_BYTES)
+
+
+def _write_manifest(prepared: Prepared, runner: Runner, folded: Folded, sealed: Mapping[Path, File]) -> None:
     record, batch = prepared.record, folded.batch
     ended_at = batch.completed_at or batch.expired_at or batch.cancelled_at or batch.failed_at or batch.created_at
     manifest = {
@@ -136,20 +174,22 @@ def _write_manifest(prepared: Prepared, runner: Runner, folded: Folded) -> None:
         "usage": usage_of(batch),
         "retries": batch.retry_count,
         "re_executed": batch.re_executed_count,
-        "output": _file_entry(folded.output, prepared.output_path, batch.succeeded_count),
-        "errors": _file_entry(folded.errors, prepared.errors_path, batch.total_count - batch.succeeded_count),
+        "output": _file_entry(folded.output, prepared.output_path, batch.succeeded_count, sealed),
+        "errors": _file_entry(folded.errors, prepared.errors_path, batch.total_count - batch.succeeded_count, sealed),
     }
     write_whole(prepared.folder.path / "manifest.json", orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
 
 
-def _file_entry(source: Path | None, target: Path, lines: int) -> dict[str, object] | None:
+def _file_entry(source: Path | None, target: Path, lines: int, sealed: Mapping[Path, File]) -> dict[str, object] | None:
+    """Describe one file. What was sealed was hashed while it was written, so that its bytes are not read again."""
     if source is None:
         return None
-    digest = hashlib.sha256()
-    with source.open("rb") as stream:
-        while chunk := stream.read(_COPY_BYTES):
-            digest.update(chunk)
-    return {"path": str(target), "bytes": source.stat().st_size, "sha256": digest.hexdigest(), "lines": lines}
+    if source in sealed:
+        sha256 = sealed[source].sha256
+    else:
+        with source.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"path": str(target), "bytes": _size_bytes(source, sealed), "sha256": sha256, "lines": lines}
 
 
 # -- summary ---------------------------------------------------------------------------------------------------------
