@@ -26,20 +26,26 @@ from batchrunner.clock import SystemClock, SystemRng
 from batchrunner.errors import BatchrunnerError, NotFound, UsageError
 from batchrunner.fanout import Fanout
 from batchrunner.journal import Journal
-from batchrunner.limits import Breaker, Cooldown, FirstContact, Gate, Outage, ReadBudget, TokenBucket
+from batchrunner.limits import Cooldown, FirstContact, Gate, Outage, ReadBudget, TokenBucket
 from batchrunner.metrics import Tally
 from batchrunner.models import LOCAL_TENANT, BatchId, SessionId
 from batchrunner.pace import Window
 from batchrunner.pipeline import Pipeline
-from batchrunner.ports import Store
+from batchrunner.ports import Store, Upstream
 from batchrunner.settings import Settings
+from batchrunner.store.schema import VERSION as SCHEMA
+from batchrunner.store.schema import version_of_file as schema_of_file
 from batchrunner.store.sqlite import SqliteStore
 from batchrunner.supervisor import Live, Report, Share, Supervisor, encode_message
 from batchrunner.tuning import freeze_start_up, tune_process
 from batchrunner.upstream import AiohttpUpstream
+from batchrunner.upstream_nowhere import NowhereUpstream
 from batchrunner.worker import Worker
 
 logger = logging.getLogger(__name__)
+
+# A server whose workers die as soon as they start tries again after this time, and answers requests meanwhile.
+_WORKER_WAITS_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +74,12 @@ def open_adapters(folder: Path) -> Adapters:
         clock=clock,
         rng=rng,
     )
+
+
+def schema_versions(folder: Path) -> tuple[str | None, str]:
+    """Tell the schema of a folder's database, None without one, and this program's. Changes nothing. Blocks."""
+    path = folder / "state.db"
+    return (schema_of_file(path) if path.exists() else None), SCHEMA
 
 
 def was_anything_sent(folder: Path, batch_ids: Sequence[str]) -> bool:
@@ -162,6 +174,7 @@ async def worker_session(
     *,
     api_key: str | None,
     pacer: Callable[[Fanout], None],
+    is_server: bool = False,
 ) -> AsyncIterator[Worker]:
     """Assemble one worker session; its lock, its connections and its leases end with the block."""
     loop = asyncio.get_running_loop()
@@ -176,7 +189,11 @@ async def worker_session(
         tick_s=settings.journal_tick_s,
     )
     gate = _gate(settings)
-    upstream = _upstream(adapters, settings, api_key, gate.reading)
+    upstream: Upstream
+    if is_server and settings.base_url is None:
+        upstream = NowhereUpstream(adapters.clock)
+    else:
+        upstream = _upstream(adapters, settings, api_key, gate.reading)
     pipeline = Pipeline(
         store=adapters.store, blobs=adapters.blobs, journal=journal, clock=adapters.clock, settings=settings
     )
@@ -197,6 +214,7 @@ async def worker_session(
         reap=lambda: reap(adapters, locks),
         clock=adapters.clock,
         settings=settings,
+        is_server=is_server,
     )
     try:
         yield worker
@@ -231,7 +249,6 @@ def _gate(settings: Settings) -> Gate:
     return Gate(
         cooldown=Cooldown(),
         outage=Outage(),
-        breaker=Breaker(),
         first_contact=FirstContact(),
         requests=TokenBucket(settings.rpm) if settings.rpm else None,
         tokens=TokenBucket(settings.tpm) if settings.tpm else None,
@@ -299,15 +316,21 @@ class LocalCrew:
 
 
 def process_crew(
-    adapters: Adapters, folder: Path, settings: Settings, api_key: str | None, worker_count: int
+    adapters: Adapters,
+    folder: Path,
+    settings: Settings,
+    api_key: str | None,
+    worker_count: int,
+    *,
+    is_server: bool = False,
 ) -> Supervisor:
-    """Prepare worker processes over the same folder."""
+    """Prepare worker processes over the same folder. Those of a server wait for better times, whatever happens."""
     locks = SessionLocks(folder)
 
     async def bury() -> None:
         await asyncio.to_thread(reap, adapters, locks)
 
-    greeting = _Greeting(folder=str(folder), settings=settings, api_key=api_key)
+    greeting = _Greeting(folder=str(folder), settings=settings, api_key=api_key, is_server=is_server)
     return Supervisor(
         command=[sys.executable, "-m", "batchrunner.app"],
         greeting=msgspec.json.encode(greeting) + b"\n",
@@ -315,6 +338,7 @@ def process_crew(
         settings=settings,
         clock=adapters.clock,
         bury=bury,
+        waits_s=_WORKER_WAITS_S if is_server else None,
     )
 
 
@@ -378,6 +402,7 @@ class _Greeting(msgspec.Struct, frozen=True, kw_only=True):
     folder: str
     settings: Settings
     api_key: str | None
+    is_server: bool = False
 
 
 class _PipePacer:
@@ -412,7 +437,14 @@ async def _work(greeting: _Greeting, stdin: asyncio.StreamReader) -> None:
     adapters = open_adapters(Path(greeting.folder))
     workers: list[Worker] = []
     pacer = _PipePacer(lambda: workers[0], adapters.clock)
-    session = worker_session(adapters, Path(greeting.folder), greeting.settings, api_key=greeting.api_key, pacer=pacer)
+    session = worker_session(
+        adapters,
+        Path(greeting.folder),
+        greeting.settings,
+        api_key=greeting.api_key,
+        pacer=pacer,
+        is_server=greeting.is_server,
+    )
     async with session as worker:
         workers.append(worker)
         worker.fanout.window = 0

@@ -7,13 +7,13 @@ queue item, lock or timer per line. One tick, twenty times a second, stands for 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter
 from collections.abc import Callable
 from typing import assert_never
 
 from batchrunner.caller import Caller
 from batchrunner.journal import Journal
-from batchrunner.lanes import Lane, Waiting, Work
+from batchrunner.lanes import Lane, Lanes, Waiting, Work
 from batchrunner.limits import DEATHS_ALONE, OUTAGE_SPAN_S, Gate, estimate_tokens
 from batchrunner.memory import MemoryBudget
 from batchrunner.metrics import Tally
@@ -38,6 +38,7 @@ from batchrunner.verdict import (
 TICK_S = 0.05
 _TICKS_PER_SWEEP = 10
 _TICKS_PER_REFUSAL = 3
+_TICKS_PER_RANKING = 1200
 # Waiting retries hold their lines in memory and tell that the upstream has trouble: beyond this many times the window
 # no fresh line is sent.
 _WAITING_PER_WINDOW = 2
@@ -48,8 +49,8 @@ _UNDECIDED_WAIT_S = 1.0
 class Fanout:
     """The pool of one process. `window` is set from outside; everything else follows from the shards that are added.
 
-    `on_change` is called (on the loop) when a shard was finished, exhausted or needs an intent registered, and when the
-    pool paused itself; it must be cheap.
+    `on_change` is called (on the loop) when a shard was finished, exhausted or needs an intent registered, and when a
+    breaker has news; it must be cheap.
     """
 
     def __init__(
@@ -65,7 +66,11 @@ class Fanout:
         self.tally = Tally()
         self.window = 1
         self.stop_sends_at_s = 0.0
-        self.pause_reason: PauseReason | None = None
+        # What the breakers have found out and nobody has acted on yet: why a batch must be paused, None that it may go
+        # on. What the window's controller says keeps the window from growing.
+        self.breaker_news: dict[BatchId, PauseReason | None] = {}
+        self.bound_by: str | None = None
+        self.lanes = Lanes()
         self.gate = gate
         self.on_change: Callable[[], None] = nobody
         self._upstream = upstream
@@ -74,9 +79,7 @@ class Fanout:
         self._clock = clock
         self._rng = rng
         self._policy = RetryPolicy(max_tries=settings.max_tries, retry_after_max_s=settings.retry_after_max_s)
-        self._lanes: deque[Lane] = deque()
-        self._memory = MemoryBudget(settings.memory_bytes_max, lanes=self._lanes, journal=journal, reading=gate.reading)
-        self._lane_of: dict[BatchId, Lane] = {}
+        self.memory = MemoryBudget(settings.memory_bytes_max, lanes=self.lanes, journal=journal, reading=gate.reading)
         self._waiting = Waiting()
         self._allowed = 0
         # Places that were refused lately stay empty until the window was asked again, which takes a while over a pipe:
@@ -97,6 +100,10 @@ class Fanout:
         """Exchanges under way."""
         return len(self._in_flight)
 
+    def in_flight_by_batch(self) -> Counter[BatchId]:
+        """Exchanges under way of each batch."""
+        return Counter(work.run.batch.id for work in self._in_flight)
+
     @property
     def waiting_count(self) -> int:
         """Lines that wait for their next try."""
@@ -105,36 +112,24 @@ class Fanout:
     @property
     def untouched_count(self) -> int:
         """Lines in hand that were not handed out yet and may be."""
-        return sum(
-            run.untouched_count for lane in self._lanes for run in lane.runs if not (run.is_held or run.is_stopped)
-        )
+        return sum(lane.untouched_count for lane in self.lanes)
 
     def add(self, run: ShardRun) -> None:
         """Take a loaded shard into the rotation."""
-        lane = self._lane_of.get(run.batch.id)
-        if lane is None:
-            lane = self._lane_of[run.batch.id] = Lane(run.batch.id)
-            self._lanes.append(lane)
+        self.lanes.add(run, self._clock.now())
         run.on_need = self.on_change
-        lane.runs.append(run)
-        lane.runs.sort(key=lambda held: held.shard.first_line)
         self.wake()
 
     def stop(self, run: ShardRun) -> None:
         """Hand out nothing more of a shard and forget its waiting retries; exchanges under way go on."""
         run.is_stopped = True
-        lane = self._lane_of.get(run.batch.id)
-        if lane is not None and run in lane.runs:
-            lane.runs.remove(run)
+        self.lanes.exhaust(run)
         run.in_flight_count -= self._waiting.drop(run)
 
     def forget(self, run: ShardRun) -> None:
         """Drop a shard that is settled or given back."""
         self.stop(run)
-        lane = self._lane_of.get(run.batch.id)
-        if lane is not None and not lane.runs:
-            del self._lane_of[run.batch.id]
-            self._lanes.remove(lane)
+        self.lanes.remove(run)
 
     def abort(self, run: ShardRun) -> None:
         """End the exchanges of a shard that are under way; their lines stay without a record."""
@@ -153,14 +148,14 @@ class Fanout:
 
     def durable(self) -> None:
         """Results have become durable, and with them gone from memory."""
-        self._memory.share()
+        self.memory.share()
         self.wake()
 
     def take_sample(self) -> Sample:
         """Give what happened since the last sample, for the window's controller."""
-        return self._sampler.take(self._clock.monotonic_s(), self.effective_window, self._short_of())
+        return self._sampler.take(self._clock.monotonic_s(), self.effective_window, self.short_of())
 
-    def _short_of(self) -> Bound:
+    def short_of(self) -> Bound:
         """What keeps the window from being full, if anything does."""
         now_s = self._clock.monotonic_s()
         if self.effective_window < self.window:
@@ -186,7 +181,7 @@ class Fanout:
     @property
     def effective_window(self) -> int:
         """The window, or less where the memory budget would not hold that many answers."""
-        return self._memory.window(self.window)
+        return self.memory.window(self.window)
 
     async def run(self) -> None:
         """Work until `close`; then return when no exchange is under way."""
@@ -199,7 +194,9 @@ class Fanout:
                     self._refused_before, self._refused_places = self._refused_places, 0
                 if ticks % _TICKS_PER_SWEEP == 0:
                     self._upstream.sweep_deadlines()
-                    self._memory.fade()
+                    self.memory.fade()
+                if ticks % _TICKS_PER_RANKING == 0:
+                    self.lanes.rank(self._clock.now())
                 await self._clock.sleep(TICK_S)
             for waiter in self._parked:
                 if not waiter.done():
@@ -214,14 +211,15 @@ class Fanout:
     def _tick(self, group: asyncio.TaskGroup) -> None:
         now_s = self._clock.monotonic_s()
         self._sampler.note_in_flight(now_s, len(self._in_flight))
-        self._memory.share()
+        self.memory.share()
         if self._is_closed:
             return
         self._allowed = self.effective_window
         while self._slot_count < self._allowed:
             self._slot_count += 1
             group.create_task(self._slot())
-        self._check_breaker()
+        for lane in list(self.lanes):
+            self._check_breaker(lane)
         self.wake()
 
     async def _slot(self) -> None:
@@ -244,7 +242,7 @@ class Fanout:
         """Give what is to be sent next, None if nothing may be sent now. Due retries go before fresh lines."""
         now_s = self._clock.monotonic_s()
         gate = self.gate
-        if now_s >= self.stop_sends_at_s or self.pause_reason is not None or self._is_closed:
+        if now_s >= self.stop_sends_at_s or self._is_closed:
             return None
         if (
             now_s < gate.cooldown.until_s
@@ -324,15 +322,10 @@ class Fanout:
         return work
 
     def _fresh(self) -> Work | None:
-        lanes = self._lanes
-        for _ in range(len(lanes)):
-            work = lanes[0].next_work()
-            lanes.rotate(-1)
-            if work is not None:
-                if work.run.is_exhausted:
-                    self.on_change()
-                return work
-        return None
+        work = self.lanes.next_work()
+        if work is not None and work.run.is_exhausted:
+            self.on_change()
+        return work
 
     async def _send(self, work: Work) -> None:
         self._in_flight.add(work)
@@ -370,8 +363,8 @@ class Fanout:
     def _accept(self, work: Work, attempt: Attempt, facts: ReplyFacts) -> None:
         run, line, usage, tally = work.run, work.line, facts.usage, self.tally
         self._sampler.note_answer(attempt.elapsed_s)
-        self.gate.breaker.note(None, line.line_number)
-        self._memory.note_reply(len(attempt.body))
+        run.breaker.note(None, line.line_number)
+        self.memory.note_reply(len(attempt.body))
         payload = run.results.answered(
             line.line_number, line.custom_id, attempt.status, attempt.request_id, attempt.body
         )
@@ -432,7 +425,7 @@ class Fanout:
                 gate.cooldown.ask(now_s, asked_s, in_flight=in_flight, uniform=self._rng.uniform())
         else:
             self._sampler.note_answer(attempt.elapsed_s)
-            gate.breaker.note(suspicion(attempt), work.line.line_number)
+            work.run.breaker.note(suspicion(attempt), work.line.line_number)
 
     def _retry(self, work: Work, attempt: Attempt, verdict: RetryAfter, now_s: float) -> None:
         """Put a line back with its due time; it leaves its slot meanwhile."""
@@ -460,7 +453,7 @@ class Fanout:
 
     def _give_up(self, work: Work, attempt: Attempt, verdict: GiveUp, now_s: float, *, is_final: bool = False) -> None:
         """Journal the error line, unless the breaker still has to find out whether every line would end like this."""
-        if suspicion(attempt) is not None and self.gate.breaker.is_undecided:
+        if suspicion(attempt) is not None and work.run.breaker.is_undecided:
             self._put_back(work, now_s + _UNDECIDED_WAIT_S)
             return
         is_final = is_final or work.deaths >= DEATHS_ALONE or work.run.is_at_most_once
@@ -481,11 +474,20 @@ class Fanout:
         self.tally.failed += 1
         self._finish(work, RecordKind.FAILED, payload, NO_USAGE)
 
-    def _check_breaker(self) -> None:
-        """Stop sending when every line so far was answered that the key or the model is wrong."""
-        breaker = self.gate.breaker
-        is_all = not self._in_flight and self.untouched_count == 0
-        reason = breaker.tripped(is_nothing_left=is_all)
-        if reason is not None and self.pause_reason is None:
-            self.pause_reason = reason
+    def _check_breaker(self, lane: Lane) -> None:
+        """Stop a batch when every line so far was answered that the key or the model is wrong; a probe that was
+        answered in any other way lets it go on.
+        """
+        if lane.breaker.has_suspects:
+            is_all = lane.untouched_count == 0 and not any(work.run in lane.held for work in self._in_flight)
+            reason = lane.breaker.tripped(is_nothing_left=is_all)
+            if reason is not None:
+                self.lanes.trip(lane)
+                for run in lane.held:
+                    self.stop(run)
+                self.breaker_news[lane.batch.id] = reason
+                self.on_change()
+        elif lane.is_probing and not lane.breaker.is_undecided:
+            lane.go_on()
+            self.breaker_news[lane.batch.id] = None
             self.on_change()

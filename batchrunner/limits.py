@@ -141,10 +141,11 @@ class Cooldown:
 class Breaker:
     """Finds out whether every line would be answered that the key is refused, or that the model or route is unknown.
 
-    It trips when all answers so far gave one such reason, for 5 lines or for all there are. Any other answer ends the
-    suspicion for good: then such lines are their own failures.
+    It trips when all answers so far gave one such reason, for `suspects_min` lines or for all there are. Any other
+    answer ends the suspicion for good: then such lines are their own failures.
     """
 
+    suspects_min: int = SUSPECTS_MIN
     _reason: PauseReason | None = None
     _lines: set[int] = field(default_factory=set)
     _is_cleared: bool = False
@@ -158,8 +159,13 @@ class Breaker:
             self._lines.clear()
             return
         self._reason = reason
-        if len(self._lines) < SUSPECTS_MIN:
+        if len(self._lines) < self.suspects_min:
             self._lines.add(line)
+
+    @property
+    def has_suspects(self) -> bool:
+        """Whether it may trip."""
+        return bool(self._lines)
 
     @property
     def is_undecided(self) -> bool:
@@ -170,13 +176,7 @@ class Breaker:
         """Give the reason to stop sending. `is_nothing_left`: no other line is left to send, and none is in flight."""
         if self._is_cleared or not self._lines:
             return None
-        return self._reason if is_nothing_left or len(self._lines) >= SUSPECTS_MIN else None
-
-    def reset(self) -> None:
-        """Begin anew, as after a resume."""
-        self._reason = None
-        self._lines.clear()
-        self._is_cleared = False
+        return self._reason if is_nothing_left or len(self._lines) >= self.suspects_min else None
 
 
 @dataclass(slots=True)
@@ -424,7 +424,6 @@ class Gate:
 
     cooldown: Cooldown
     outage: Outage
-    breaker: Breaker
     first_contact: FirstContact
     requests: TokenBucket | None = None
     tokens: TokenBucket | None = None

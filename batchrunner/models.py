@@ -457,7 +457,7 @@ class Held:
     task_id: TaskId
     is_mine: bool
     status: BatchStatus
-    is_paused: bool
+    paused_reason: str | None
     hold_at: int | None
 
 

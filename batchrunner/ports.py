@@ -6,10 +6,11 @@ asynchronous.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 from typing import Protocol
 
+from batchrunner.appetite import HUNGRY, Appetite
 from batchrunner.holdings import (
     NO_LIMITS,
     KeyLimits,
@@ -281,8 +282,8 @@ class TenantScope(Protocol):
     def pause(self, batch_id: BatchId, reason: str) -> None:
         """Keep claims away from the batch; its holders give their shards back. The deadline goes on."""
 
-    def resume(self, batch_id: BatchId) -> None:
-        """Undo `pause`; also puts parked tasks of the batch back in the queue."""
+    def resume(self, batch_id: BatchId, *, only_if: Collection[str] = ()) -> None:
+        """Undo `pause`, with reasons only one of these; also puts parked tasks of the batch back in the queue."""
 
     def adjust(self, batch_id: BatchId, *, hold_at: int | None, order: Order) -> None:
         """Set what may change between tries: let only the first `hold_at` requests run, None for all; lay the output
@@ -322,16 +323,35 @@ class Store(KeyRing, Upkeep, Protocol):
         """
 
     def claim(
-        self, session: SessionId, *, lease_s: float, kinds: Sequence[TaskKind], quarantined: bool = False
+        self,
+        session: SessionId,
+        *,
+        lease_s: float,
+        kinds: Sequence[TaskKind],
+        quarantined: bool = False,
+        appetite: Appetite = HUNGRY,
     ) -> Claim | None:
         """Take one task that is due: queued, or leased with the lease run out; bump its epoch; record the claim.
 
-        Order: seal, notify and validate before shards; then priority, deadline, first line. Shards of paused batches,
-        shards beyond the hold and tasks of other statuses than theirs are left: shard in_progress, validate validating,
-        seal finalizing or cancelling and only while no shard or validate task of the batch has a live lease.
+        Order: seal, notify and validate before shards; batches that the session holds no shard of before others;
+        tenants with few shards in anybody's hands before others; then priority, one step higher for each hour since the
+        batch was made, deadline, first line. Shards of paused batches, those beyond the hold, those that the appetite
+        leaves, and tasks of other statuses than theirs are left: shard in_progress, validate validating, seal
+        finalizing or cancelling and only while no shard or validate task of the batch has a live lease.
         `quarantined` asks for quarantined shards only; otherwise they are left.
-        A claim over a live row whose lease ran out counts as a death of the former holder.
+        A claim over a live row whose lease ran out counts as a death of the former holder. The claim of a paused
+        batch's shard, which an appetite with `probe_every_s` may bring, is noted as a probe of the batch.
         """
+
+    def has_work(
+        self,
+        session: SessionId,
+        *,
+        kinds: Sequence[TaskKind],
+        quarantined: bool = False,
+        appetite: Appetite = HUNGRY,
+    ) -> bool:
+        """Tell whether `claim` would take anything now, without waiting for a writer."""
 
     def report_live(self, session: SessionId, shares: Sequence[LiveShare]) -> None:
         """Say what the session does now, in place of what it said before."""

@@ -16,6 +16,7 @@ from batchrunner.assets import Assets
 from batchrunner.errors import InputChanged, ReconciliationError
 from batchrunner.frames import Salvaged, lost_count, salvage
 from batchrunner.journal import Journal, ShardJournal, copy_salvaged
+from batchrunner.limits import Breaker
 from batchrunner.lines import LineRules, is_blank, reparse
 from batchrunner.models import (
     NO_USAGE,
@@ -78,6 +79,8 @@ class ShardRun:
         self.in_flight_count = 0
         self.is_stopped = False
         self.on_need: Callable[[], None] = nobody
+        # What is known of all lines of the batch; the fan-out puts the batch's own in.
+        self.breaker = Breaker()
         # Where its media answers go; there is none where none can come.
         self.assets: Assets | None = None
         # The keeper's own notes: when it last registered, what it still has to, and until when the shard may be left.
@@ -94,6 +97,7 @@ class ShardRun:
         self._line_number = claim.shard.first_line - 1
         self._index = claim.shard.first_index
         self._left_count = claim.shard.line_count - len(done)
+        self._begun_count = self._left_count
         self._untouched_count = self._left_count
         self._hold_at = claim.batch.hold_at
 
@@ -101,6 +105,11 @@ class ShardRun:
     def untouched_count(self) -> int:
         """Lines not handed out yet."""
         return self._untouched_count
+
+    @property
+    def done_count(self) -> int:
+        """Lines that got their record under this claim."""
+        return self._begun_count - self._left_count
 
     @property
     def is_touched(self) -> bool:
@@ -165,6 +174,11 @@ class ShardRun:
                 self._buffer = b""
             return line
 
+    def reserve_first(self) -> None:
+        """Have the mark of the first lines made durable before they are asked for."""
+        if self.intent_mark is None:
+            self.journal.reserve(self._line_number + _AHEAD_MIN)
+
     def _may_send(self, number: int) -> bool:
         if self._hold_at is not None and self._index >= self._hold_at:
             return False
@@ -223,6 +237,7 @@ class ShardRun:
         numbers = {record.line_number for record in records.records}
         self._done |= numbers
         self._left_count -= len(numbers)
+        self._begun_count -= len(numbers)
         self._untouched_count -= len(numbers)
 
     def end_open_line(self, line: RequestLine, code: LineCode, message: str) -> None:
@@ -313,12 +328,14 @@ class ShardRun:
         """Forget the lines that a split gave away."""
         self._end -= tail.byte_end - tail.byte_start
         self._left_count -= tail.line_count
+        self._begun_count -= tail.line_count
         self._untouched_count -= tail.line_count
 
     def take_back_tail(self, tail: ShardCut) -> None:
         """Undo `drop_tail`, so that the shard does not count as finished without these lines."""
         self._end += tail.byte_end - tail.byte_start
         self._left_count += tail.line_count
+        self._begun_count += tail.line_count
         self._untouched_count += tail.line_count
 
 

@@ -22,6 +22,13 @@ class NowhereUpstream:
         owner: AssetOwner | None = None,  # noqa: ARG002
     ) -> Attempt:
         """See Upstream."""
+        return self._unreachable()
+
+    async def knock(self) -> Attempt:
+        """See Upstream."""
+        return self._unreachable()
+
+    def _unreachable(self) -> Attempt:
         return Attempt(
             error=AttemptError.NOT_CONNECTED,
             message="no upstream is named: start the server with -u URL",

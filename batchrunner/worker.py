@@ -15,6 +15,8 @@ from functools import partial
 from typing import TypeVar, assert_never
 
 from batchrunner import crash
+from batchrunner.appetite import BREAKER_REASONS
+from batchrunner.claiming import Claiming
 from batchrunner.errors import (
     BatchrunnerError,
     BlobsUnavailable,
@@ -31,6 +33,7 @@ from batchrunner.models import Claim, Held, PauseReason, Progress, SessionId, Ta
 from batchrunner.pipeline import Pipeline
 from batchrunner.ports import Clock, Store
 from batchrunner.renewals import Renewals
+from batchrunner.reporting import LiveReports
 from batchrunner.settings import Settings
 from batchrunner.shards import ShardRun
 
@@ -43,15 +46,15 @@ _LEASE_MARGIN_S = 3.0
 _QUARANTINE_DEATHS = 3
 # Trying again would find the same bytes.
 _HOPELESS = (InputChanged, JournalCorrupt, ReconciliationError)
-_IDLE_CLAIM_S = 0.2
 _KEEP_S = 0.1
 
 
 class Worker:
     """One session. `run` returns after `stop`, when everything in hand has been given back.
 
-    `pacer` is called every 100 ms with what happened since
-    and sets the fan-out's window and shares.
+    `pacer` is called every 100 ms with what happened since and sets the fan-out's window and shares. Where others wait
+    for a `run` to end, a pause or an upstream that was never there ends it; a session that `is_server` waits for better
+    times by itself.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Worker:
         reap: Callable[[], int],
         clock: Clock,
         settings: Settings,
+        is_server: bool = False,
     ) -> None:
         self.session = session
         self.fanout = fanout
@@ -75,11 +79,22 @@ class Worker:
         self._store = store
         self._pipeline = pipeline
         self._pacer = pacer
-        self._reap = reap
         self._clock = clock
         self._settings = settings
         self._renewals = Renewals(store, session, settings, clock)
         self._threads = ThreadPoolExecutor(max_workers=3, thread_name_prefix="worker")
+        self._reports = LiveReports(fanout)
+        self._claiming = Claiming(
+            session=session,
+            store=store,
+            fanout=fanout,
+            reap=reap,
+            call=self._call,
+            clock=clock,
+            settings=settings,
+            is_server=is_server,
+        )
+        self._is_server = is_server
         self._runs: dict[int, ShardRun] = {}
         # Shards given away or lost whose last replies are still awaited: these belong into their journal all the same.
         self._lost: list[ShardRun] = []
@@ -89,9 +104,7 @@ class Worker:
         self._changed = asyncio.Event()
         self._is_stopping = False
         self._stop_by_s = 0.0
-        self._is_hungry = False
-        self._step_count = 0
-        self._claim_at_s = 0.0
+        self._steps: set[TaskKind] = set()
         self._watch_at_s = 0.0
         self._sweep_at_s = 0.0
 
@@ -116,7 +129,7 @@ class Worker:
     @property
     def lost_text(self) -> str | None:
         """Why the upstream counts as unreachable from the start, None while there is hope or contact."""
-        return self.fanout.lost_text
+        return None if self._is_server else self.fanout.lost_text
 
     def stop(self, *, grace_s: float | None = None) -> None:
         """Claim nothing more, let what is in flight end within the grace, give everything back."""
@@ -152,7 +165,7 @@ class Worker:
             await self._clock.sleep(_KEEP_S)
 
     async def _keep(self, group: asyncio.TaskGroup) -> None:
-        while not (self._is_stopping and not self._runs and not self._owed and self._step_count == 0):
+        while not (self._is_stopping and not self._runs and not self._owed and not self._steps):
             try:
                 await self._keep_once(group)
                 if self.trouble is not None:
@@ -184,15 +197,18 @@ class Worker:
             self._leave_all()
         if now_s >= self._watch_at_s:
             self._watch_at_s = now_s + self._settings.poll_s
-            await self._watch()
+            if self._runs:
+                await self._watch()
+            self._close_lost()
         if now_s >= self._sweep_at_s:
             self._sweep_at_s = now_s + self._settings.sweep_s
             await self._call(self._store.sweep)
         await self._pay_owed()
         for run in list(self._runs.values()):
             await self._tend(run)
-        await self._pause_if_broken()
-        while not self._is_stopping and self._wants_more() and await self._claim(group):
+        await self._follow_breakers()
+        await self._report()
+        while await self._claim(group):
             pass
 
     async def _call(self, function: Callable[..., _T], *arguments: object) -> _T:
@@ -248,7 +264,8 @@ class Worker:
             self._pipeline.journal.request_sync()
             return
         crash.point("settle.before_commit")
-        await self._call(self._store.settle, run.claim.ref, run.progress())
+        if await self._call(self._store.settle, run.claim.ref, run.progress()):
+            self._claiming.stir()
         crash.point("settle.committed")
         self._drop(run)
         self.step_done.set()
@@ -273,6 +290,7 @@ class Worker:
 
     def _drop(self, run: ShardRun) -> None:
         self.fanout.forget(run)
+        self._reports.leave(run)
         self._runs.pop(run.shard.task_id, None)
         self._lost.append(run)
         self._close_lost()
@@ -314,7 +332,6 @@ class Worker:
         """Ask how the tasks in hand stand; follow cancel, deadline, pause, hold and loss; share with the hungry."""
         watch = await self._call(self._store.watch, self.session)
         now_s = self._clock.monotonic_s()
-        self._close_lost()
         rows = {held.task_id: held for held in watch.held}
         for run in list(self._runs.values()):
             held = rows.get(run.shard.task_id)
@@ -330,10 +347,16 @@ class Worker:
         if held.status is not BatchStatus.IN_PROGRESS:
             run.is_left_for_good = True
             self._leave(run, by_s=now_s + self._settings.cancel_grace_s)
-        elif held.is_paused:
-            self._leave(run, by_s=float("inf"))
-        else:
+        elif held.paused_reason is None or self._may_probe(run, held.paused_reason):
             run.set_hold(held.hold_at)
+        else:
+            self._leave(run, by_s=float("inf"))
+
+    def _may_probe(self, run: ShardRun, paused_reason: str) -> bool:
+        """Whether the shard was claimed to find out if its batch may go on, or has just found out."""
+        lane = self.fanout.lanes.of(run.batch.id)
+        is_probing = (lane is not None and lane.is_probing) or run.batch.id in self.fanout.breaker_news
+        return is_probing and paused_reason in BREAKER_REASONS
 
     async def _share(self) -> None:
         """Cut the shard with the most untouched lines in two, so that a hungry session finds something."""
@@ -345,61 +368,45 @@ class Worker:
             except Fenced:
                 self._drop(run)
 
-    async def _pause_if_broken(self) -> None:
-        reason = self.fanout.pause_reason
-        if reason is None:
-            return
-        batches = {run.batch.id: run.batch for run in self._runs.values()}
-        for batch in batches.values():
-            await self._call(self._store.scope(batch.tenant).pause, batch.id, reason.value)
-        for run in self._runs.values():
-            self._leave(run, by_s=float("inf"))
+    async def _follow_breakers(self) -> None:
+        """Pause in the store what the fan-out has stopped, and let go on what a probe has found well again."""
+        news = self.fanout.breaker_news
+        for batch_id, reason in list(news.items()):
+            runs = [run for run in self._runs.values() if run.batch.id == batch_id]
+            if runs:
+                extra = {"action": "batch_paused" if reason else "batch_resumed", "batch_id": batch_id}
+                logger.warning("batch %s: %s", batch_id, reason or "goes on", extra=extra)
+                scope = self._store.scope(runs[0].batch.tenant)
+                resume = partial(scope.resume, batch_id, only_if=BREAKER_REASONS)
+                await self._call(partial(scope.pause, batch_id, reason.value) if reason else resume)
+            for run in runs if reason else ():
+                self._leave(run, by_s=float("inf"))
+            if news.get(batch_id) is reason:
+                del news[batch_id]
+
+    async def _report(self) -> None:
+        shares = self._reports.due(self._clock.monotonic_s())
+        if shares is not None:
+            await self._call(self._store.report_live, self.session, shares)
 
     # -- claims ------------------------------------------------------------------------------------------------------
 
-    def _wants_more(self) -> bool:
-        if self.fanout.pause_reason is not None or self._clock.monotonic_s() < self._claim_at_s:
-            return False
-        if any(run.is_quarantined for run in self._runs.values()):
-            return False
-        if self._pipeline.journal.trouble is not None:
-            return False
-        return self.fanout.untouched_count < max(self.fanout.window, 1) or all(
-            run.is_touched for run in self._runs.values()
-        )
-
     async def _claim(self, group: asyncio.TaskGroup) -> bool:
-        """Claim and start one task; False when there was none."""
-        claim = await self._call(self._claim_next)
-        if claim is None:
-            self._claim_at_s = self._clock.monotonic_s() + _IDLE_CLAIM_S
-            await self._call(self._reap)
-        is_hungry = claim is None and self.fanout.untouched_count == 0 and self._step_count == 0
-        if is_hungry != self._is_hungry:
-            self._is_hungry = is_hungry
-            await self._call(lambda: self._store.set_hungry(self.session, is_hungry=is_hungry))
+        """Claim and start one task; False when there was none, or something else is due."""
+        if self._is_stopping or self._pipeline.journal.trouble or self._clock.monotonic_s() >= self._watch_at_s:
+            return False
+        claim = await self._claiming.next(self._runs.values(), steps=self._steps)
         if claim is None:
             return False
         match claim.kind:
             case TaskKind.SHARD:
                 await self._take_shard(claim)
             case TaskKind.VALIDATE | TaskKind.SEAL | TaskKind.NOTIFY:
-                self._step_count += 1
+                self._steps.add(claim.kind)
                 group.create_task(self._run_step(claim))
             case _:
                 assert_never(claim.kind)
         return True
-
-    def _claim_next(self) -> Claim | None:
-        kinds = (TaskKind.SEAL, TaskKind.VALIDATE, TaskKind.SHARD) if self._step_count == 0 else (TaskKind.SHARD,)
-        claim = self._store.claim(self.session, lease_s=self._settings.lease_s, kinds=kinds)
-        if claim is None and not self._runs and self._step_count == 0:
-            claim = self._store.claim(
-                self.session, lease_s=self._settings.lease_s, kinds=(TaskKind.SHARD,), quarantined=True
-            )
-        if claim is not None:
-            crash.point("claim.taken")
-        return claim
 
     async def _take_shard(self, claim: Claim) -> None:
         """Load a claimed shard and put it into the rotation; whatever fails, the task does not stay with this
@@ -426,6 +433,7 @@ class Worker:
             self._owe(claim, error)
             return
         self._runs[claim.ref.task_id] = run
+        self._reports.follow(run)
         self.fanout.add(run)
 
     async def _quarantine(self, run: ShardRun) -> None:
@@ -448,8 +456,8 @@ class Worker:
             self._owe(claim, error)
         finally:
             self._renewals.step_ended(task_id)
-            self._step_count -= 1
-            self._claim_at_s = 0.0
+            self._steps.discard(claim.kind)
+            self._claiming.stir()
             self.step_done.set()
             self.changed()
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 
 import msgspec
-from sqlalchemy import Connection, RowMapping, bindparam, exists, func, insert, literal, or_, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, exists, func, insert, literal, or_, select, true, update
 
 from batchrunner.errors import NameTaken, NotFound, OwnError, QuotaExceeded, TransitionRefused
 from batchrunner.holdings import KeyLimits, OpenCounts, Replay
@@ -258,17 +258,21 @@ def pause(conn: Connection, tenant: TenantId, batch_id: BatchId, reason: str, mo
     )
 
 
-def resume(conn: Connection, tenant: TenantId, batch_id: BatchId) -> None:
-    """Clear the pause and queue parked tasks; tasks before batch, the lock order."""
-    batch_of_tenant(conn, tenant, batch_id)
+def resume(conn: Connection, tenant: TenantId, batch_id: BatchId, *, only_if: Collection[str]) -> None:
+    """Clear the pause and queue parked tasks; tasks before batch, the lock order. With `only_if` guards that a pause
+    for another reason stays.
+    """
+    found = batch_of_tenant(conn, tenant, batch_id)
+    if only_if and found["paused_reason"] not in only_if:
+        return
     conn.execute(
         update(tasks)
         .where(tasks.c.batch_id == batch_id, tasks.c.state == TaskState.PARKED)
         .values(state=TaskState.QUEUED, attempts=0, not_before=None)
     )
-    conn.execute(
-        update(batches).where(batches.c.id == batch_id).values(paused_reason=None, paused_at=None, blocked_by=None)
-    )
+    same = batches.c.paused_reason.in_(sorted(only_if)) if only_if else true()
+    cleared = {"paused_reason": None, "paused_at": None, "probed_at": None, "blocked_by": None}
+    conn.execute(update(batches).where(batches.c.id == batch_id, same).values(cleared))
 
 
 def adjust(conn: Connection, tenant: TenantId, batch_id: BatchId, *, hold_at: int | None, order: Order) -> None:

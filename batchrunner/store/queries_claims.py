@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from functools import cache
+from typing import TypeAlias
 
 from sqlalchemy import (
     BigInteger,
@@ -14,6 +16,7 @@ from sqlalchemy import (
     FromClause,
     RowMapping,
     Select,
+    Subquery,
     Text,
     Update,
     and_,
@@ -28,10 +31,12 @@ from sqlalchemy import (
     or_,
     select,
     true,
+    type_coerce,
     union_all,
     update,
 )
 
+from batchrunner.appetite import BREAKER_REASONS, Appetite
 from batchrunner.lifecycle import SEALING, BatchStatus
 from batchrunner.models import BatchId, Claim, Extent, Held, SessionId, TaskKind, TaskState, Watch
 from batchrunner.store.moments import Moment
@@ -39,7 +44,13 @@ from batchrunner.store.queries_batches import lock_batch
 from batchrunner.store.rows import batch_of, claim_of, extent_of
 from batchrunner.store.tables import batches, claims, extents, sessions, tasks
 
+# What a claim chooses from: task id, rank, whether the batch is in the session's hands, tenant, priority, deadline,
+# first line.
+Candidate: TypeAlias = Select[tuple[int, int, int, str, int, datetime, int]]
+
 _NO_HOLD = 2**62
+_NEVER = datetime(1970, 1, 1, tzinfo=UTC)
+_AGEING_STEP_US = 3_600_000_000
 _BOOT_S: BindParameter[float] = bindparam("m_boot_s", type_=Float)
 _BOOT_ID: BindParameter[str] = bindparam("m_boot_id", type_=Text)
 _SESSION: BindParameter[str] = bindparam("m_session", type_=Text)
@@ -63,7 +74,47 @@ def _has_run_out(task: FromClause) -> ColumnElement[bool]:
     return and_(task.c.state == TaskState.LEASED, or_(task.c.boot_id != _BOOT_ID, late), task.c.session != _SESSION)
 
 
-def _steps(kinds: frozenset[TaskKind]) -> Select[tuple[int, int, int, int, int]]:
+def _mine() -> Select[tuple[str]]:
+    """The batches of which the session holds a shard."""
+    own = tasks.alias("own")
+    held = (own.c.session == _SESSION, own.c.kind == TaskKind.SHARD, own.c.state == TaskState.LEASED)
+    return select(own.c.batch_id).where(*held)
+
+
+def _loads() -> Subquery:
+    """How many shards each tenant has in anybody's hands: as many rows as there are hands, not shards."""
+    hand, order = tasks.alias("hand"), batches.alias("order")
+    return (
+        select(order.c.tenant, func.count().label("count"))
+        .join_from(hand, order, order.c.id == hand.c.batch_id)
+        .where(hand.c.kind == TaskKind.SHARD, hand.c.state == TaskState.LEASED)
+        .group_by(order.c.tenant)
+        .subquery("loads")
+    )
+
+
+def _aged_priority() -> ColumnElement[int]:
+    """A step more for each hour of a batch's age, so that whatever waits long enough comes first."""
+    age_us = bindparam("m_wall_us", type_=BigInteger) - type_coerce(batches.c.created_at, BigInteger)
+    return batches.c.priority + age_us // literal(_AGEING_STEP_US, BigInteger)
+
+
+def _candidate(*, rank: int, is_mine: ColumnElement[bool] | None = None) -> Candidate:
+    """A task with what it is ordered by; `rank` puts steps before shards."""
+    first_line = func.coalesce(tasks.c.first_line, 0)
+    mine = literal(0) if is_mine is None else case((is_mine, 1), else_=0)
+    return select(
+        tasks.c.id.label("task_id"),
+        literal(rank).label("rank"),
+        mine.label("is_mine"),
+        batches.c.tenant.label("tenant"),
+        _aged_priority().label("priority"),
+        batches.c.deadline_at.label("deadline_at"),
+        first_line.label("first_line"),
+    )
+
+
+def _steps(kinds: frozenset[TaskKind]) -> Candidate:
     """Validate, seal and notify tasks that may be taken now, each in the statuses that are its own."""
     holder = tasks.alias("holder")
     is_held = exists().where(holder.c.kind.in_(_OPEN_KINDS), holder.c.batch_id == batches.c.id, _is_live(holder))
@@ -74,10 +125,29 @@ def _steps(kinds: frozenset[TaskKind]) -> Select[tuple[int, int, int, int, int]]
     )
     open_states = tasks.c.state.in_((TaskState.QUEUED, TaskState.LEASED))
     return (
-        select(tasks.c.id, literal(0), batches.c.priority, batches.c.deadline_at, literal(0))
+        _candidate(rank=0)
         .join_from(tasks, batches, batches.c.id == tasks.c.batch_id)
         .where(tasks.c.kind.in_(sorted(kinds)), open_states, or_(_is_due(tasks), _has_run_out(tasks)), fits)
     )
+
+
+def _is_running() -> ColumnElement[bool]:
+    """In progress and not paused, or paused by a breaker and due to be probed; a claim that probes shifts that time."""
+    probe_by = bindparam("m_probe_by", type_=batches.c.probed_at.type)
+    is_due = func.coalesce(batches.c.probed_at, batches.c.paused_at) <= probe_by
+    probed = and_(batches.c.paused_reason.in_(BREAKER_REASONS), is_due)
+    return and_(batches.c.status == BatchStatus.IN_PROGRESS, or_(batches.c.paused_reason.is_(None), probed))
+
+
+def _is_welcome() -> ColumnElement[bool]:
+    """The session can take more of this batch. One without room takes no new batch but for a tenant that it holds
+    nothing of.
+    """
+    is_sated = batches.c.id.in_(bindparam("m_sated", expanding=True, type_=Text))
+    other = batches.alias("other")
+    tenants = select(other.c.tenant).where(other.c.id.in_(_mine()))
+    has_room = bindparam("m_has_room", type_=Boolean)
+    return and_(~is_sated, or_(has_room, batches.c.id.in_(_mine()), batches.c.tenant.not_in(tenants)))
 
 
 def _runnable(task: FromClause, *, quarantined: bool) -> ColumnElement[bool]:
@@ -85,12 +155,10 @@ def _runnable(task: FromClause, *, quarantined: bool) -> ColumnElement[bool]:
         task.c.kind == TaskKind.SHARD,
         task.c.is_quarantined.is_(true() if quarantined else false()),
         task.c.first_index < func.coalesce(batches.c.hold_at, literal(_NO_HOLD, BigInteger)),
-        batches.c.status == BatchStatus.IN_PROGRESS,
-        batches.c.paused_reason.is_(None),
     )
 
 
-def _queued_shards(*, quarantined: bool) -> Select[tuple[int, int, int, int, int]]:
+def _queued_shards(*, quarantined: bool) -> Candidate:
     """The first shard that is due of each running batch: one step in the index per batch, however many shards wait."""
     front = tasks.alias("front")
     first = (
@@ -102,19 +170,30 @@ def _queued_shards(*, quarantined: bool) -> Select[tuple[int, int, int, int, int
         .scalar_subquery()
     )
     return (
-        select(tasks.c.id, literal(1), batches.c.priority, batches.c.deadline_at, tasks.c.first_line)
+        _candidate(rank=1, is_mine=batches.c.id.in_(_mine()))
         .join_from(batches, tasks, tasks.c.id == first)
-        .where(batches.c.status == BatchStatus.IN_PROGRESS, batches.c.paused_reason.is_(None))
+        .where(_is_running(), _is_welcome())
     )
 
 
-def _abandoned_shards(*, quarantined: bool) -> Select[tuple[int, int, int, int, int]]:
+def _abandoned_shards(*, quarantined: bool) -> Candidate:
     """Shards whose lease ran out: never more than there are workers' hands."""
     return (
-        select(tasks.c.id, literal(1), batches.c.priority, batches.c.deadline_at, tasks.c.first_line)
+        _candidate(rank=1, is_mine=batches.c.id.in_(_mine()))
         .join_from(tasks, batches, batches.c.id == tasks.c.batch_id)
-        .where(_has_run_out(tasks), _runnable(tasks, quarantined=quarantined))
+        .where(_has_run_out(tasks), _runnable(tasks, quarantined=quarantined), _is_running(), _is_welcome())
     )
+
+
+@cache
+def _found(kinds: frozenset[TaskKind], *, quarantined: bool) -> Subquery:
+    """All tasks that a session could take."""
+    arms: list[Candidate] = []
+    if steps := kinds - {TaskKind.SHARD}:
+        arms.append(_steps(steps))
+    if TaskKind.SHARD in kinds:
+        arms += [_queued_shards(quarantined=quarantined), _abandoned_shards(quarantined=quarantined)]
+    return union_all(*arms).subquery("found")
 
 
 def _died() -> ColumnElement[bool]:
@@ -127,16 +206,24 @@ def _died() -> ColumnElement[bool]:
 def claim_statement(kinds: frozenset[TaskKind], *, quarantined: bool) -> Update:
     """Build the claim: one UPDATE of one row; guards by choosing it in the same statement, and by the epoch it bumps.
 
-    Chosen by kind (steps before shards), priority, deadline, first line.
+    Chosen by kind (steps before shards), batches that the session holds nothing of before others, tenants with few
+    shards in hands before others; then aged priority, deadline, first line.
     """
-    arms: list[Select[tuple[int, int, int, int, int]]] = []
-    if steps := kinds - {TaskKind.SHARD}:
-        arms.append(_steps(steps))
-    if TaskKind.SHARD in kinds:
-        arms += [_queued_shards(quarantined=quarantined), _abandoned_shards(quarantined=quarantined)]
-    found = union_all(*arms).subquery("found")
-    task_id, rank, priority, deadline_at, first_line = found.c
-    chosen = select(task_id).order_by(rank, priority.desc(), deadline_at.is_(None), deadline_at, first_line, task_id)
+    found, loads = _found(kinds, quarantined=quarantined), _loads()
+    chosen = (
+        select(found.c.task_id)
+        .join_from(found, loads, loads.c.tenant == found.c.tenant, isouter=True)
+        .order_by(
+            found.c.rank,
+            found.c.is_mine,
+            func.coalesce(loads.c.count, 0),
+            found.c.priority.desc(),
+            found.c.deadline_at.is_(None),
+            found.c.deadline_at,
+            found.c.first_line,
+            found.c.task_id,
+        )
+    )
     died = _died()
     return (
         update(tasks)
@@ -156,6 +243,27 @@ def claim_statement(kinds: frozenset[TaskKind], *, quarantined: bool) -> Update:
     )
 
 
+@cache
+def work_statement(kinds: frozenset[TaskKind], *, quarantined: bool) -> Select[tuple[bool]]:
+    """Build the question whether a claim would take anything."""
+    return select(exists(select(_found(kinds, quarantined=quarantined).c.task_id)))
+
+
+def _values(session: SessionId, moment: Moment, appetite: Appetite, *, is_steady: bool) -> dict[str, object]:
+    every_s = appetite.probe_every_s
+    probe_by = _NEVER if every_s is None else moment.wall - timedelta(seconds=every_s)
+    return {
+        "m_session": session,
+        "m_boot_s": moment.boot_s,
+        "m_boot_id": moment.boot_id,
+        "m_wall_us": int(moment.wall.timestamp() * 1_000_000),
+        "m_probe_by": probe_by,
+        "m_sated": sorted(appetite.sated),
+        "m_has_room": appetite.has_room,
+        "m_is_steady": is_steady,
+    }
+
+
 def claim(
     conn: Connection,
     session: SessionId,
@@ -164,27 +272,44 @@ def claim(
     lease_s: float,
     kinds: frozenset[TaskKind],
     quarantined: bool,
+    appetite: Appetite,
     is_steady: bool,
 ) -> Claim | None:
-    """Take one task and record the claim; guards that the claim's row is there before its first segment can be."""
+    """Take one task and record the claim; guards that the claim's row is there before its first segment can be, and
+    that of all sessions one probes a paused batch.
+    """
     wanted = kinds & {TaskKind.SHARD} if quarantined else kinds
     if not wanted:
         return None
-    values = {
-        "m_session": session,
-        "m_boot_s": moment.boot_s,
-        "m_boot_id": moment.boot_id,
-        "m_lease_until": moment.boot_s + lease_s,
-        "m_is_steady": is_steady,
-    }
+    values = _values(session, moment, appetite, is_steady=is_steady) | {"m_lease_until": moment.boot_s + lease_s}
     task = conn.execute(claim_statement(wanted, quarantined=quarantined), values).mappings().one_or_none()
     if task is None:
         return None
     conn.execute(insert(claims), {"task_id": task["id"], "epoch": task["epoch"], "session": session})
     batch = batch_of(lock_batch(conn, task["batch_id"]))
+    if task["kind"] is TaskKind.SHARD and batch.paused_reason is not None:
+        conn.execute(update(batches).where(batches.c.id == batch.id).values(probed_at=moment.wall))
     if task["epoch"] == 1:
         return claim_of(task, batch, session=session, earlier=(), extents=())
     return claim_of(task, batch, session=session, earlier=earlier_claims(conn, task), extents=extents_of(conn, task))
+
+
+def has_work(
+    conn: Connection,
+    session: SessionId,
+    moment: Moment,
+    *,
+    kinds: frozenset[TaskKind],
+    quarantined: bool,
+    appetite: Appetite,
+    is_steady: bool,
+) -> bool:
+    """Tell whether `claim` would take something; writes nothing and guards nothing."""
+    wanted = kinds & {TaskKind.SHARD} if quarantined else kinds
+    if not wanted:
+        return False
+    values = _values(session, moment, appetite, is_steady=is_steady)
+    return bool(conn.execute(work_statement(wanted, quarantined=quarantined), values).scalar_one())
 
 
 _EARLIER = (
@@ -287,7 +412,7 @@ def watch(conn: Connection, session: SessionId, moment: Moment) -> Watch:
             task_id=row.task_id,
             is_mine=bool(row.is_mine),
             status=row.status,
-            is_paused=row.paused_reason is not None,
+            paused_reason=row.paused_reason,
             hold_at=row.hold_at,
         )
         for row in found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -221,10 +222,10 @@ class SqlTenantScope:
         with self._store.writing() as conn:
             queries_batches.pause(conn, self._tenant, batch_id, reason, self._store.moment())
 
-    def resume(self, batch_id: BatchId) -> None:
+    def resume(self, batch_id: BatchId, *, only_if: Collection[str] = ()) -> None:
         """See TenantScope."""
         with self._store.writing() as conn:
-            queries_batches.resume(conn, self._tenant, batch_id)
+            queries_batches.resume(conn, self._tenant, batch_id, only_if=only_if)
 
     def adjust(self, batch_id: BatchId, *, hold_at: int | None, order: Order) -> None:
         """See TenantScope."""

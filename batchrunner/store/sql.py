@@ -9,7 +9,9 @@ from datetime import datetime
 
 from sqlalchemy import Connection
 
+from batchrunner.appetite import HUNGRY, Appetite
 from batchrunner.holdings import ApiKey, Expired, KeyId, LiveShare
+from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import (
     AcceptedInput,
     Batch,
@@ -36,6 +38,7 @@ from batchrunner.store import (
     queries_live,
     queries_progress,
     queries_seal,
+    schema,
 )
 from batchrunner.store.moments import Availability, Moment, WallWatch
 from batchrunner.store.rows import key_of
@@ -93,7 +96,13 @@ class SqlStore(ABC):
             return queries_claims.release_session(conn, session, died=died)
 
     def claim(
-        self, session: SessionId, *, lease_s: float, kinds: Sequence[TaskKind], quarantined: bool = False
+        self,
+        session: SessionId,
+        *,
+        lease_s: float,
+        kinds: Sequence[TaskKind],
+        quarantined: bool = False,
+        appetite: Appetite = HUNGRY,
     ) -> Claim | None:
         """See Store."""
         with self.writing() as conn:
@@ -104,6 +113,27 @@ class SqlStore(ABC):
                 lease_s=lease_s,
                 kinds=frozenset(kinds),
                 quarantined=quarantined,
+                appetite=appetite,
+                is_steady=self.availability.is_steady(),
+            )
+
+    def has_work(
+        self,
+        session: SessionId,
+        *,
+        kinds: Sequence[TaskKind],
+        quarantined: bool = False,
+        appetite: Appetite = HUNGRY,
+    ) -> bool:
+        """See Store."""
+        with self.reading() as conn:
+            return queries_claims.has_work(
+                conn,
+                session,
+                self.moment(),
+                kinds=frozenset(kinds),
+                quarantined=quarantined,
+                appetite=appetite,
                 is_steady=self.availability.is_steady(),
             )
 
@@ -230,6 +260,16 @@ class SqlStore(ABC):
         """See Store."""
         with self.writing() as conn:
             queries_blobs.abandon_blob(conn, name)
+
+    def check(self) -> None:
+        """See Store."""
+        with self.reading() as conn:
+            schema.check(conn)
+
+    def unfinished_counts(self) -> dict[BatchStatus, int]:
+        """See Store."""
+        with self.reading() as conn:
+            return queries_expiry.unfinished_counts(conn)
 
     def expire(self) -> Expired:
         """See Store."""

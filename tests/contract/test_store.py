@@ -370,7 +370,7 @@ def test_claim_lists_earlier_claims_and_extents(world: World) -> None:
     assert third.extents == tuple(world.extents())
 
 
-def test_claim_order_is_steps_then_priority_then_deadline_then_first_line(world: World) -> None:
+def test_claim_order_is_steps_then_batches_not_held_then_priority_then_deadline_then_first_line(world: World) -> None:
     day = timedelta(days=1)
     world.running("late", shards=2, deadline_at=world.clock.wall + 2 * day)
     world.running("soon", deadline_at=world.clock.wall + day)
@@ -380,7 +380,7 @@ def test_claim_order_is_steps_then_priority_then_deadline_then_first_line(world:
 
     order = [(claim.batch.id, shard_in(claim).first_line if claim.shard else 0) for claim in claims_all(world)]
 
-    assert order == [("step", 0), ("vip", 1), ("soon", 1), ("late", 1), ("late", 11), ("never", 1), ("never", 11)]
+    assert order == [("step", 0), ("vip", 1), ("soon", 1), ("late", 1), ("never", 1), ("late", 11), ("never", 11)]
 
 
 def claims_all(world: World) -> list[Claim]:
@@ -619,8 +619,8 @@ def test_watch_tells_what_is_held_and_what_was_taken(world: World) -> None:
     seen = {held.task_id: held for held in world.store.watch(ONE).held}
 
     assert {task: held.is_mine for task, held in seen.items()} == {kept.ref.task_id: False, lost.ref.task_id: True}
-    assert {(held.status, held.is_paused, held.hold_at) for held in seen.values()} == {
-        (BatchStatus.IN_PROGRESS, True, 5)
+    assert {(held.status, held.paused_reason, held.hold_at) for held in seen.values()} == {
+        (BatchStatus.IN_PROGRESS, "operator", 5)
     }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from batchrunner.fanout import Fanout
 from batchrunner.lifecycle import BatchStatus
-from batchrunner.limits import Breaker, Cooldown, FirstContact, Gate, Outage, TokenBucket
+from batchrunner.limits import Cooldown, FirstContact, Gate, Outage, TokenBucket
 from batchrunner.lines import LineRules
 from batchrunner.models import (
     Attempt,
@@ -31,6 +31,7 @@ from batchrunner.models import (
     TaskKind,
     TaskRef,
     TaskState,
+    TenantId,
     Usage,
 )
 from batchrunner.ports import AssetOwner
@@ -235,7 +236,14 @@ class PaperShardJournal:
 
 def batch_of(name: str = "batch_1", **changes: Any) -> Batch:
     unset: dict[str, Any] = {each.name: None for each in fields(Batch)}
-    known = {"id": BatchId(name), "on_unknown": OnUnknown.RETRY, "status": BatchStatus.IN_PROGRESS}
+    known = {
+        "id": BatchId(name),
+        "tenant": TenantId("ana"),
+        "on_unknown": OnUnknown.RETRY,
+        "status": BatchStatus.IN_PROGRESS,
+        "priority": 0,
+        "created_at": datetime(2030, 1, 1, tzinfo=UTC),
+    }
     return Batch(**unset | known | changes)
 
 
@@ -348,7 +356,6 @@ async def scene(
         gate=Gate(
             cooldown=Cooldown(),
             outage=Outage(),
-            breaker=Breaker(),
             first_contact=FirstContact(),
             requests=TokenBucket(rpm) if rpm else None,
             tokens=TokenBucket(tpm) if tpm else None,

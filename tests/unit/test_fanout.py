@@ -330,7 +330,7 @@ async def test_breaker_trips_when_every_line_is_answered_alike_and_no_line_is_gi
         told.add(run)
         await told.clock.advance(5.0)
 
-        assert told.fanout.pause_reason is reason
+        assert told.fanout.breaker_news == {run.batch.id: reason}
         assert len({sent.line for sent in told.upstream.sent}) <= 4 * 3
         assert len(told.upstream.sent) <= 16
         assert told.changes
@@ -343,7 +343,7 @@ async def test_breaker_trips_when_fewer_lines_than_it_wants_are_all_there_are() 
         told.add(run)
         await told.clock.advance(5.0)
 
-        assert told.fanout.pause_reason is PauseReason.AUTHENTICATION
+        assert told.fanout.breaker_news == {run.batch.id: PauseReason.AUTHENTICATION}
     assert records(run) == []
 
 
@@ -353,7 +353,7 @@ async def test_one_refused_line_is_its_own_failure_and_the_others_go_on() -> Non
         told.add(run)
         await told.finish(run)
 
-        assert told.fanout.pause_reason is None
+        assert told.fanout.breaker_news == {}
     assert list(failures(run)) == [1]
     assert failures(run)[1]["response"]["status_code"] == 401
     assert succeeded(run) == list(range(2, 30))

@@ -213,15 +213,14 @@ def test_a_breaker_without_an_answer_does_not_trip() -> None:
     assert Breaker().tripped(is_nothing_left=True) is None
 
 
-def test_a_reset_breaker_begins_anew() -> None:
-    breaker = Breaker()
-    for line in range(5):
-        breaker.note(AUTH, line)
+def test_a_breaker_that_probes_trips_at_the_first_line() -> None:
+    breaker = Breaker(suspects_min=1)
+    assert not breaker.has_suspects
 
-    breaker.reset()
+    breaker.note(AUTH, 1)
 
-    assert breaker.tripped(is_nothing_left=True) is None
-    assert breaker.is_undecided
+    assert breaker.has_suspects
+    assert breaker.tripped(is_nothing_left=False) is AUTH
 
 
 # Outage.

@@ -491,5 +491,6 @@ def test_claim_reads_no_shard_but_the_front_of_each_queue(path: Path) -> None:
         plan = [row[3] for row in conn.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)]
     store.close()
 
-    assert [step for step in plan if step.startswith("SCAN") and "found" not in step] == []
+    made_up = ("SCAN found", "SCAN CONSTANT ROW", "SCAN (subquery")
+    assert [step for step in plan if step.startswith("SCAN") and not step.startswith(made_up)] == []
     assert any("front" in step and "first_index<?" in step for step in plan), plan

@@ -1,0 +1,182 @@
+"""Who hands out the next line: tenants in turn, then batches by their share; and how batches age."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+
+from batchrunner.lanes import Lanes
+from batchrunner.models import BatchId, PauseReason, TenantId
+from batchrunner.shards import ShardRun
+from tests.unit.fanning import batch_of, shard_of
+
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+def held(
+    lanes: Lanes, name: str, *, lines: int = 1000, tenant: str = "ana", now: datetime = NOW, **changes
+) -> ShardRun:
+    run = shard_of(range(1, lines + 1), batch=batch_of(name, tenant=TenantId(tenant), **changes))
+    lanes.add(run, now)
+    return run
+
+
+def handed_out(lanes: Lanes, count: int) -> list[str]:
+    works = [lanes.next_work() for _ in range(count)]
+    return [work.run.batch.id for work in works if work is not None]
+
+
+def test_batches_take_turns_line_by_line() -> None:
+    lanes = Lanes()
+    held(lanes, "huge")
+    held(lanes, "small", lines=3)
+
+    order = handed_out(lanes, 10)
+
+    assert order[:6].count("small") == 3
+    assert order[6:] == ["huge"] * 4
+
+
+def test_a_hundred_small_batches_share_with_one_huge() -> None:
+    lanes = Lanes()
+    held(lanes, "huge", lines=5000)
+    for number in range(100):
+        held(lanes, f"small-{number}", lines=20)
+
+    shares = Counter(handed_out(lanes, 101 * 10))
+
+    assert set(shares.values()) == {10}
+
+
+def test_a_new_batch_has_its_turn_at_once() -> None:
+    lanes = Lanes()
+    for number in range(50):
+        held(lanes, f"old-{number}")
+    handed_out(lanes, 25)
+
+    held(lanes, "new")
+
+    assert handed_out(lanes, 1) == ["new"]
+
+
+def test_frequent_newcomers_keep_nobody_from_its_turn() -> None:
+    lanes = Lanes()
+    for number in range(10):
+        held(lanes, f"old-{number}")
+
+    order = []
+    for number in range(40):
+        held(lanes, f"new-{number}", lines=1)
+        order += handed_out(lanes, 2)
+
+    assert {f"old-{number}" for number in range(10)} <= set(order)
+
+
+def test_tenants_take_turns_however_many_batches_each_has() -> None:
+    lanes = Lanes()
+    for number in range(9):
+        held(lanes, f"ana-{number}")
+    held(lanes, "ben-0", tenant="ben")
+
+    shares = Counter(name.split("-")[0] for name in handed_out(lanes, 100))
+
+    assert shares == {"ana": 50, "ben": 50}
+
+
+def test_each_step_of_priority_doubles_a_share() -> None:
+    lanes = Lanes()
+    held(lanes, "low")
+    held(lanes, "high", priority=2)
+
+    assert Counter(handed_out(lanes, 100)) == {"high": 80, "low": 20}
+
+
+def test_even_the_highest_priority_leaves_others_their_lines() -> None:
+    lanes = Lanes()
+    held(lanes, "low")
+    held(lanes, "high", priority=1000)
+
+    assert Counter(handed_out(lanes, 130))["low"] == 2
+
+
+def test_a_batch_rises_a_step_an_hour_up_to_those_above_it() -> None:
+    lanes = Lanes()
+    for name, priority in (("low", 0), ("high", 2)):
+        held(lanes, name, priority=priority)
+
+    lanes.rank(NOW + timedelta(hours=1))
+    after_an_hour = Counter(handed_out(lanes, 90))
+    lanes.rank(NOW + timedelta(hours=5))
+    after_five = Counter(handed_out(lanes, 90))
+
+    assert after_an_hour == {"high": 60, "low": 30}
+    assert abs(after_five["high"] - after_five["low"]) <= 2
+
+
+def test_age_does_not_put_a_batch_ahead_of_its_equals() -> None:
+    lanes = Lanes()
+    held(lanes, "old", now=NOW + timedelta(days=1))
+    held(lanes, "young", created_at=NOW + timedelta(days=1), now=NOW + timedelta(days=1))
+
+    assert Counter(handed_out(lanes, 100)) == {"old": 50, "young": 50}
+
+
+def test_the_earlier_deadline_goes_first_in_a_round() -> None:
+    lanes = Lanes()
+    held(lanes, "never")
+    held(lanes, "late", deadline_at=NOW + timedelta(days=2))
+    held(lanes, "soon", deadline_at=NOW + timedelta(days=1))
+    handed_out(lanes, 3)
+
+    assert handed_out(lanes, 3) == ["soon", "late", "never"]
+
+
+def test_what_gives_nothing_is_passed_over() -> None:
+    lanes = Lanes()
+    stopped = held(lanes, "stopped")
+    held(lanes, "going", lines=5)
+    stopped.is_stopped = True
+
+    assert handed_out(lanes, 8) == ["going"] * 5
+    assert lanes.next_work() is None
+
+
+def test_a_lane_ends_with_its_last_shard_and_leaves_its_breaker() -> None:
+    lanes = Lanes()
+    first = held(lanes, "batch", lines=1)
+    handed_out(lanes, 1)
+    assert lanes.of(BatchId("batch")) is not None
+    first.breaker.note(None, 1)
+
+    lanes.remove(first)
+    second = held(lanes, "batch")
+
+    assert lanes.of(BatchId("batch")) is not None
+    assert not second.breaker.is_undecided
+
+
+def test_a_paused_batch_gives_out_one_line_until_it_may_go_on() -> None:
+    lanes = Lanes()
+    held(lanes, "paused", paused_reason=PauseReason.AUTHENTICATION.value)
+    lane = lanes.of(BatchId("paused"))
+    assert lane is not None
+
+    assert handed_out(lanes, 3) == ["paused"]
+    lane.go_on()
+    assert handed_out(lanes, 3) == ["paused"] * 3
+
+
+def test_a_tripped_batch_is_judged_anew() -> None:
+    lanes = Lanes()
+    run = held(lanes, "batch")
+    lane = lanes.of(BatchId("batch"))
+    assert lane is not None
+    for line in range(5):
+        run.breaker.note(PauseReason.AUTHENTICATION, line)
+
+    lanes.trip(lane)
+    lanes.remove(run)
+    again = held(lanes, "batch")
+
+    assert run.breaker.has_suspects
+    assert not again.breaker.has_suspects
