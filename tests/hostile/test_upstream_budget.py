@@ -28,17 +28,18 @@ async def no_room() -> AsyncIterator[ReadBudget]:
     """A budget without any room, as a process sets it again and again."""
     budget = ReadBudget()
 
-    async def tick() -> None:
-        while True:
-            budget.set_limit(0)
-            await asyncio.sleep(0.005)  # real time, as in the process
+    loop = asyncio.get_running_loop()
+    timers: list[asyncio.TimerHandle] = []
 
-    ticking = asyncio.create_task(tick())
-    await asyncio.sleep(0)
+    def tick() -> None:
+        budget.set_limit(0)
+        timers[:] = [loop.call_later(0.005, tick)]
+
+    tick()
     try:
         yield budget
     finally:
-        ticking.cancel()
+        timers[0].cancel()
 
 
 def upstream_of(url: str, clock: SteppedClock, budget: ReadBudget) -> AiohttpUpstream:
