@@ -14,6 +14,7 @@ asynchronous, the sending, lives in `fanout`, and which step runs when is the wo
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import logging
 from array import array
@@ -29,6 +30,7 @@ from batchrunner.errors import BlobsUnavailable, DiskFull, OwnError
 from batchrunner.journal import Journal
 from batchrunner.lines import LineRules, ProblemCode
 from batchrunner.models import (
+    OPENAI_STRICT,
     AcceptedInput,
     Batch,
     Claim,
@@ -40,7 +42,7 @@ from batchrunner.models import (
 )
 from batchrunner.ports import Blobs, BlobWriter, Clock, Store, TenantScope
 from batchrunner.seal import Sealing, read_problems
-from batchrunner.settings import Settings
+from batchrunner.settings import MIB, Settings
 from batchrunner.shards import ShardRun, load
 from batchrunner.validation import Validator
 
@@ -48,6 +50,10 @@ logger = logging.getLogger(__name__)
 
 # Larger pieces leave holes in the heap that peak memory shows.
 _READ_BYTES = 1 << 18
+# Source: the limits of OpenAI's Batch API.
+_STRICT_LINES_MAX = 50_000
+_STRICT_BYTES_MAX = 200 * MIB
+_NO_INPUT = hashlib.sha256().hexdigest()
 _encode = msgspec.json.Encoder().encode
 
 
@@ -91,12 +97,16 @@ class Pipeline:
         once.
         """
         batch, settings = claim.batch, self._settings
-        report = _ProblemReport(self._blobs, f"reports/{batch.id}/{claim.ref.epoch}-{claim.session}")
+        if batch.input_name is not None and batch.input_file_id is None:
+            self._store.reject_input(claim.ref, _missing_input(batch))
+            return
+        is_strict = batch.dialect == OPENAI_STRICT
+        report = ProblemReport(self._blobs, f"reports/{batch.id}/{claim.ref.epoch}-{claim.session}")
         validator = Validator(
             self.rules(batch),
             batch.on_invalid,
-            lines_max=settings.lines_max,
-            bytes_max=settings.input_bytes_max,
+            lines_max=min(settings.lines_max, _STRICT_LINES_MAX) if is_strict else settings.lines_max,
+            bytes_max=min(settings.input_bytes_max, _STRICT_BYTES_MAX) if is_strict else settings.input_bytes_max,
             problems_max=settings.problems_max,
             shard_lines_max=settings.shard_lines_max,
             shard_bytes_max=settings.shard_bytes_max,
@@ -181,6 +191,7 @@ class Pipeline:
         return LineRules(
             endpoint=batch.endpoint,
             endpoints=settings.endpoints,
+            is_strict=batch.dialect == OPENAI_STRICT,
             custom_id_chars_max=settings.custom_id_chars_max,
             line_bytes_max=settings.line_bytes_max,
         )
@@ -195,6 +206,13 @@ class Pipeline:
         return chosen
 
 
+def _missing_input(batch: Batch) -> RejectedInput:
+    """What becomes of a batch whose input file is not there. Source: a recorded batch of the OpenAI API."""
+    message = f"Cannot find file {batch.input_name}, or organization {batch.tenant} does not have access to it."
+    problem = LineProblem(ProblemCode.INVALID_REQUEST, message, "file_id", None)
+    return RejectedInput(problems=(problem,), problem_count=1, problems_blob=None, input_sha256=_NO_INPUT)
+
+
 def read_blob(blobs: Blobs, name: str) -> Iterator[bytes]:
     """Give a blob's bytes, a piece at a time."""
     start = 0
@@ -203,7 +221,7 @@ def read_blob(blobs: Blobs, name: str) -> Iterator[bytes]:
         start += len(chunk)
 
 
-class _ProblemReport:
+class ProblemReport:
     """All problems of a validation as a blob of JSON lines in line order.
 
     Duplicates are known last, so they go to a part of their own and the two are merged at the end.

@@ -230,3 +230,15 @@ async def test_creates_at_once_are_all_there(api: Served) -> None:
 
     listed = (await api.call("GET", "/v1/batches")).json["data"]
     assert {each["id"] for each in listed} == {each["id"] for each in made}
+
+
+async def test_strict_runs_what_openai_would_run(api: Served, tmp_path: Path) -> None:
+    content = chat_lines(NAMES)
+    async with working(tmp_path):
+        file_id = (await api.upload(content, prefix="/openai/v1")).json["id"]
+        order = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h"}
+        made = await api.call("POST", "/openai/v1/batches", json=order)
+        batch = await ended(api, made.json["id"])
+
+    await check_ledger(api, batch, content, tmp_path)
+    assert (batch["status"], batch["model"]) == ("completed", "m")
