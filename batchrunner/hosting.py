@@ -34,6 +34,7 @@ _EXTRA_GRACE_S = 10.0
 # The API process of a server that was killed lets go of the port as soon as it notices.
 _PORT_WAIT_S = 3.0
 _PORT_LOOK_S = 0.1
+_NOT_SPOKEN = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 
 
 def addresses_of(host: str, port: int) -> list[tuple[socket.AddressFamily, str]]:
@@ -73,20 +74,38 @@ async def bind(host: str, port: int, clock: Clock) -> list[socket.socket]:
 
 def _bound(host: str, port: int) -> list[socket.socket]:
     sockets: list[socket.socket] = []
+    missing: OSError | None = None
     try:
         for family, address in addresses_of(host, port):
-            made = socket.socket(family, socket.SOCK_STREAM)
-            sockets.append(made)
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            made.bind((address, port))
-            port = made.getsockname()[1]
+            try:
+                sockets.append(_bound_to(family, address, port))
+            except OSError as error:
+                # Names such as localhost may have an address of a kind that this machine does not speak.
+                if error.errno not in _NOT_SPOKEN:
+                    raise
+                missing = error
+            else:
+                port = sockets[0].getsockname()[1]
     except OSError:
         for each in sockets:
             each.close()
         raise
+    if missing is not None and not sockets:
+        raise missing
     return sockets
+
+
+def _bound_to(family: socket.AddressFamily, address: str, port: int) -> socket.socket:
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.bind((address, port))
+    except OSError:
+        made.close()
+        raise
+    return made
 
 
 def _open(folder: Path) -> Adapters:

@@ -99,7 +99,7 @@ def _announce(host: Host, settings: Settings, folder: Path, worker_count: int, *
 
 def _reachable(host: str) -> str:
     """Write the address as it stands in a URL; one that stands for all is reached by loopback."""
-    name = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
     return f"[{name}]" if ":" in name else name
 
 

@@ -18,6 +18,7 @@ from yarl import URL
 from batchrunner.api.auth import digest_of
 from batchrunner.api.http import ApiParts, Route
 from batchrunner.api.routes import ROUTES, build_app, make_runner
+from batchrunner.api.vitals import Vitals
 from batchrunner.blobs.local import LocalBlobs
 from batchrunner.clock import SystemClock, SystemRng
 from batchrunner.holdings import NO_LIMITS, ApiKey, KeyId, KeyLimits, KeyScope
@@ -149,6 +150,7 @@ async def serving(
     folder: Path,
     *,
     is_open: bool = True,
+    is_local: bool = True,
     settings: Settings | None = None,
     routes: Sequence[Route] = ROUTES,
     clock: Clock | None = None,
@@ -165,6 +167,7 @@ async def serving(
         settings=settings or Settings(),
         is_open=is_open,
         executor=executor,
+        vitals=Vitals(is_local=is_local),
     )
     runner = make_runner(build_app(parts, routes), shutdown_s=1.0)
     await runner.setup()

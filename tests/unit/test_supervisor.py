@@ -183,6 +183,19 @@ def test_live_sums_up_all_workers_and_names_the_first_trouble() -> None:
     assert (live.trouble, live.lost) == ("disk_full: no space", "cannot connect")
 
 
+def test_ticking_are_those_that_reported_a_moment_ago() -> None:
+    clock = VirtualClock()
+    made, children = supervisor_of(3, clock=clock)
+    children[0].hear(encode_message(report()))
+    clock.now_s += 4.0
+    children[1].hear(encode_message(report()))
+    assert made.ticking_count(within_s=5.0) == 2
+
+    clock.now_s += 2.0
+
+    assert made.ticking_count(within_s=5.0) == 1
+
+
 # -- real processes --------------------------------------------------------------------------------------------------
 
 OBEDIENT = """
@@ -332,6 +345,29 @@ print("farewell", file=sys.stderr)
             await running
 
     assert "farewell" in caplog.messages
+
+
+async def test_worker_of_a_server_that_dies_at_its_start_is_started_again_after_a_wait() -> None:
+    clock = VirtualClock()
+    made = Supervisor(
+        command=[sys.executable, "-c", "raise SystemExit(9)"],
+        greeting=GREETING,
+        worker_count=1,
+        settings=Settings(),
+        clock=clock,
+        bury=nobody_dies,
+        waits_s=30.0,
+    )
+    child: Any = made._children[0]
+
+    async with asyncio.timeout(LIMIT_S):
+        keeping = asyncio.create_task(child.keep())
+        await until(lambda: len(clock._sleepers) == 1)
+        assert len(child._deaths_s) == 5
+        await clock.advance(30.0)
+        await until(lambda: len(child._deaths_s) == 6)
+        made.stop(grace_s=0.0)
+        await keeping
 
 
 async def test_what_is_no_report_is_not_the_end(caplog: pytest.LogCaptureFixture) -> None:
