@@ -291,6 +291,7 @@ class LocalCrew:
     def _pace(self, fanout: Fanout) -> None:
         self._window.observe(fanout.take_sample())
         fanout.window = self._window.size
+        fanout.bound_by = str(self._window.bound_by)
 
     def stop(self, *, grace_s: float) -> None:
         """See Crew."""
@@ -430,6 +431,7 @@ class _PipePacer:
             worker.stop(grace_s=0.0)
         if self.share is not None:
             fanout.window = self.share.window
+            fanout.bound_by = self.share.bound_by
             fanout.gate.set_rates(self._clock.monotonic_s(), rpm=self.share.rpm, tpm=self.share.tpm)
 
 

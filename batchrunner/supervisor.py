@@ -28,9 +28,12 @@ _EXTRA_GRACE_S = 10.0
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True):
-    """Parent to child: how much of the limits it may use. Rates are per minute, None where there is no limit."""
+    """Parent to child: how much of the limits it may use, and what bounds the window of all. Rates are per minute, None
+    where there is no limit.
+    """
 
     window: int
+    bound_by: str | None = None
     rpm: float | None = None
     tpm: float | None = None
     stop_grace_s: float | None = None
@@ -263,6 +266,7 @@ class Supervisor:
         settings = self._settings
         return Share(
             window=window,
+            bound_by=str(self.window.bound_by),
             rpm=settings.rpm * part if settings.rpm else None,
             tpm=settings.tpm * part if settings.tpm else None,
             stop_grace_s=self._stop_grace_s,
