@@ -72,6 +72,8 @@ class Event:
 async def events(served: Served, batch_id: str, *, last: str | None = None) -> AsyncGenerator[Event, None]:
     """Follow a batch."""
     headers = {} if last is None else {"Last-Event-ID": last}
+    if served.secret is not None:
+        headers["Authorization"] = f"Bearer {served.secret}"
     url = URL(f"{served.base}/v1/batches/{batch_id}/events")
     async with served.session.get(url, headers=headers) as answer:
         assert answer.status == 200

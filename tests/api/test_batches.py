@@ -9,6 +9,7 @@ import orjson
 import pytest
 
 from batchrunner.holdings import KeyLimits
+from batchrunner.store.sqlite import SqliteStore
 from tests.api.batching import CHAT, chat_lines, check_ledger, content_of, ended, get, make_batch, until, working
 from tests.api.serving import Served
 from tests.cli.calling import chat_line
@@ -242,3 +243,53 @@ async def test_strict_runs_what_openai_would_run(api: Served, tmp_path: Path) ->
 
     await check_ledger(api, batch, content, tmp_path)
     assert (batch["status"], batch["model"]) == ("completed", "m")
+
+
+async def test_a_deadline_ends_a_batch_with_what_is_done(api: Served, tmp_path: Path) -> None:
+    content = chat_lines(NAMES[:5]) + chat_line("slow", simulate=["stall"])
+    async with working(tmp_path):
+        made = await make_batch(api, content)
+        await until(api, made["id"], done=5)
+        store = api.parts.store
+        assert isinstance(store, SqliteStore)
+        with store.writing() as conn:
+            conn.exec_driver_sql("update batches set deadline_at = created_at")
+        batch = await ended(api, made["id"])
+        errors = await get(api, batch["id"], "/errors")
+        again = await api.call("POST", f"/v1/batches/{batch['id']}/retry", json={"codes": ["batch_expired"]})
+        child = await ended(api, again.json["id"])
+
+    checked = await check_ledger(api, batch, content, tmp_path)
+    assert batch["status"] == "expired"
+    assert batch["request_counts"] == {"total": 6, "completed": 5, "failed": 0}
+    assert (batch["progress"]["expired"], batch["progress"]["remaining"]) == (1, 0)
+    assert checked.codes == {"batch_expired": 1}
+    assert [group["code"] for group in errors["groups"]] == ["batch_expired"]
+    assert (child["status"], child["request_counts"]["completed"]) == ("completed", 1)
+
+
+async def test_a_file_of_another_tenant_is_not_there(keyed: Served, tmp_path: Path) -> None:
+    file_id = (await keyed.upload(chat_lines(["a"]))).json["id"]
+    keyed.secret = keyed.add_key("stranger")
+    async with working(tmp_path):
+        order = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h"}
+        made = await keyed.call("POST", "/v1/batches", json=order)
+        batch = await ended(keyed, made.json["id"])
+
+    assert batch["status"] == "failed"
+    assert batch["errors"]["data"][0]["message"].startswith(f"Cannot find file {file_id}, or organization stranger ")
+
+
+async def test_cancel_and_the_end_race_to_one_word(api: Served, tmp_path: Path) -> None:
+    async with working(tmp_path):
+        made = [await make_batch(api, chat_lines(NAMES[:3])) for _ in range(6)]
+        replies = await asyncio.gather(
+            *(api.call("POST", f"/v1/batches/{each['id']}/cancel") for each in made for _ in range(3))
+        )
+        batches = [await ended(api, each["id"]) for each in made]
+
+    assert {reply.status for reply in replies} <= {200, 409}
+    for batch in batches:
+        assert batch["status"] in {"completed", "cancelled"}
+        if batch["request_counts"]["total"]:
+            await check_ledger(api, batch, chat_lines(NAMES[:3]), tmp_path)
