@@ -72,15 +72,20 @@ class Server:
 
     async def submit(self, path: Path, **fields: Any) -> str:
         """Upload a file and make a batch of it; gives the batch's id."""
+        file_id = await self.upload(path)
+        wanted = {"endpoint": "/v1/chat/completions", "completion_window": "24h"} | fields
+        batch = await self.post("/batches", input_file_id=file_id, **wanted)
+        return str(batch["id"])
+
+    async def upload(self, path: Path) -> str:
+        """Upload a file; gives its id."""
         form = aiohttp.FormData()
         form.add_field("purpose", "batch")
         form.add_field("file", await asyncio.to_thread(path.read_bytes), filename=path.name)
         async with self.session.post(f"{self.base_url}/files", data=form) as answer:
             file = await answer.json()
             assert answer.status == 200, file
-        wanted = {"endpoint": "/v1/chat/completions", "completion_window": "24h"} | fields
-        batch = await self.post("/batches", input_file_id=file["id"], **wanted)
-        return str(batch["id"])
+            return str(file["id"])
 
     async def batch_when(self, batch_id: str, is_reached: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """Ask for a batch until it is as wanted; the API may be gone for a while."""
