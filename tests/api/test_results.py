@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 from pathlib import Path
 from typing import Any
 
+import aiohttp.web
 import orjson
 import pytest
 
+from batchrunner.api.routes import build_app, make_runner
 from batchrunner.store.sqlite import SqliteStore
 from tests.api.batching import (
     chat_lines,
@@ -250,6 +253,35 @@ async def test_followers_of_one_batch_share_a_poller(api: Served, tmp_path: Path
 
     assert told == ["operator"] * 5
     assert pollers == 1
+
+
+async def test_followers_do_not_keep_a_server_from_ending(api: Served) -> None:
+    made = await make_batch(api, CONTENT)
+    runner = make_runner(build_app(api.parts), shutdown_s=30.0)
+    await runner.setup()
+    await aiohttp.web.TCPSite(runner, "127.0.0.1", 0).start()
+    port = runner.addresses[0][1]
+
+    async with api.session.get(f"http://127.0.0.1:{port}/v1/batches/{made['id']}/events") as answer:
+        first = await answer.content.readuntil(b"\n\n")
+        async with asyncio.timeout(10):
+            await runner.cleanup()
+        rest = await answer.read()
+
+    assert first.startswith(b"event: status\n")
+    assert rest == b""
+
+
+async def test_a_batch_that_is_deleted_ends_its_events(api: Served, tmp_path: Path) -> None:
+    made = await make_batch(api, CONTENT)
+    async with asyncio.timeout(10), contextlib.aclosing(events(api, made["id"])) as seen:
+        await anext(seen)
+        store = api.parts.store
+        assert isinstance(store, SqliteStore)
+        with store.writing() as conn:
+            conn.exec_driver_sql("update batches set deleted_at = 0")
+
+        assert [event async for event in seen] == []
 
 
 async def test_silence_is_filled_with_comments(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
