@@ -29,6 +29,7 @@ from batchrunner.models import (
     RecordKind,
     Repair,
     RequestLine,
+    Shard,
     ShardCut,
     Usage,
 )
@@ -324,15 +325,23 @@ class ShardRun:
             return None
         return self._cut_at(position, self.suspects_end, self.shard.first_index + kept, tail_lines)
 
-    def drop_tail(self, tail: ShardCut) -> None:
-        """Forget the lines that a split gave away."""
+    def drop_tail(self, head: ShardCut, tail: ShardCut) -> None:
+        """Forget the lines that a split gives away: what is left is the head, which may be split again."""
+        self.shard = replace(
+            self.shard,
+            byte_end=head.byte_end,
+            line_count=head.line_count,
+            checksum=head.checksum,
+            skipped=head.skipped,
+        )
         self._end -= tail.byte_end - tail.byte_start
         self._left_count -= tail.line_count
         self._begun_count -= tail.line_count
         self._untouched_count -= tail.line_count
 
-    def take_back_tail(self, tail: ShardCut) -> None:
+    def take_back_tail(self, whole: Shard, tail: ShardCut) -> None:
         """Undo `drop_tail`, so that the shard does not count as finished without these lines."""
+        self.shard = whole
         self._end += tail.byte_end - tail.byte_start
         self._left_count += tail.line_count
         self._begun_count += tail.line_count

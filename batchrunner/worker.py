@@ -316,12 +316,13 @@ class Worker:
         if cut is None:
             return
         head, tail = cut
-        run.drop_tail(tail)
+        whole = run.shard
+        run.drop_tail(head, tail)
         try:
             await self._call(self._store.split, run.claim.ref, head, tail)
         except (StoreUnavailable, DiskFull):
             # It may have happened or not: the next holder reads from the store which lines the shard still has.
-            run.take_back_tail(tail)
+            run.take_back_tail(whole, tail)
             self._leave(run, by_s=float("inf"))
             raise
         crash.point("split.committed")

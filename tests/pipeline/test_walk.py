@@ -105,6 +105,29 @@ def test_frozen_holder_wakes_after_takeover_and_changes_nothing(place: Place) ->
     place.check()
 
 
+def test_shard_is_split_twice_by_one_holder(place: Place) -> None:
+    one, two = place.hand("one"), place.hand("two")
+    place.begin(one, lines=10)
+    one.validate()
+    run = one.take()
+    for keep in (7, 4):
+        cut = run.cut_tail(keep_lines=keep)
+        assert cut is not None
+        run.drop_tail(*cut)
+        one.store.split(run.claim.ref, *cut)
+
+    one.answer(run)
+    one.settle(run)
+    for _ in range(2):
+        rest = two.take()
+        two.answer(rest)
+        two.settle(rest)
+    two.seal()
+
+    assert place.batch().succeeded_count == 10
+    place.check()
+
+
 def test_frozen_holder_cannot_settle_or_split_or_give_back(place: Place) -> None:
     one, two = place.hand("one"), place.hand("two")
     place.begin(one, lines=10)

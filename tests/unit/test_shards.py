@@ -219,7 +219,7 @@ def test_split_covers_every_line_exactly_once(
     parts = {each: buffer[each.byte_start - 7000 : each.byte_end - 7000] for each in cut}
     assert [zlib.crc32(part) for part in parts.values()] == [head.checksum, tail.checksum]
 
-    run.drop_tail(tail)
+    run.drop_tail(head, tail)
     kept = handed_out(run)
     other = reloaded(tail, parts[tail])
     assert [line.line_number for line in before if line] + kept + handed_out(other) == wanted
@@ -243,11 +243,28 @@ def test_split_that_failed_is_taken_back_whole() -> None:
     assert run.next_line() is not None
     cut = run.cut_tail(keep_lines=2)
     assert cut is not None
-    run.drop_tail(cut[1])
-    run.take_back_tail(cut[1])
+    whole = run.shard
+    run.drop_tail(*cut)
+    run.take_back_tail(whole, cut[1])
 
     assert handed_out(run) == list(range(2, 10))
     assert not run.is_finished
+
+
+def test_what_a_split_left_is_split_again_as_the_shard_that_it_is_now() -> None:
+    run = shard_of(range(1, 21))
+    first = run.cut_tail(keep_lines=12)
+    assert first is not None
+    run.drop_tail(*first)
+
+    second = run.cut_tail(keep_lines=5)
+
+    assert second is not None
+    whole, (head, tail) = first[0], second
+    assert (head.byte_start, head.byte_end, tail.byte_end) == (whole.byte_start, tail.byte_start, whole.byte_end)
+    assert head.line_count + tail.line_count == whole.line_count == 12
+    run.drop_tail(*second)
+    assert handed_out(run) == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("keep", [5, 6, 100])
