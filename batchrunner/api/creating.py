@@ -34,7 +34,7 @@ STRICT_WINDOW = "24h"
 WINDOW_S_MIN, WINDOW_S_MAX = 60.0, 14 * 86400.0
 PRIORITY_MAX = 100
 # Larger sets of requests are for a file: a body is held in memory and read at one go.
-INLINE_BYTES_MAX = 16 * MIB
+INLINE_BYTES_MAX = 8 * MIB
 _URL_CHARS_MAX = 2048
 
 Metadata = Annotated[
@@ -43,12 +43,17 @@ Metadata = Annotated[
 Priority = Annotated[int, Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)]
 
 
+# What is kept and shown again has to end somewhere; no id is as long, and no window.
+Name = Annotated[str, Meta(max_length=512)]
+Window = Annotated[str, Meta(max_length=32)]
+
+
 class StrictBatchRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The body that OpenAI takes."""
 
-    input_file_id: str
+    input_file_id: Name
     endpoint: str
-    completion_window: str
+    completion_window: Window
     metadata: Metadata | None = None
     output_expires_after: ExpiresAfter | None = None
 
@@ -65,9 +70,9 @@ class InlineRequest(msgspec.Struct, frozen=True, kw_only=True):
 class BatchRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The body of a create: OpenAI's fields, and ours. Either `input_file_id` or `requests` says what to run."""
 
-    input_file_id: str | None = None
+    input_file_id: Name | None = None
     endpoint: str
-    completion_window: str = STRICT_WINDOW
+    completion_window: Window = STRICT_WINDOW
     metadata: Metadata | None = None
     output_expires_after: ExpiresAfter | None = None
     requests: Annotated[list[InlineRequest], Meta(min_length=1)] | None = None

@@ -31,6 +31,8 @@ from batchrunner.settings import MIB, Settings
 
 JSON = "application/json"
 BODY_BYTES_MAX = MIB
+# Longer ones are taken apart off the event loop.
+LONG_BODY_BYTES = 128 * 1024
 # A socket that gives nothing for so long is given up; one that trickles is held by the caps on bytes only.
 BODY_IDLE_S = 60.0
 
@@ -218,7 +220,10 @@ class Call:
 
     async def json(self, kind: type[StructT]) -> StructT:
         """Read the body as a struct; under /openai/v1 with no unknown keys. Raises: Refusal."""
-        return read_json(await self.body(), kind, is_strict=self.is_strict)
+        raw = await self.body()
+        if len(raw) > LONG_BODY_BYTES:
+            return await self.blocking(read_json, raw, kind, is_strict=self.is_strict)
+        return read_json(raw, kind, is_strict=self.is_strict)
 
     async def incoming(self, size_bytes_max: int) -> AsyncIterator[bytes]:
         """Give the body as it comes, decoded.

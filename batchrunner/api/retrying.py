@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from batchrunner.api.chain import chosen_numbers, family_of, healed_ids
-from batchrunner.api.creating import Metadata, Priority, check_priority, check_webhook_url, window_s
+from batchrunner.api.creating import Metadata, Priority, Window, check_priority, check_webhook_url, window_s
 from batchrunner.api.envelope import Refusal
 from batchrunner.api.http import Call
 from batchrunner.choosing import failed_ids, lines_of, write_chosen
@@ -33,7 +33,7 @@ class RetryRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     codes: Annotated[list[str], Meta(min_length=1, max_length=_CHOICES_MAX)] | None = None
     custom_ids: Annotated[list[str], Meta(min_length=1, max_length=_CHOICES_MAX)] | None = None
-    completion_window: str | None = None
+    completion_window: Window | None = None
     priority: Priority | None = None
     metadata: Metadata | None = None
     webhook_url: str | None = None

@@ -293,3 +293,26 @@ async def test_cancel_and_the_end_race_to_one_word(api: Served, tmp_path: Path) 
         assert batch["status"] in {"completed", "cancelled"}
         if batch["request_counts"]["total"]:
             await check_ledger(api, batch, chat_lines(NAMES[:3]), tmp_path)
+
+
+async def test_thousands_of_requests_come_in_one_create_and_again_with_its_key(api: Served, tmp_path: Path) -> None:
+    content = chat_lines(f"line-{number}" for number in range(3000))
+    order = {"endpoint": CHAT, "requests": [orjson.loads(raw) for raw in content.splitlines()]}
+    key = {"Idempotency-Key": "long"}
+    async with working(tmp_path):
+        made = await api.call("POST", "/v1/batches", json=order, headers=key)
+        again = await api.call("POST", "/v1/batches", json=dict(reversed(order.items())), headers=key)
+        other = await api.call("POST", "/v1/batches", json=order | {"priority": 1}, headers=key)
+        batch = await ended(api, made.json["id"])
+
+    await check_ledger(api, batch, await content_of(api, batch["input_file_id"]), tmp_path)
+    assert batch["request_counts"]["completed"] == 3000
+    assert again.json["id"] == made.json["id"]
+    assert other.status == 422
+
+
+async def test_a_create_above_its_cap_is_refused_before_it_is_read(api: Served) -> None:
+    reply = await api.call("POST", "/v1/batches", body=b" " * (8 * 1024 * 1024 + 1))
+
+    assert reply.status == 413
+    assert reply.headers["x-should-retry"] == "false"
