@@ -27,6 +27,7 @@ _LOOK_S = 0.2
 # A session without work looks so often for this long, then as often as it asks for anything else.
 _EAGER_S = 10.0
 _REAP_S = 1.0
+_QUARANTINE_S = 2.0
 _STEPS = (TaskKind.SEAL, TaskKind.VALIDATE)
 
 
@@ -66,8 +67,14 @@ class Claiming:
         self._has_news = True
         self._look_at_s = 0.0
         self._reap_at_s = 0.0
+        self._quarantine_at_s = 0.0
         self._idle_since_s = clock.monotonic_s()
         self._is_hungry = False
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether there was nothing to do for a while."""
+        return self._clock.monotonic_s() - self._idle_since_s >= _EAGER_S
 
     def stir(self) -> None:
         """Ask again at once: something happened that may have made work."""
@@ -131,8 +138,11 @@ class Claiming:
     def _has_work(self, kinds: tuple[TaskKind, ...], appetite: Appetite, *, is_idle: bool) -> bool:
         if self._store.has_work(self._session, kinds=kinds, appetite=appetite):
             return True
+        if not is_idle or self._clock.monotonic_s() < self._quarantine_at_s:
+            return False
+        self._quarantine_at_s = self._clock.monotonic_s() + _QUARANTINE_S
         shards = (TaskKind.SHARD,)
-        return is_idle and self._store.has_work(self._session, kinds=shards, quarantined=True, appetite=appetite)
+        return self._store.has_work(self._session, kinds=shards, quarantined=True, appetite=appetite)
 
     def _claim(self, kinds: tuple[TaskKind, ...], appetite: Appetite, *, is_idle: bool) -> Claim | None:
         lease_s = self._settings.lease_s

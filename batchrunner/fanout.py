@@ -39,6 +39,9 @@ TICK_S = 0.05
 _TICKS_PER_SWEEP = 10
 _TICKS_PER_REFUSAL = 3
 _TICKS_PER_RANKING = 1200
+# A pool that had nothing for 10 s looks around less often.
+_TICKS_TO_REST = 200
+_REST_S = 0.2
 # Waiting retries hold their lines in memory and tell that the upstream has trouble: beyond this many times the window
 # no fresh line is sent.
 _WAITING_PER_WINDOW = 2
@@ -186,7 +189,7 @@ class Fanout:
     async def run(self) -> None:
         """Work until `close`; then return when no exchange is under way."""
         async with asyncio.TaskGroup() as group:
-            ticks = 0
+            ticks = quiet = 0
             while not (self._is_closed and not self._in_flight):
                 self._tick(group)
                 ticks += 1
@@ -197,7 +200,8 @@ class Fanout:
                     self.memory.fade()
                 if ticks % _TICKS_PER_RANKING == 0:
                     self.lanes.rank(self._clock.now())
-                await self._clock.sleep(TICK_S)
+                quiet = 0 if len(self.lanes) or self._in_flight else quiet + 1
+                await self._clock.sleep(TICK_S if quiet < _TICKS_TO_REST else _REST_S)
             for waiter in self._parked:
                 if not waiter.done():
                     waiter.set_result(None)

@@ -47,6 +47,7 @@ _QUARANTINE_DEATHS = 3
 # Trying again would find the same bytes.
 _HOPELESS = (InputChanged, JournalCorrupt, ReconciliationError)
 _KEEP_S = 0.1
+_REST_S = 0.2
 
 
 class Worker:
@@ -162,7 +163,7 @@ class Worker:
             self.fanout.stop_sends_at_s = self._renewals.renewed_at_s + self._settings.lease_s - _LEASE_MARGIN_S
             self.fanout.tally.damages = self._pipeline.damage_count
             self._pacer(self.fanout)
-            await self._clock.sleep(_KEEP_S)
+            await self._clock.sleep(_REST_S if self._claiming.is_resting else _KEEP_S)
 
     async def _keep(self, group: asyncio.TaskGroup) -> None:
         while not (self._is_stopping and not self._runs and not self._owed and not self._steps):
@@ -180,7 +181,7 @@ class Worker:
 
     async def _pause_between_rounds(self) -> None:
         try:
-            async with asyncio.timeout(_KEEP_S):
+            async with asyncio.timeout(_REST_S if self._claiming.is_resting else _KEEP_S):
                 await self._changed.wait()
         except TimeoutError:
             pass

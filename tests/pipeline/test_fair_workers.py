@@ -189,8 +189,8 @@ async def test_an_idle_worker_only_reads_and_starts_a_new_batch_within_a_second(
         await team.advance(20.0)
 
         assert set(asked) == {"has_work"}
-        # One question for what anybody may run, one for what only an idle session does.
-        assert len(asked) <= 2 * 20.0 / team.settings.poll_s + 2
+        # What anybody may run; and now and then what only an idle session may.
+        assert len(asked) <= 1.25 * 20.0 / team.settings.poll_s + 2
 
         team.submit("batch", 1)
         assert await team.until(lambda: bool(team.upstream.asked)) <= 1.0
