@@ -19,7 +19,9 @@ from batchrunner.settings import Settings
 from batchrunner.validation import Validation, Validator
 
 _BOM = b"\xef\xbb\xbf"
-_WRITE_BYTES = 1 << 18
+# `{"custom_id"` and the newline before it.
+_BEGINNING_BYTES = 13
+_BRACE = b"\n{"
 _encode = msgspec.json.Encoder().encode
 
 
@@ -34,13 +36,18 @@ class Taken:
 
 
 class LineCounter:
-    """Counts the lines that are not blank, however the bytes are cut."""
+    """Counts the lines that are not blank, however the bytes are cut.
 
-    __slots__ = ("_count", "_is_inside")
+    Where all lines of a chunk begin alike none is blank and nothing has to be cut. They nearly always do, as they come
+    from one program, and the longer the beginning, the faster it is searched for.
+    """
+
+    __slots__ = ("_beginning", "_count", "_is_inside")
 
     def __init__(self) -> None:
         self._count = 0
         self._is_inside = False
+        self._beginning = b""
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes."""
@@ -51,8 +58,7 @@ class LineCounter:
         first = chunk.find(b"\n")
         self._count += self._is_inside or not is_blank(chunk[:first])
         begun = newlines - chunk.endswith(b"\n")
-        # Nearly every line begins with a brace: where all do, none is blank and nothing has to be cut.
-        if chunk.count(b"\n{") == begun:
+        if self._begins_alike(chunk, first, begun):
             self._count += newlines - 1
             self._is_inside = begun == newlines
             return
@@ -60,9 +66,30 @@ class LineCounter:
         self._count += sum(not is_blank(each) for each in whole)
         self._is_inside = not is_blank(rest)
 
+    def _begins_alike(self, chunk: bytes, newline: int, begun: int) -> bool:
+        """Tell whether each of the lines that begin in the chunk begins like the first of them that was ever seen, or
+        at least with a brace.
+        """
+        if not self._beginning:
+            self._beginning = _beginning(chunk, newline)
+        last = chunk[chunk.rfind(b"\n") :]
+        # The chunk may end within the beginning of its last line.
+        is_cut = 1 < len(last) < len(self._beginning) and self._beginning.startswith(last)
+        if chunk.count(self._beginning) + is_cut == begun:
+            return True
+        self._beginning = _BRACE
+        return chunk.count(_BRACE) == begun
+
     def count(self) -> int:
         """Give the number of lines so far, the one under way included."""
         return self._count + self._is_inside
+
+
+def _beginning(chunk: bytes, newline: int) -> bytes:
+    """Take the beginning of the line after a newline, if it is none of a blank one."""
+    beginning = chunk[newline : newline + _BEGINNING_BYTES]
+    is_usable = len(beginning) == _BEGINNING_BYTES and beginning.count(b"\n") == 1 and not beginning[1:2].isspace()
+    return beginning if is_usable else _BRACE
 
 
 class Intake:
@@ -90,8 +117,7 @@ class Intake:
         self._lines.feed(chunk)
         if self._head is not None:
             self._look(chunk)
-        for start in range(0, len(chunk), _WRITE_BYTES):
-            self._writer.write(chunk[start : start + _WRITE_BYTES])
+        self._writer.write(chunk)
 
     def finish(self) -> Taken:
         """Return once the blob is durable. Raises as BlobWriter.commit does; `abort` has to follow then."""
