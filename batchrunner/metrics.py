@@ -74,7 +74,7 @@ class Latencies:
     def total_s(self) -> float:
         """Give about how long all exchanges took together: each counts as the middle of its bucket."""
         return sum(
-            count * _FIRST_S * 2.0 ** (max(bucket - 0.5, 0.0) / _PER_DOUBLING)
+            count * _FIRST_S * math.exp2(max(bucket - 0.5, 0.0) / _PER_DOUBLING)
             for bucket, count in enumerate(self.counts)
             if count
         )
@@ -88,7 +88,7 @@ class Latencies:
         for bucket, count in enumerate(self.counts):
             seen += count
             if seen >= wanted and count:
-                return _FIRST_S * 2.0 ** ((bucket - 0.5) / _PER_DOUBLING) if bucket else _FIRST_S
+                return _FIRST_S * math.exp2((bucket - 0.5) / _PER_DOUBLING) if bucket else _FIRST_S
         return None
 
 

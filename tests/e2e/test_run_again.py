@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from batchrunner.simulate import SimulatorStats
 from tests.e2e.harness import bench, chat_line
 
 pytestmark = pytest.mark.slow
@@ -228,10 +230,14 @@ async def test_stop_in_the_middle_leaves_no_line_unknown_that_may_be_sent_once(t
 
         for stop_at in (100, 300):
             command = await run.start(*flags)
-            await run.reach(lambda stats, stop_at=stop_at: stats.ok >= stop_at, command)
+            await run.reach(partial(_has_answered, stop_at), command)
             command.send(signal.SIGINT)
             assert (await command.ended()).code == 130
         ended = await run.run("--json", *flags)
 
         assert ended.code == 0, ended.stderr
         assert run.check(repeats_max=0).codes == {}
+
+
+def _has_answered(count: int, stats: SimulatorStats) -> bool:
+    return stats.ok >= count
