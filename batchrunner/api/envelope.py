@@ -140,6 +140,11 @@ def no_such_upload(upload_id: str) -> Refusal:
     return Refusal(f"No such Upload object: {upload_id}", status=404, param="id")
 
 
+def no_such_part(part_id: str) -> Refusal:
+    """A part of an upload that is over."""
+    return Refusal(f"No such UploadPart object: {part_id}", status=404, param="id")
+
+
 def no_such_batch(batch_id: str) -> Refusal:
     """Source: recorded answer of the OpenAI API to an unknown batch id."""
     return Refusal(f"No batch found with id '{batch_id}'.", status=404)

@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from batchrunner.api.envelope import Refusal, no_such_upload
+from batchrunner.api.envelope import Refusal, no_such_part, no_such_upload
 from batchrunner.api.file_object import (
     ExpiresAfter,
     Purpose,
@@ -155,7 +155,11 @@ async def present_part(call: Call, part_id: str) -> Answer:
     """Show the part that an earlier request with the same Idempotency-Key made."""
     upload_id = UploadId(call.path_params["upload_id"])
     known = {each.id: each for each in await call.blocking(call.scope.parts, upload_id)}
-    return json_answer(_part_object(known[PartId(part_id)]))
+    part = known.get(PartId(part_id))
+    if part is None:
+        # The end of its upload was the end of the part.
+        raise no_such_part(part_id)
+    return json_answer(_part_object(part))
 
 
 def _lay_together(call: Call, upload: Upload, parts: Sequence[UploadPart], md5: str | None) -> Upload:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from batchrunner.api.envelope import Refusal
+from batchrunner.api.uploads import present_part
 from batchrunner.clock import SystemClock
+from batchrunner.ports import TenantScope
 from tests.api.serving import FORM_HEADERS, LINE, Served, form, serving
 
 PARTS = (LINE * 3, LINE * 2, LINE[:20], LINE[20:])
@@ -157,3 +161,26 @@ async def test_a_part_with_an_idempotency_key_is_kept_once(api: Served, *, same:
         assert again.headers["idempotent-replayed"] == "true"
     else:
         assert (again.status, again.json["error"]["code"]) == (422, "idempotency_mismatch")
+
+
+async def test_a_part_that_ended_with_its_upload_is_missing_where_it_is_asked_for_again(api: Served) -> None:
+    """The first request made the part and died before its answer; the upload ends while the second one streams in."""
+    upload_id = await announce(api)
+    part_id = await send_part(api, upload_id, LINE)
+    await api.call("POST", f"/v1/uploads/{upload_id}/cancel")
+
+    with pytest.raises(Refusal) as refused:
+        await present_part(_Asking(api.scope, {"upload_id": upload_id}), part_id)  # type: ignore[arg-type]
+
+    assert (refused.value.status, refused.value.message) == (404, f"No such UploadPart object: {part_id}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Asking:
+    """As much of a call as showing an object needs."""
+
+    scope: TenantScope
+    path_params: dict[str, str]
+
+    async def blocking(self, function: Callable[..., object], *arguments: object) -> object:
+        return await asyncio.to_thread(function, *arguments)
