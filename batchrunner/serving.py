@@ -9,7 +9,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -35,6 +35,9 @@ _LINE_BYTES_MAX = 1 << 20
 _LOOK_S = 2.0
 # What is under way when the parent is gone: nobody waits for this process any more, and a new one may start.
 _ORPHAN_GRACE_S = 1.0
+# How long a request that is cut off gets to take it in, and to undo what it began.
+_CUT_S = 0.5
+_UNDO_S = 5.0
 
 
 class ApiProcess:
@@ -74,10 +77,11 @@ class ApiProcess:
 
     async def run(self) -> None:
         """Listen and answer until `stop`."""
-        runner = make_runner(build_app(self._parts), shutdown_s=self._settings.drain_grace_s)
+        runner = make_runner(build_app(self._parts), shutdown_s=_CUT_S)
         await runner.setup()
-        for fd in self._fds:
-            await web.SockSite(runner, socket.socket(fileno=fd)).start()
+        sites = [web.SockSite(runner, socket.socket(fileno=fd)) for fd in self._fds]
+        for site in sites:
+            await site.start()
         _tell_parent(READY)
         freeze_start_up()
         try:
@@ -87,14 +91,25 @@ class ApiProcess:
                 for each in loops:
                     each.cancel()
         finally:
-            await self._end(runner)
+            await self._end(runner, sites)
 
-    async def _end(self, runner: web.AppRunner) -> None:
+    async def _end(self, runner: web.AppRunner, sites: Sequence[web.SockSite]) -> None:
+        """Stop listening, then wait for requests under way, then cut them off."""
+        for site in sites:
+            await site.stop()
+        assert runner.server is not None
+        runner.server.pre_shutdown()
         try:
             async with asyncio.timeout(self._grace_s) as self._limit:
-                await runner.cleanup()
+                await self.vitals.idle()
         except TimeoutError:
-            logger.warning("requests were cut off", extra={"action": "requests_cut"})
+            logger.warning("%d requests are cut off", self.vitals.under_way, extra={"action": "requests_cut"})
+        await runner.cleanup()
+        try:
+            async with asyncio.timeout(_UNDO_S):
+                await self.vitals.idle()
+        except TimeoutError:
+            logger.warning("what a request began is left to the sweep", extra={"action": "requests_left"})
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def _keep_house(self) -> None:

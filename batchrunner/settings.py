@@ -60,7 +60,7 @@ class Settings:
     endpoints: tuple[str, ...] = _knob(ENDPOINTS, "the urls that a line may name")
     concurrency: int | None = _knob(None, "requests in flight for all workers together; unset finds it by itself")
     window_max: int = _knob(4096, "the most requests in flight that the self-found window may reach")
-    workers: int | None = _knob(None, "worker processes; unset means one up to 10,000 lines, else one per core")
+    workers: int | None = _knob(None, "worker processes; unset means one per core, in `run` one up to 10,000 lines")
     rpm: int | None = _knob(None, "requests a minute for all workers together; unset means no limit")
     tpm: int | None = _knob(None, "tokens a minute for all workers together; unset means no limit")
     max_tries: int = _knob(5, "tries of one line that ended in an error of its own, the first included")

@@ -102,6 +102,10 @@ class Dispatcher:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer a request, whatever happens."""
+        with self._parts.vitals.request():
+            return await self._handle(request)
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
         turn = _Turn(self._parts, request)
         try:
             answer = await self._answer(turn)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from batchrunner.metrics import Latencies
@@ -24,6 +26,26 @@ class Vitals:
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     answered: Counter[int] = field(default_factory=Counter)
     latencies: Latencies = field(default_factory=Latencies)
+
+    under_way: int = 0
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Count a request as under way while the block runs."""
+        self.under_way += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.under_way -= 1
+            if self.under_way == 0:
+                self._idle.set()
+
+    async def idle(self) -> None:
+        """Wait until no request is under way."""
+        if self.under_way:
+            await self._idle.wait()
 
     def note_answer(self, status: int, elapsed_s: float) -> None:
         """Count a request."""

@@ -16,6 +16,7 @@ from batchrunner.errors import (
     NameTaken,
     NotFound,
     QuotaExceeded,
+    SchemaNewer,
     TransitionRefused,
 )
 from batchrunner.holdings import ApiKey, KeyId, KeyLimits, KeyScope, LiveShare, OpenCounts, Replay
@@ -424,3 +425,31 @@ def test_nothing_ends_by_a_wall_clock_that_jumped(world: World) -> None:
 
     assert world.store.expire().files == 0
     assert world.store.expire().files == 1
+
+
+# -- how it stands -----------------------------------------------------------------------------------------------------
+
+
+def test_store_of_this_version_answers(world: World) -> None:
+    world.store.check()
+
+
+def test_store_of_another_version_is_refused(world: World) -> None:
+    world.backend.change("UPDATE alembic_version SET version_num = '9999'")
+
+    with pytest.raises(SchemaNewer, match="9999"):
+        world.store.check()
+
+
+def test_unfinished_batches_of_all_tenants_are_counted_by_status(world: World) -> None:
+    world.sealing("b4")
+    world.running("b1")
+    world.created("b2")
+    world.store.scope(BEN).create_batch(world.new("b3", tenant=BEN))
+
+    assert world.store.unfinished_counts() == {
+        BatchStatus.VALIDATING: 2,
+        BatchStatus.IN_PROGRESS: 1,
+        BatchStatus.FINALIZING: 1,
+        BatchStatus.CANCELLING: 0,
+    }

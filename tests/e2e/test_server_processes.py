@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 from pathlib import Path
@@ -186,6 +187,42 @@ async def test_request_under_way_is_answered_before_the_end(tmp_path: Path) -> N
         assert closed.is_set()
         assert file["bytes"] == len(content)
         assert (await server.ended()).code == 0
+
+
+async def test_followed_batch_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    async with site(tmp_path, latency="50ms") as here:
+        server = await here.serve("--workers", "1", "--concurrency", "2")
+        batch_id = await server.submit(here.write_input(LINES))
+        async with here.session.get(f"{server.base_url}/batches/{batch_id}/events") as answer:
+            assert (await answer.content.readuntil(b"\n\n")).startswith(b"event: status")
+
+            async with asyncio.timeout(RECOVERY_S):
+                ended = await server.stop()
+            assert answer.content_type == "text/event-stream"
+            await answer.read()
+
+        assert ended.code == 0, ended.stderr
+        assert "cut off" not in ended.stderr
+
+
+async def test_signal_to_all_processes_is_a_clean_end(tmp_path: Path) -> None:
+    """As a terminal or a service manager may send it."""
+    async with site(tmp_path, latency="50ms") as here:
+        server = await here.serve("--workers", "1", "--concurrency", "2")
+        batch_id = await server.submit(here.write_input(LINES // 4))
+        await here.simulator.wait_until(lambda stats: stats.total >= 2)
+
+        os.killpg(server.command.pid, signal.SIGTERM)
+        ended = await server.ended()
+
+        assert ended.code == 0, ended.stderr
+        assert "Traceback" not in ended.stderr
+        again = await here.serve("--workers", "1")
+        await end_and_check(here, again, batch_id, kills=0)
+        os.killpg(again.command.pid, signal.SIGINT)
+        ended = await again.ended()
+        assert ended.code == 0, ended.stderr
+        assert "Traceback" not in ended.stderr
 
 
 async def test_second_server_on_the_folder_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
