@@ -21,7 +21,9 @@ BatchrunnerError
 ├── PeerError                   the upstream is at fault
 │   ├── UpstreamUnreachable     no request of this process was ever answered
 │   ├── AuthenticationRefused   every line was answered 401 or 403
-│   └── ModelUnknown            every line was answered "no such model or route"
+│   ├── ModelUnknown            every line was answered "no such model or route"
+│   ├── ServerUnavailable       a batch server does not answer, or cannot work now
+│   └── ServerRefused           a batch server refused a request of the command line
 └── OwnError                    our side or its disk, database or network is at fault
     ├── StoreUnavailable        the database cannot be reached or is locked for too long
     ├── SchemaNewer             the database was written by a newer version
@@ -213,6 +215,20 @@ class ModelUnknown(PeerError):
 
     code = "model_unknown"
     hint = "See which models the server has with `batchrunner doctor -u URL`."
+
+
+class ServerUnavailable(PeerError):
+    """A batch server does not answer, or cannot do its work now."""
+
+    code = "server_unavailable"
+    hint = "Is `batchrunner serve` running there, and is --server (or BATCHRUNNER_SERVER) its base URL?"
+
+
+class ServerRefused(PeerError):
+    """A batch server refused a request of the command line."""
+
+    code = "server_refused"
+    hint = "The message is the server's own; correct what it names and run the same command again."
 
 
 class OwnError(BatchrunnerError):

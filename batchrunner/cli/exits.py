@@ -9,9 +9,12 @@ from batchrunner.errors import (
     BatchrunnerError,
     InputChanged,
     InputInvalid,
+    KeyRefused,
     ModelUnknown,
     OutputExists,
+    PermissionRefused,
     RunDiffers,
+    ServerRefused,
     UsageError,
 )
 
@@ -35,7 +38,7 @@ MEANINGS = {
     ExitCode.TROUBLE: "tool or infrastructure error; run the same command again",
     ExitCode.USAGE: "usage: a flag, setting or identity does not fit",
     ExitCode.SOME_FAILED: "finished, some lines failed",
-    ExitCode.AUTHENTICATION: "the upstream refused the key for every line; resumable",
+    ExitCode.AUTHENTICATION: "the key was refused: by the upstream for every line (resumable), or by the batch server",
     ExitCode.INPUT_INVALID: "the input has problems; nothing was sent",
     ExitCode.STOPPED: "stopped on purpose (limit, model unknown on every line); resumable",
     ExitCode.DEADLINE: "the deadline passed; unfinished lines are in the error file",
@@ -44,12 +47,15 @@ MEANINGS = {
 
 _OF_ERROR: tuple[tuple[type[BatchrunnerError], ExitCode], ...] = (
     (AuthenticationRefused, ExitCode.AUTHENTICATION),
+    (KeyRefused, ExitCode.AUTHENTICATION),
+    (PermissionRefused, ExitCode.AUTHENTICATION),
     (ModelUnknown, ExitCode.STOPPED),
     (InputInvalid, ExitCode.INPUT_INVALID),
     (InputChanged, ExitCode.INPUT_INVALID),
     (UsageError, ExitCode.USAGE),
     (RunDiffers, ExitCode.USAGE),
     (OutputExists, ExitCode.USAGE),
+    (ServerRefused, ExitCode.USAGE),
 )
 
 

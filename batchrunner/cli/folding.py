@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import heapq
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import msgspec
 
 from batchrunner.app import Runner
-from batchrunner.frames import Damage, read_records, segment_of
-from batchrunner.models import Batch, BatchId, FileId, Order, RecordKind, Usage
+from batchrunner.choosing import custom_id_of, numbered_lines
+from batchrunner.errors import ReconciliationError
+from batchrunner.models import Batch, BatchId, FileId, Order, Usage
+from batchrunner.pipeline import read_blob
 from batchrunner.ports import TenantScope
-
-_PAGE = 1000
+from batchrunner.seal import read_problems
 
 
 class _Named(msgspec.Struct):
@@ -38,22 +38,27 @@ class Folded:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Files of a batch, or of the fold so far; `numbers` are the line numbers of the output's lines, in its order."""
+    """Files of a batch, or of the fold so far, each line in input order unless the run wants another."""
 
     output: Path | None
     errors: Path | None
-    numbers: array[int]
 
 
 def fold(runner: Runner, scope: TenantScope, ids: list[str], folder: Path) -> Folded:
-    """Fold a run's batches, oldest first. A run without retries is its own fold. Blocks."""
+    """Fold a run's batches, oldest first. A run without retries is its own fold. Blocks.
+
+    Raises:
+        ReconciliationError: a file of results holds a line that is not the input's, or not in its place.
+    """
     batches = [scope.batch(BatchId(each)) for each in ids]
     first = batches[0]
     if len(batches) == 1:
         return Folded(first, *_files(runner, scope, first))
-    base = _layer(runner, scope, first)
+    base = _Layer(*_files(runner, scope, first))
     for place, child in enumerate(batches[1:]):
-        base = _fold_in(base, _layer(runner, scope, child), folder, str(place % 2), order=first.order)
+        layer = _Layer(*_files(runner, scope, child))
+        places = _runnable_ids(runner, first) if first.order is Order.INPUT else None
+        base = _fold_in(base, layer, folder, str(place % 2), places=places)
     errors = _count_lines(base.errors)
     whole = replace(
         batches[-1],
@@ -78,52 +83,63 @@ def _files(runner: Runner, scope: TenantScope, batch: Batch) -> tuple[Path | Non
     return path_of(batch.output_file_id), path_of(batch.error_file_id)
 
 
-def _layer(runner: Runner, scope: TenantScope, batch: Batch) -> _Layer:
-    output, errors = _files(runner, scope, batch)
-    numbers = array("Q", _succeeded(runner, scope, batch.id))
-    if batch.order is Order.INPUT:
-        numbers = array("Q", sorted(numbers))
-    return _Layer(output, errors, numbers)
+def _runnable_ids(runner: Runner, first: Batch) -> Iterator[str]:
+    """Give the custom_ids of the input's lines that were not refused, in its order; each is there once."""
+    blobs = runner.adapters.blobs
+    refused = {problem.line_number for problem in read_problems(blobs, first.problems_blob)}
+    for number, raw in numbered_lines(read_blob(blobs, first.source), runner.settings.line_bytes_max):
+        if number not in refused and (custom_id := custom_id_of(raw)) is not None:
+            yield custom_id
 
 
-def _succeeded(runner: Runner, scope: TenantScope, batch_id: BatchId) -> Iterator[int]:
-    """Give the line numbers of all successes, in sequence order."""
-    blobs, after = runner.adapters.blobs, 0
-    while extents := scope.extents(batch_id, after=after, limit=_PAGE):
-        for extent in extents:
-            after = extent.sequence_from + extent.count - 1
-            for record in read_records(blobs, segment_of(extent), extent.byte_start, extent.byte_end):
-                if not isinstance(record, Damage) and record.kind is RecordKind.SUCCEEDED:
-                    yield record.line_number
-
-
-def _fold_in(base: _Layer, child: _Layer, folder: Path, suffix: str, *, order: Order) -> _Layer:
-    """Write the fold of two layers into the run's folder."""
+def _fold_in(base: _Layer, child: _Layer, folder: Path, suffix: str, *, places: Iterator[str] | None) -> _Layer:
+    """Write the fold of two layers into the run's folder, its output by `places`, None for one after the other."""
     output = folder / f"folded-{suffix}.jsonl"
     errors = folder / f"folded-{suffix}.errors.jsonl"
-    pairs = [_numbered(base), _numbered(child)]
-    merged = (
-        heapq.merge(*pairs, key=lambda pair: pair[0])
-        if order is Order.INPUT
-        else (pair for part in pairs for pair in part)
-    )
-    numbers = array("Q")
+    parts = (_lines(base.output), _lines(child.output))
     with output.open("wb") as writing:
-        for number, line in merged:
-            numbers.append(number)
-            writing.write(line)
-    healed = {_read_id(line).custom_id for _, line in _numbered(child)}
+        writing.writelines(chain(*parts) if places is None else _by_input(places, *parts))
+    healed = {_read_id(line).custom_id for line in _lines(child.output)}
     again = {_read_id(line).custom_id: line for line in _lines(child.errors)}
     with errors.open("wb") as writing:
         for line in _lines(base.errors):
             custom_id = _read_id(line).custom_id
             if custom_id is None or custom_id not in healed:
                 writing.write(again.get(custom_id, line))
-    return _Layer(output if output.stat().st_size else None, errors if errors.stat().st_size else None, numbers)
+    return _Layer(output if output.stat().st_size else None, errors if errors.stat().st_size else None)
 
 
-def _numbered(layer: _Layer) -> Iterator[tuple[int, bytes]]:
-    return zip(layer.numbers, _lines(layer.output), strict=True)
+def _by_input(places: Iterator[str], *parts: Iterator[bytes]) -> Iterator[bytes]:
+    """Merge lines that are each in the input's order. What the files hold decides, and no journal: that may have been
+    damaged, or deleted, since they were sealed.
+    """
+    waiting = [_Waiting(part) for part in parts]
+    for custom_id in places:
+        for each in waiting:
+            if each.custom_id == custom_id:
+                yield each.line
+                each.advance()
+    for each in waiting:
+        if each.line:
+            raise ReconciliationError(
+                f"the results hold a line {each.custom_id!r} that is not in the input, or not at that place",
+                hint="Has a file in the state folder been changed? --fresh starts over and keeps the old folder.",
+            )
+
+
+class _Waiting:
+    """The next line of a part, empty at its end."""
+
+    __slots__ = ("_lines", "custom_id", "line")
+
+    def __init__(self, lines: Iterator[bytes]) -> None:
+        self._lines = lines
+        self.advance()
+
+    def advance(self) -> None:
+        """Go to the line after it."""
+        self.line = next(self._lines, b"")
+        self.custom_id = _read_id(self.line).custom_id if self.line else None
 
 
 def _lines(path: Path | None) -> Iterator[bytes]:

@@ -1,6 +1,6 @@
 """`batchrunner results`: the finished lines of a run, while it goes on or after it died, from registered extents alone.
 
-It takes no lock and writes nothing into the run's folder.
+It takes no lock and writes nothing into the run's folder; a batch on a server is fetched elsewhere.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import click
 
 from batchrunner.cli.console import say
 from batchrunner.cli.run_folder import RunFolder, RunRecord
+from batchrunner.cli.server_address import is_batch_id, server_of, server_option
 from batchrunner.errors import NotFound, UsageError
 from batchrunner.frames import Damage, read_payload
 from batchrunner.lifecycle import TERMINAL
@@ -28,19 +29,32 @@ _LOOK_S = 0.5
 
 
 @click.command("results")
-@click.argument("run", metavar="RUN_FOLDER", type=click.Path(path_type=Path))
+@click.argument("run", metavar="RUN_FOLDER|ID", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", metavar="PATH", type=click.Path(path_type=Path), help="Write there instead of to stdout."
+    "-o",
+    "--output",
+    metavar="PATH",
+    type=click.Path(path_type=Path),
+    help="Write there instead of to stdout; of a batch, its failed lines go beside it.",
 )
 @click.option("--failed", "which", flag_value="failed", help="Only lines that failed.")
 @click.option("--succeeded", "which", flag_value="succeeded", help="Only lines that succeeded.")
-@click.option("--follow", is_flag=True, help="Go on with new lines until the run ends.")
-def results(*, run: Path, output: Path | None, which: str | None, follow: bool) -> None:
-    """Print the finished lines of a run, OUTPUT.run, in the order in which they were finished.
+@click.option("--follow", is_flag=True, help="Go on with new lines until the run or batch ends.")
+@server_option
+def results(*, run: Path, output: Path | None, which: str | None, follow: bool, server_address: str | None) -> None:
+    """Give the finished lines of a run, OUTPUT.run, or of a batch on a server, an ID that begins with batch_.
 
-    The run may be going on, stopped or killed. Lines that were refused, or that a deadline left unfinished, are in the
-    run's own errors file only.
+    A run may be going on, stopped or killed: its lines come in the order in which they were finished. Lines that were
+    refused, or that a deadline left unfinished, are in the run's own errors file only.
+
+    Of a batch that runs, too, the lines finished so far are given; when it has ended, its own files are. With -o OUTPUT
+    the succeeded lines go there and the failed ones into OUTPUT with .errors, as `run` writes them, and the same
+    command again goes on where the last one was.
     """
+    if is_batch_id(run):
+        from batchrunner.cli.fetching import fetch_results
+
+        fetch_results(server_of(server_address), str(run), output, which, follow=follow)
     kind = {None: None, "failed": RecordKind.FAILED, "succeeded": RecordKind.SUCCEEDED}[which]
     with ExitStack() as stack:
         opened = stack.enter_context(open_run(run))
@@ -101,7 +115,6 @@ def open_run(path: Path) -> Iterator[OpenRun]:
 
     Raises:
         NotFound: there is no run.
-        UsageError: it is the id of a server's batch.
     """
     folder = RunFolder(_folder_of(path))
     record = folder.load()
@@ -121,11 +134,6 @@ def open_run(path: Path) -> Iterator[OpenRun]:
 def _folder_of(path: Path) -> Path:
     if path.is_dir():
         return path
-    if path.name.startswith("batch_") and not path.exists():
-        raise UsageError(
-            f"{path} is the id of a batch on a server, which this command cannot read",
-            hint="Name the folder of a run on this machine, OUTPUT.run.",
-        )
     beside = path.with_name(f"{path.name}.run")
     return beside if path.is_file() and beside.is_dir() else path
 

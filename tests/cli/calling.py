@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,6 +81,24 @@ def simulator(*arguments: str) -> Iterator[str]:
             yield process.stderr.readline().strip().removeprefix(_LISTENING)
         finally:
             process.kill()
+
+
+@contextmanager
+def batch_server(folder: Path, upstream: str, *arguments: str) -> Iterator[str]:
+    """A batch server in processes of its own; gives its base URL."""
+    where = ("--port", "0", "--data", folder, "-u", upstream)
+    with spawn("serve", *where, *arguments) as process:
+        assert process.stderr is not None
+        base_url = process.stderr.readline().strip()
+        # Its talk is read all the time, so that no pipe fills.
+        reading = threading.Thread(target=process.stderr.read)
+        reading.start()
+        try:
+            assert base_url.startswith("http://"), base_url
+            yield base_url
+        finally:
+            process.terminate()
+            reading.join()
 
 
 def chat_line(custom_id: str, **body: object) -> bytes:

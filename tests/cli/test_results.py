@@ -144,8 +144,10 @@ def test_nothing_is_made_where_nothing_is(tmp_path):
     assert not (tmp_path / "typo.run").exists()
 
 
-def test_the_id_of_a_servers_batch_is_a_usage_error():
-    called = call("results", "batch_0123456789abcdef")
+def test_the_id_of_a_servers_batch_is_looked_up_on_the_server(monkeypatch):
+    monkeypatch.setattr("batchrunner.client.FIRST_CONTACT_S", 0.0)
+    called = call("results", "batch_0123456789abcdef", "--server", "http://127.0.0.1:9")
 
-    assert called.code == 2
-    assert "batch on a server" in called.err
+    assert called.code == 1
+    assert "cannot connect to http://127.0.0.1:9/v1" in called.err
+    assert "Is `batchrunner serve` running there" in called.err
