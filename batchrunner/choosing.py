@@ -91,7 +91,7 @@ def write_chosen(
     count = 0
     writer = blobs.writer(name)
     try:
-        for number, raw in _numbered(source, line_bytes_max):
+        for number, raw in numbered_lines(source, line_bytes_max):
             if number in refused or (among is not None and number not in among):
                 continue
             if custom_id_of(raw) in wanted:
@@ -118,7 +118,8 @@ def lines_of(chunks: Iterable[bytes]) -> Iterator[bytes]:
         yield rest
 
 
-def _numbered(source: Iterable[bytes], line_bytes_max: int) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(source: Iterable[bytes], line_bytes_max: int) -> Iterator[tuple[int, bytes]]:
+    """Give the lines of an input with their numbers, but for those too long; `source` is in pieces of any size."""
     cutter = Cutter(lines_max=_BLOCK_LINES, bytes_max=_BLOCK_BYTES, line_bytes_max=line_bytes_max)
     for chunk in source:
         yield from _lines_in(cutter.feed(chunk))

@@ -114,19 +114,24 @@ class _Run:
             batch = _find(scope, BatchId(record.batches[-1]))
             if batch is not None and batch.status is not BatchStatus.FAILED:
                 scope.resume(batch.id)
-                scope.adjust(batch.id, hold_at=request.limit, order=Order(request.order))
+                scope.adjust(batch.id, hold_at=request.limit, order=self._order(is_retry=batch.parent_id is not None))
                 return scope.batch(batch.id)
             record.batches.pop()
         new = self._new_batch(runner)
         if request.retry_failed is not None:
             chosen = choose_failed(runner, scope, self._prepared, request.retry_failed)
-            new = replace(new, parent_id=BatchId(record.batches[-1]), chosen_blob=chosen)
+            parent_id = BatchId(record.batches[-1])
+            new = replace(new, parent_id=parent_id, chosen_blob=chosen, order=self._order(is_retry=True))
         record.batches.append(new.id)
         record.finished_exit_code = None
         self._prepared.folder.save(record)
         batch = scope.create_batch(new)
         crash.point("batch.created")
         return batch
+
+    def _order(self, *, is_retry: bool) -> Order:
+        """A retry's lines are folded into those of the first batch, whose order is the one that shows."""
+        return Order.INPUT if is_retry else Order(self._request.order)
 
     def _new_batch(self, runner: Runner) -> NewBatch:
         request, now = self._request, runner.adapters.clock.now()

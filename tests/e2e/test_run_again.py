@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from functools import partial
@@ -241,3 +242,42 @@ async def test_stop_in_the_middle_leaves_no_line_unknown_that_may_be_sent_once(t
 
 def _has_answered(count: int, stats: SimulatorStats) -> bool:
     return stats.ok >= count
+
+
+@pytest.mark.parametrize("order", ["input", "completion"])
+async def test_retry_heals_a_run_whose_journal_was_damaged_after_its_end(tmp_path: Path, order: str) -> None:
+    """Whatever order the retry is told, the first batch's is the one of OUTPUT."""
+    async with bench(tmp_path) as run:
+        bodies = [{"simulate": ["400"]} if number % 3 == 1 else {} for number in range(30)]
+        run.input.write_bytes(b"".join(chat_line(number, **body) for number, body in enumerate(bodies)))
+        first = await run.run()
+        for segment in (run.state / "blobs" / "journal").rglob("*.seg"):
+            _flip(segment, segment.stat().st_size // 2)
+
+        second = await run.run("--retry-failed", "--order", order, "--json")
+
+        assert (first.code, second.code) == (3, 0), second.stderr
+        assert run.check(repeats_max=0).codes == {}
+        ids = [json.loads(line)["custom_id"] for line in run.output.read_bytes().splitlines()]
+        assert ids == [json.loads(line)["custom_id"] for line in run.input.read_bytes().splitlines()]
+
+
+async def test_retry_says_so_where_a_sealed_file_was_changed(tmp_path: Path) -> None:
+    async with bench(tmp_path) as run:
+        run.input.write_bytes(b"".join(chat_line(number, simulate=["400"] * (number % 2)) for number in range(8)))
+        await run.run()
+        (output,) = (run.state / "blobs" / "files").rglob("*-output.jsonl")
+        output.write_bytes(b"".join(reversed(output.read_bytes().splitlines(keepends=True))))
+
+        ended = await run.run("--retry-failed")
+
+        assert ended.code == 1, ended.stderr
+        assert "not in the input, or not at that place" in ended.stderr
+        assert "--fresh" in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+
+def _flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0xFF
+    path.write_bytes(content)
