@@ -189,13 +189,15 @@ class Site:
         self.servers.append(server)
         return server
 
-    async def check(self, server: Server, batch: dict[str, Any], *, repeats_max: int | None = None) -> Checked:
-        """Prove the ledger of an ended batch from its files as a client gets them."""
+    async def check(
+        self, server: Server, batch: dict[str, Any], *, repeats_max: int | None = None, path: Path | None = None
+    ) -> Checked:
+        """Prove the ledger of an ended batch of the input, or that at `path`, from its files as a client gets them."""
         output, errors = self.folder / "got.jsonl", self.folder / "got.errors.jsonl"
         output.write_bytes(await server.content(batch["output_file_id"]))
         errors.write_bytes(await server.content(batch["error_file_id"]))
         checked = check_run(
-            self.input,
+            path or self.input,
             output,
             errors,
             sim_stats=None if repeats_max is None else self.simulator.stats(),
