@@ -1,4 +1,4 @@
-"""Clients that follow a batch while its server is killed and started again: by pages of results, by events, by looks."""
+"""Clients that follow a batch while its server is killed and started again: by results, by events, by looks."""
 
 from __future__ import annotations
 
