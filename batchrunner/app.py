@@ -25,6 +25,7 @@ from batchrunner.blobs.local import LocalBlobs
 from batchrunner.clock import SystemClock, SystemRng
 from batchrunner.errors import BatchrunnerError, NotFound, UsageError
 from batchrunner.fanout import Fanout
+from batchrunner.housekeeping import drop_unfinished
 from batchrunner.journal import Journal
 from batchrunner.limits import Cooldown, FirstContact, Gate, Outage, ReadBudget, TokenBucket
 from batchrunner.metrics import Tally
@@ -160,9 +161,12 @@ def reap(adapters: Adapters, locks: SessionLocks, *, is_witnessed: bool = True) 
     a whole tells nothing of them.
     """
     count = 0
-    for session in locks.dead_sessions():
+    dead = locks.dead_sessions()
+    for session in dead:
         count += adapters.store.release_session(session, died=is_witnessed)
         locks.bury(session)
+    if dead:
+        drop_unfinished(adapters.blobs)
     return count
 
 

@@ -5,13 +5,17 @@ The Store decides what may go, and knows it as gone only after it is; so every s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from batchrunner import crash
+from batchrunner.errors import BlobsUnavailable
 from batchrunner.models import BatchId
 from batchrunner.ports import Blobs
 from batchrunner.upkeep import Upkeep
+
+logger = logging.getLogger(__name__)
 
 _BLOBS_MAX = 100
 
@@ -45,6 +49,17 @@ def clear(
         journals=journals,
         blobs=_delete_freeable(store, blobs, in_use, is_stopping),
     )
+
+
+def drop_unfinished(blobs: Blobs) -> None:
+    """Remove what dead writers left half written; where that fails, a later sweep does it."""
+    try:
+        count = blobs.drop_unfinished()
+    except BlobsUnavailable as error:
+        logger.warning("half written blobs stay for now: %s", error, extra={"action": "unfinished_left"})
+        return
+    if count:
+        logger.info("%d half written blobs of dead writers deleted", count, extra={"action": "unfinished_deleted"})
 
 
 def _delete_journal(blobs: Blobs, batch_id: BatchId) -> None:

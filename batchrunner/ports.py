@@ -124,6 +124,9 @@ class Blobs(Protocol):
     def delete(self, name: str) -> None:
         """Remove the name; removing a missing one is no error."""
 
+    def drop_unfinished(self) -> int:
+        """Remove what writers left behind whose process is gone; gives their number. For sweepers; reads every name."""
+
     def free_bytes(self) -> int | None:
         """Tell the space left for writing, None where that has no meaning."""
 

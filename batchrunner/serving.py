@@ -22,7 +22,7 @@ from batchrunner.api.routes import build_app, make_runner
 from batchrunner.api.vitals import Vitals
 from batchrunner.app import Adapters, LogLine, arm_crash_point, open_adapters
 from batchrunner.errors import BatchrunnerError, DiskFull
-from batchrunner.housekeeping import clear
+from batchrunner.housekeeping import clear, drop_unfinished
 from batchrunner.orders import LISTENING, READY, Greeting, Pulse
 from batchrunner.ports import Clock
 from batchrunner.tuning import freeze_start_up, tune_process
@@ -113,7 +113,8 @@ class ApiProcess:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def _keep_house(self) -> None:
-        """Sweep now and then."""
+        """Sweep now and then; at first what an API process that died has left half written."""
+        await self._called(lambda: drop_unfinished(self._adapters.blobs))
         while True:
             try:
                 await self._sweep()

@@ -84,6 +84,27 @@ async def test_killed_api_comes_back_on_its_port_and_the_batch_goes_on(tmp_path:
         assert (await server.stop()).code == 0
 
 
+async def test_half_an_upload_of_a_killed_api_leaves_the_disk(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        server = await here.serve("--workers", "0")
+        head = b'--x\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n{}\n'
+        _, writing = await asyncio.open_connection("127.0.0.1", int(server.root.rpartition(":")[2]))
+        writing.write(b"POST /v1/files HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9000000\r\n")
+        writing.write(b"content-type: multipart/form-data; boundary=x\r\n\r\n" + head + b"{}\n" * 500_000)
+        await writing.drain()
+
+        async def is_half_there() -> bool:
+            return any("~" in path.name for path in (here.data / "blobs").rglob("files/*"))
+
+        await until(is_half_there)
+        server.api().kill()
+        await server.said("1 half written blobs")
+
+        assert not await is_half_there()
+        writing.close()
+        assert (await server.stop()).code == 0
+
+
 async def test_killed_worker_comes_back_and_its_lines_at_once(tmp_path: Path) -> None:
     async with site(tmp_path, latency="100ms") as here:
         server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from batchrunner.app import SessionLocks, open_adapters, reap
 from batchrunner.blobs.local import LocalBlobs
 from batchrunner.errors import BatchrunnerError, BlobsUnavailable
 from batchrunner.housekeeping import Cleared, clear
@@ -91,3 +92,32 @@ def test_sweep_that_broke_off_is_finished_by_the_next(
     clear(world.store, blobs, in_use=())
 
     assert names(blobs) == sorted(OF_OTHERS)
+
+
+def test_what_a_dead_session_left_half_written_goes_when_it_is_reaped(tmp_path: Path) -> None:
+    adapters = open_adapters(tmp_path)
+    (tmp_path / "sessions" / "0123456789abcdef").touch()
+    left = tmp_path / "blobs" / "assets" / "b1" / "line_1~99-0123456789abcdef"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+
+    reap(adapters, SessionLocks(tmp_path))
+
+    assert not left.exists()
+    adapters.store.close()
+
+
+def test_half_written_blobs_that_cannot_be_swept_keep_nobody_from_reaping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = open_adapters(tmp_path)
+    (tmp_path / "sessions" / "0123456789abcdef").touch()
+
+    def fail(_self: LocalBlobs) -> int:
+        raise BlobsUnavailable("the folder is gone")
+
+    monkeypatch.setattr(LocalBlobs, "drop_unfinished", fail)
+
+    assert reap(adapters, SessionLocks(tmp_path)) == 0
+    assert not list((tmp_path / "sessions").iterdir())
+    adapters.store.close()
