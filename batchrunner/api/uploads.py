@@ -35,7 +35,7 @@ _PARTS_MAX = 10_000
 class NewUpload(msgspec.Struct, frozen=True):
     """What an upload is announced with. `bytes` is the size of the whole file."""
 
-    bytes: Annotated[int, Meta(ge=1)]
+    bytes: Annotated[int, Meta(ge=0)]
     filename: Annotated[str, Meta(min_length=1, max_length=_FILENAME_CHARS_MAX)]
     mime_type: Annotated[str, Meta(max_length=256)]
     purpose: Purpose

@@ -251,7 +251,7 @@ async def test_a_refused_create_does_not_use_up_its_key(api: Served) -> None:
     key = {"Idempotency-Key": "k"}
     wanted = {"bytes": 5, "filename": "a", "mime_type": "m", "purpose": "batch"}
 
-    refused = await api.call("POST", "/v1/uploads", json=wanted | {"bytes": 0}, headers=key)
+    refused = await api.call("POST", "/v1/uploads", json=wanted | {"bytes": -1}, headers=key)
     mended = await api.call("POST", "/v1/uploads", json=wanted, headers=key)
 
     assert (refused.status, mended.status) == (400, 200)

@@ -55,6 +55,16 @@ async def test_upload_object_is_that_of_the_original(api: Served) -> None:
     }
 
 
+@pytest.mark.parametrize("contents", [(), (b"",)])
+async def test_an_upload_of_nothing_becomes_an_empty_file(api: Served, contents: tuple[bytes, ...]) -> None:
+    upload_id = await announce(api, 0, purpose="user_data")
+    part_ids = [await send_part(api, upload_id, content) for content in contents]
+
+    done = (await api.call("POST", f"/v1/uploads/{upload_id}/complete", json={"part_ids": part_ids})).json
+
+    assert (done["status"], done["file"]["bytes"], done["file"]["status"]) == ("completed", 0, "processed")
+
+
 async def test_parts_sent_in_parallel_are_laid_together_in_the_order_named(api: Served) -> None:
     upload_id = await announce(api, expires_after={"anchor": "created_at", "seconds": 7200})
     backwards = await asyncio.gather(*(send_part(api, upload_id, content) for content in reversed(PARTS)))
