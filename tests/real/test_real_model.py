@@ -34,7 +34,8 @@ async def server_url() -> AsyncIterator[str]:
     assert process.stdout is not None
     try:
         async with asyncio.timeout(LOADING_S):
-            yield (await process.stdout.readline()).decode().strip()
+            url = (await process.stdout.readline()).decode().strip()
+        yield url
     finally:
         process.stdin.close()
         await process.wait()
