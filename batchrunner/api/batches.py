@@ -155,7 +155,6 @@ async def retry_batch(call: Call) -> Answer:
     """Make a batch of the lines of an ended one that failed, were cancelled or ran out of time."""
     wanted = await read_retry(call)
     async with call.parts.heavy:
-        # One after the other: two retries at once could both take the same line.
         return _answer(call, await call.blocking(lambda: shown(call, retry(call, batch_of(call), wanted))))
 
 

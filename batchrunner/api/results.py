@@ -12,7 +12,6 @@ import msgspec
 from msgspec import Meta
 
 from batchrunner.api.batches import batch_of
-from batchrunner.api.chain import family_of
 from batchrunner.api.envelope import Refusal
 from batchrunner.api.http import Answer, Call, Route, json_answer
 from batchrunner.choosing import lines_of
@@ -166,7 +165,7 @@ async def read_results(call: Call) -> Answer:
 
 def _open(call: Call, wanted: ReadResults) -> tuple[_Shelf, Iterator[Record]]:
     batch = batch_of(call)
-    batches = family_of(call.scope, batch) if wanted.merged else [batch]
+    batches = call.scope.family(batch.id) if wanted.merged else [batch]
     shelf = _Shelf(call.parts.blobs, call.scope, batches, wanted)
     if wanted.limit is None:
         return shelf, shelf.records()

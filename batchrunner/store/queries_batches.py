@@ -12,10 +12,10 @@ from sqlalchemy import Connection, RowMapping, bindparam, exists, func, insert, 
 from batchrunner.errors import NameTaken, NotFound, OwnError, QuotaExceeded, TransitionRefused
 from batchrunner.holdings import KeyLimits, OpenCounts, Replay
 from batchrunner.lifecycle import ENDED_BY, SEALING, TERMINAL, BatchEvent, BatchStatus, next_status
-from batchrunner.models import BatchId, LineProblem, NewBatch, Order, PauseReason, TaskKind, TaskState, TenantId
+from batchrunner.models import BatchId, File, LineProblem, NewBatch, Order, PauseReason, TaskKind, TaskState, TenantId
 from batchrunner.store.moments import Moment
 from batchrunner.store.queries_blobs import UNFINISHED, drop_blob, need_blob
-from batchrunner.store.queries_files import file_of_tenant, require_bytes
+from batchrunner.store.queries_files import add_file, file_of_tenant, require_bytes
 from batchrunner.store.queries_idempotency import note_made
 from batchrunner.store.tables import batches, extents, outbox, tasks
 
@@ -63,10 +63,18 @@ def batches_of_tenant(conn: Connection, tenant: TenantId, *, limit: int, after: 
     return conn.execute(query).mappings().all()
 
 
-def children_of_batch(conn: Connection, batch_id: BatchId) -> Sequence[RowMapping]:
-    """List the batches that retry this one, oldest first."""
-    query = select(batches).where(batches.c.parent_id == batch_id, batches.c.deleted_at.is_(None))
-    return conn.execute(query.order_by(batches.c.serial)).mappings().all()
+def family_of_batch(conn: Connection, tenant: TenantId, batch_id: BatchId) -> list[RowMapping]:
+    """List the batch that was first and all retries below it, oldest first; deleted ones only link."""
+    row = batch_of_tenant(conn, tenant, batch_id)
+    while row["parent_id"] is not None:
+        row = conn.execute(_BATCH, {"b_id": row["parent_id"]}).mappings().one()
+    found: list[RowMapping] = []
+    generation: Sequence[RowMapping] = [row]
+    while generation:
+        found += generation
+        below = batches.c.parent_id.in_([each["id"] for each in generation])
+        generation = conn.execute(select(batches).where(below)).mappings().all()
+    return sorted((each for each in found if each["deleted_at"] is None), key=lambda each: each["serial"])
 
 
 def open_counts(conn: Connection, tenant: TenantId) -> OpenCounts:
@@ -88,10 +96,18 @@ def extents_after(conn: Connection, batch_id: BatchId, *, after: int, limit: int
 
 
 def create_batch(
-    conn: Connection, new: NewBatch, moment: Moment, *, replay: Replay | None, limits: KeyLimits
+    conn: Connection,
+    new: NewBatch,
+    moment: Moment,
+    *,
+    replay: Replay | None,
+    limits: KeyLimits,
+    file: File | None = None,
+    family: Collection[BatchId] | None = None,
 ) -> RowMapping:
     """Insert a batch with its validate task; guards that what it refers to is the tenant's, that an Idempotency-Key
-    makes one batch, and that limits hold however many ask at once. May be repeated.
+    makes one batch, that limits hold however many ask at once, and that no retry came that its maker has not seen. May
+    be repeated.
     """
     found = conn.execute(_BATCH, {"b_id": new.id}).mappings().one_or_none()
     if found is not None and found["tenant"] != new.tenant:
@@ -101,7 +117,11 @@ def create_batch(
     if replay is not None and (made := note_made(conn, new.tenant, replay, new.id, moment)) is not None:
         return batch_of_tenant(conn, new.tenant, BatchId(made))
     _require_room(conn, new.tenant, limits)
+    if file is not None:
+        add_file(conn, file)
     _require_origin(conn, new, moment)
+    if family is not None and new.parent_id is not None:
+        _require_family(conn, new.tenant, new.parent_id, family)
     given = {each.name: getattr(new, each.name) for each in fields(NewBatch)}
     fresh = {
         "status": BatchStatus.VALIDATING,
@@ -141,6 +161,13 @@ def _require_origin(conn: Connection, new: NewBatch, moment: Moment) -> None:
         require_bytes(conn, new.input_file_id)
     else:
         file_of_tenant(conn, new.tenant, new.input_file_id, moment)
+
+
+def _require_family(conn: Connection, tenant: TenantId, parent_id: BatchId, seen: Collection[BatchId]) -> None:
+    known = frozenset(seen)
+    for each in family_of_batch(conn, tenant, parent_id):
+        if each["id"] not in known:
+            raise TransitionRefused(f"the batch {parent_id} has been retried meanwhile, as {each['id']}")
 
 
 def delete_batch(conn: Connection, tenant: TenantId, batch_id: BatchId, moment: Moment) -> None:

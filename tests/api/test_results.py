@@ -12,6 +12,7 @@ import aiohttp.web
 import orjson
 import pytest
 
+from batchrunner.api import retrying
 from batchrunner.api.routes import build_app, make_runner
 from batchrunner.store.sqlite import SqliteStore
 from tests.api.batching import (
@@ -25,7 +26,7 @@ from tests.api.batching import (
     until,
     working,
 )
-from tests.api.serving import Reply, Served
+from tests.api.serving import Reply, Served, serving
 from tests.cli.calling import chat_line
 from tests.invariants import check_shape
 
@@ -174,6 +175,48 @@ async def test_a_line_is_in_one_unfinished_retry_only(api: Served, tmp_path: Pat
     assert f"Line 1 is being retried by batch {first.json['id']}" in both.json["error"]["message"]
     assert both.headers["x-should-retry"] == "false"
     assert below.status == 409
+
+
+async def test_of_two_retries_at_once_one_takes_the_line(
+    api: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = chat_lines("a", simulate=["400"] * 3)
+    async with working(tmp_path):
+        parent = await ended(api, (await make_batch(api, content))["id"])
+    real = retrying._check_apart
+    rivals: list[Reply] = []
+    loop = asyncio.get_running_loop()
+
+    async def rival() -> None:
+        async with serving(tmp_path) as other:
+            rivals.append(await retry(other, parent["id"]))
+
+    def check_apart(*asked: Any) -> None:
+        """Let another process make the same retry right after the check."""
+        real(*asked)
+        monkeypatch.setattr(retrying, "_check_apart", real)
+        asyncio.run_coroutine_threadsafe(rival(), loop).result()
+
+    monkeypatch.setattr(retrying, "_check_apart", check_apart)
+
+    late = await retry(api, parent["id"])
+
+    assert rivals[0].status == 200
+    assert (late.status, late.json["error"]["code"]) == (409, "already_retrying")
+
+
+async def test_a_line_under_way_below_a_deleted_retry_is_not_taken_again(api: Served, tmp_path: Path) -> None:
+    content = chat_lines("a", simulate=["400"] * 3)
+    async with working(tmp_path):
+        parent = await ended(api, (await make_batch(api, content))["id"])
+        child = await ended(api, (await retry(api, parent["id"])).json["id"])
+    grandchild = await retry(api, child["id"])
+    assert (await api.call("DELETE", f"/v1/batches/{child['id']}")).status == 200
+
+    again = await retry(api, parent["id"])
+
+    assert grandchild.status == 200
+    assert (again.status, again.json["error"]["code"]) == (409, "already_retrying")
 
 
 async def test_a_retry_that_fails_again_can_be_retried_from_either(api: Served, tmp_path: Path) -> None:
