@@ -18,6 +18,8 @@ OLD_PYTHON = "1.60.0"
 # What it needs and this environment has not got already.
 OLD_PYTHON_NEEDS = ("distro==1.9.0", "tqdm==4.67.1")
 NODE = "7.57.0"
+# The last that says it runs on Node 20.
+OLD_NODE = "6.49.0"
 FETCH_S = 240
 
 
@@ -44,14 +46,14 @@ def old_python() -> Path:
     return _kept(f"python-{OLD_PYTHON}", fetch)
 
 
-def node() -> Path:
-    """Give a folder in which Node finds the package openai."""
+def node(package_version: str) -> Path:
+    """Give a folder in which Node finds that version of the package openai."""
 
     def fetch(folder: Path) -> None:
         flags = ("--no-audit", "--no-fund", "--ignore-scripts", "--no-save", "--loglevel=error")
-        _run("npm", "install", *flags, "--prefix", str(folder), f"openai@{NODE}")
+        _run("npm", "install", *flags, "--prefix", str(folder), f"openai@{package_version}")
 
-    return _kept(f"node-{NODE}", fetch)
+    return _kept(f"node-{package_version}", fetch)
 
 
 def _kept(name: str, fetch: Callable[[Path], None]) -> Path:
