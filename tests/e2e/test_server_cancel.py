@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -85,11 +85,11 @@ async def test_cancel_of_a_completed_batch_is_refused_in_one_request(tmp_path: P
 async def refusal(base_url: str, batch_id: str, sent: list[str]) -> openai.ConflictError:
     """Cancel with the official client, which must be refused; note the path of each of its requests."""
 
-    async def note(request: httpx.Request) -> None:
+    async def note(request: httpx2.Request) -> None:
         sent.append(request.url.path)
 
     async with (
-        httpx.AsyncClient(event_hooks={"request": [note]}) as http,
+        httpx2.AsyncClient(event_hooks={"request": [note]}) as http,
         openai.AsyncOpenAI(base_url=base_url, api_key="any", http_client=http, max_retries=3) as client,
     ):
         with pytest.raises(openai.ConflictError) as caught:
