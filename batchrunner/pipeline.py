@@ -18,7 +18,6 @@ import hashlib
 import heapq
 import logging
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self, assert_never
@@ -74,8 +73,8 @@ class Pipeline:
         self._blobs = blobs
         self._clock = clock
         self._settings = settings
-        # One shard is loaded and one batch sealed at a time, each by a thread of its own.
-        self._damages: Counter[TaskKind] = Counter()
+        # What each loaded shard and each seal found; they end in threads of their own.
+        self._damages: list[int] = []
 
     def run_step(self, claim: Claim, beat: Callable[[], None]) -> None:
         """Run a task that is one blocking step. `beat` is called while it moves on.
@@ -159,7 +158,7 @@ class Pipeline:
         """Make a claimed shard ready for the fan-out. Raises as `shards.load` does."""
         run = load(self._blobs, self.journal, claim, self.rules(claim.batch))
         run.assets = self.assets
-        self._damages[TaskKind.SHARD] += len(run.repairs)
+        self._note_damages(len(run.repairs))
         return run
 
     def seal(self, claim: Claim, beat: Callable[[], None]) -> Batch:
@@ -176,12 +175,16 @@ class Pipeline:
         try:
             return sealing.run()
         finally:
-            self._damages[TaskKind.SEAL] += sealing.damage_count
+            self._note_damages(sealing.damage_count)
 
     @property
     def damage_count(self) -> int:
         """Registered byte ranges of the journal that were found damaged so far."""
-        return self._damages.total()
+        return sum(self._damages)
+
+    def _note_damages(self, count: int) -> None:
+        if count:
+            self._damages.append(count)
 
     def keep_reserve(self) -> None:
         """Hold back the space with which statuses can be written on a full disk; without it there is none to hold."""

@@ -36,13 +36,13 @@ from sqlalchemy import (
     update,
 )
 
-from batchrunner.appetite import BREAKER_REASONS, Appetite
+from batchrunner.appetite import BREAKER_REASONS, LIGHT_BYTES_MAX, LIGHT_LINES_MAX, Appetite
 from batchrunner.lifecycle import SEALING, BatchStatus
 from batchrunner.models import BatchId, Claim, Extent, Held, SessionId, TaskKind, TaskState, Watch
 from batchrunner.store.moments import Moment
 from batchrunner.store.queries_batches import lock_batch
 from batchrunner.store.rows import batch_of, claim_of, extent_of
-from batchrunner.store.tables import batches, claims, extents, sessions, tasks
+from batchrunner.store.tables import batches, claims, extents, files, sessions, tasks
 
 # What a claim chooses from: task id, rank, whether the batch is in the session's hands, tenant, priority, deadline,
 # first line.
@@ -114,6 +114,15 @@ def _candidate(*, rank: int, is_mine: ColumnElement[bool] | None = None) -> Cand
     )
 
 
+def _is_light() -> ColumnElement[bool]:
+    """The step is soon over: the input to validate, or the number of lines to seal, is no larger than a shard."""
+    size = select(files.c.size_bytes).where(files.c.id == batches.c.input_file_id).correlate(batches).scalar_subquery()
+    return case(
+        (tasks.c.kind == TaskKind.VALIDATE, func.coalesce(size, 0) <= LIGHT_BYTES_MAX),
+        else_=batches.c.total_count <= LIGHT_LINES_MAX,
+    )
+
+
 def _steps(kinds: frozenset[TaskKind]) -> Candidate:
     """Validate, seal and notify tasks that may be taken now, each in the statuses that are its own."""
     holder = tasks.alias("holder")
@@ -124,10 +133,11 @@ def _steps(kinds: frozenset[TaskKind]) -> Candidate:
         tasks.c.kind == TaskKind.NOTIFY,
     )
     open_states = tasks.c.state.in_((TaskState.QUEUED, TaskState.LEASED))
+    wanted = or_(tasks.c.kind.not_in(bindparam("m_light", expanding=True, type_=Text)), _is_light())
     return (
         _candidate(rank=0)
         .join_from(tasks, batches, batches.c.id == tasks.c.batch_id)
-        .where(tasks.c.kind.in_(sorted(kinds)), open_states, or_(_is_due(tasks), _has_run_out(tasks)), fits)
+        .where(tasks.c.kind.in_(sorted(kinds)), open_states, or_(_is_due(tasks), _has_run_out(tasks)), fits, wanted)
     )
 
 
@@ -260,6 +270,7 @@ def _values(session: SessionId, moment: Moment, appetite: Appetite, *, is_steady
         "m_probe_by": probe_by,
         "m_sated": sorted(appetite.sated),
         "m_has_room": appetite.has_room,
+        "m_light": sorted(appetite.light),
         "m_is_steady": is_steady,
     }
 
