@@ -127,9 +127,7 @@ class Pipeline:
         self._store.accept_input(claim.ref, accepted)
         crash.point("validate.accepted")
 
-    def _examine(
-        self, batch: Batch, report: ProblemReport, beat: Callable[[], None]
-    ) -> tuple[Validation, str | None]:
+    def _examine(self, batch: Batch, report: ProblemReport, beat: Callable[[], None]) -> tuple[Validation, str | None]:
         """Read the whole input; gives what was found and the blob that lists all problems."""
         settings = self._settings
         is_strict = batch.dialect == OPENAI_STRICT

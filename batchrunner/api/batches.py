@@ -155,6 +155,7 @@ async def retry_batch(call: Call) -> Answer:
     """Make a batch of the lines of an ended one that failed, were cancelled or ran out of time."""
     wanted = await read_retry(call)
     async with call.parts.heavy:
+        call.require_listener()
         return _answer(call, await call.blocking(lambda: shown(call, retry(call, batch_of(call), wanted))))
 
 

@@ -286,6 +286,7 @@ async def validate_file(call: Call) -> Answer:
 async def _validated(call: Call) -> str:
     """Wait for the turn; whoever had it before may have validated the same file."""
     async with call.parts.heavy:
+        call.require_listener()
         file = await file_of(call)
         if file.validation_blob is not None:
             return file.validation_blob

@@ -20,6 +20,7 @@ import orjson
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from batchrunner.api.counting import Counts
 from batchrunner.api.envelope import Refusal, body_too_large
 from batchrunner.api.typed import StructT, read_json, read_parameters
 from batchrunner.api.vitals import Vitals
@@ -69,7 +70,8 @@ class ApiParts:
     """What the API is made of. `executor` runs whatever blocks; `is_open` means no keys, which is for loopback only.
 
     `reading` names the blobs that must not be deleted now, `heavy` lets one long job at a time into the executor,
-    `vitals` tell how the server does and whether it is about to end, `watching` holds the batches that are followed.
+    `vitals` tell how the server does and whether it is about to end, `watching` holds the batches that are followed,
+    `counts` the failures that were counted.
     """
 
     store: Store
@@ -83,6 +85,7 @@ class ApiParts:
     heavy: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     vitals: Vitals = field(default_factory=Vitals)
     watching: Watching = field(default_factory=Watching)
+    counts: Counts = field(default_factory=Counts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +204,17 @@ class Call:
     def parameters(self, kind: type[StructT]) -> StructT:
         """Read the query string. Raises: Refusal."""
         return read_parameters(self.query, kind)
+
+    @property
+    def has_listener(self) -> bool:
+        """Whether the caller is still there."""
+        transport = self.request.transport
+        return transport is not None and not transport.is_closing()
+
+    def require_listener(self) -> None:
+        """Begin nothing long for nobody. Raises: Refusal when the caller has hung up."""
+        if not self.has_listener:
+            raise Refusal("The caller has hung up.", status=499, code="caller_gone")
 
     async def blocking(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run what blocks, such as any method of Store and Blobs, off the event loop."""

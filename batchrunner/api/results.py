@@ -1,4 +1,4 @@
-"""Finished lines while the rest runs: `/results` gives them by sequence number, `/errors` the failed ones by cause.
+"""Finished lines while the rest runs: `/results` gives them by sequence number.
 
 What was never sent, refused, expired or cancelled lines, stands in the error file only.
 """
@@ -13,17 +13,13 @@ from msgspec import Meta
 
 from batchrunner.api.batches import batch_of
 from batchrunner.api.envelope import Refusal
-from batchrunner.api.http import Answer, Call, Route, json_answer
-from batchrunner.choosing import lines_of
-from batchrunner.errors import BlobsUnavailable, NotFound
+from batchrunner.api.http import Answer, Call, Route
+from batchrunner.errors import BlobsUnavailable
 from batchrunner.frames import Damage, Record, read_payload
-from batchrunner.grouping import SERVER, Failure, FailureGroups
-from batchrunner.lifecycle import TERMINAL, BatchStatus
+from batchrunner.lifecycle import TERMINAL
 from batchrunner.models import Batch, RecordKind
-from batchrunner.pipeline import read_blob
 from batchrunner.ports import Blobs, TenantScope
 from batchrunner.reading import Reader, registered_numbers
-from batchrunner.seal import read_problems
 
 JSON_LINES = "application/jsonl"
 LIMIT_MAX = 10_000
@@ -41,33 +37,6 @@ class ReadResults(msgspec.Struct, frozen=True):
     limit: Annotated[int, Meta(ge=1, le=LIMIT_MAX)] | None = None
     outcome: Literal["succeeded", "failed"] | None = None
     merged: bool = False
-
-
-class ErrorSample(msgspec.Struct, frozen=True):
-    """One line of a group; `id` is that of its result line."""
-
-    custom_id: str | None
-    id: str | None
-
-
-class ErrorGroup(msgspec.Struct, frozen=True):
-    """Failed lines with the same cause: numbers, ids and quoted words in `message` are replaced."""
-
-    code: str
-    message: str
-    count: int
-    samples: list[ErrorSample]
-    hint: str
-
-
-class BatchFailures(msgspec.Struct, frozen=True, kw_only=True):
-    """Why lines of a batch failed, the largest group first. `is_final` tells whether more can come."""
-
-    object: Literal["batch.errors"] = "batch.errors"
-    batch_id: str
-    is_final: bool
-    total: int
-    groups: list[ErrorGroup]
 
 
 class _Shelf:
@@ -189,62 +158,6 @@ def _gather(blobs: Blobs, records: Iterator[Record]) -> bytes:
     return b"".join(lines)
 
 
-async def read_errors(call: Call) -> Answer:
-    """Group what failed so far, and after the end what was never sent as well."""
-    async with call.parts.heavy:
-        return json_answer(await call.blocking(_grouped, call))
-
-
-def _grouped(call: Call) -> BatchFailures:
-    batch = batch_of(call)
-    groups = FailureGroups(SERVER)
-    if batch.status is BatchStatus.FAILED and batch.problem_count:
-        _add_problems(call, batch, groups)
-    else:
-        for raw in _failed_lines(call, batch):
-            groups.add(raw)
-    return BatchFailures(
-        batch_id=batch.id,
-        is_final=batch.status in TERMINAL,
-        total=groups.total,
-        groups=[
-            ErrorGroup(
-                group.code,
-                group.message,
-                group.count,
-                [ErrorSample(each["custom_id"], each["id"]) for each in group.samples],
-                group.hint,
-            )
-            for group in groups.groups()
-        ],
-    )
-
-
-def _add_problems(call: Call, batch: Batch, groups: FailureGroups) -> None:
-    """Count what validation refused: all of it where the report is there, otherwise what the batch itself lists."""
-    problems = read_problems(call.parts.blobs, batch.problems_blob) if batch.problems_blob else iter(batch.problems)
-    for problem in problems:
-        groups.add_failure(Failure(problem.code, None, problem.message), problem.custom_id, None)
-
-
-def _failed_lines(call: Call, batch: Batch) -> Iterator[bytes]:
-    """Give the failed lines of the error file, or before the end those that are registered."""
-    blobs = call.parts.blobs
-    if batch.status in TERMINAL:
-        if batch.error_file_id is None:
-            return
-        try:
-            file = call.scope.file(batch.error_file_id)
-            yield from lines_of(read_blob(blobs, file.blob))
-        except NotFound:
-            message = f"The error file {batch.error_file_id} of batch '{batch.id}' was deleted."
-            raise Refusal(message, status=410, code="results_gone") from None
-        return
-    for _, record in Reader(blobs, call.scope, batch.id).fresh():
-        if record.kind is RecordKind.FAILED:
-            yield read_payload(blobs, record)
-
-
 ROUTES = (
     Route(
         method="GET",
@@ -253,12 +166,5 @@ ROUTES = (
         summary="Stream the lines finished so far, also while the batch runs",
         query=ReadResults,
         answer_media=JSON_LINES,
-    ),
-    Route(
-        method="GET",
-        path="/v1/batches/{batch_id}/errors",
-        handler=read_errors,
-        summary="Group the failed lines by cause, with samples and what to do",
-        answer=BatchFailures,
     ),
 )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from batchrunner.api import batches, events, files, health, results, uploads
+from batchrunner.api import batches, events, failures, files, health, results, uploads
 from batchrunner.api.dispatch import Dispatcher
 from batchrunner.api.http import ApiParts, Route
 from batchrunner.api.reference import reference_routes
@@ -17,6 +17,7 @@ _TABLE: tuple[Route, ...] = (
     *uploads.ROUTES,
     *batches.ROUTES,
     *results.ROUTES,
+    *failures.ROUTES,
     *events.ROUTES,
     *health.ROUTES,
 )

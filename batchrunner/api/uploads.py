@@ -132,6 +132,7 @@ async def complete_upload(call: Call) -> Answer:
         parts = _in_order(await call.blocking(call.scope.parts, upload.id), wanted.part_ids)
         _check_sum(upload, parts)
         async with call.parts.heavy:
+            call.require_listener()
             upload = await call.blocking(_lay_together, call, upload, parts, wanted.md5)
     return await _shown(call, upload)
 

@@ -1,4 +1,4 @@
-"""Each blob's name is known before its first byte and needed by a row after its last, so that nothing stays for ever."""
+"""Each blob is known by name before its first byte and needed by a row after its last: nothing stays for ever."""
 
 from __future__ import annotations
 
