@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 
 import click
 
@@ -19,7 +21,7 @@ from batchrunner.cli.exits import MEANINGS, ExitCode
 from batchrunner.cli.panel import Panel
 from batchrunner.cli.preparing import Prepared, RunRequest, prepare
 from batchrunner.cli.streaming import LineStream
-from batchrunner.cli.summary import Outcome, report
+from batchrunner.cli.summary import Outcome, given_up_because, report
 from batchrunner.errors import BatchrunnerError, NotFound, TaskParked, UpstreamUnreachable
 from batchrunner.lifecycle import TERMINAL, BatchStatus
 from batchrunner.models import LOCAL_TENANT, Batch, BatchId, NewBatch, OnInvalid, OnUnknown, Order, PauseReason
@@ -90,6 +92,8 @@ class _Run:
                     batch = await self._watch(scope, batch.id, panel, stream)
             if stream is not None:
                 await stream.advance(batch.id)
+            if (cause := given_up_because(batch)) is not None:
+                self._stop = _given_up(cause, folder.path)
             outcome = Outcome(
                 batch=batch,
                 live=self._crew.live(),
@@ -101,7 +105,7 @@ class _Run:
             )
             summary = await asyncio.to_thread(export.finish, self._request, self._prepared, runner, scope, outcome)
         report(summary, batch=batch, reason=self._stop.reason, is_json=self._request.is_json)
-        if self._stop.error is not None and batch.status not in TERMINAL and not self._request.is_json:
+        if self._stop.error is not None and summary.exit_code == self._stop.code and not self._request.is_json:
             raise self._stop.error
         return ExitCode(summary.exit_code)
 
@@ -112,6 +116,9 @@ class _Run:
         record, request = self._prepared.record, self._request
         if record.batches and (request.retry_failed is None or record.finished_exit_code is None):
             batch = _find(scope, BatchId(record.batches[-1]))
+            if batch is not None and given_up_because(batch) is not None:
+                # What it has is paid: nothing is begun anew unless somebody says so.
+                return batch
             if batch is not None and batch.status is not BatchStatus.FAILED:
                 scope.resume(batch.id)
                 scope.adjust(batch.id, hold_at=request.limit, order=self._order(is_retry=batch.parent_id is not None))
@@ -242,6 +249,14 @@ def _already_done(request: RunRequest, prepared: Prepared) -> ExitCode:
     else:
         say(f"already done: {prepared.output_path} ({MEANINGS[code]}); --fresh starts over")
     return code
+
+
+def _given_up(cause: str, folder: Path) -> _Stop:
+    hint = (
+        f"See what is done with `batchrunner results {shlex.quote(str(folder))}`; --fresh starts over and keeps "
+        "this folder."
+    )
+    return _Stop(ExitCode.TROUBLE, "given up", TaskParked(f"this run was given up: {cause}", hint=hint))
 
 
 def _is_held(batch: Batch) -> bool:
