@@ -64,7 +64,7 @@ class Ground:
             batch = self.client.batches.retrieve(batch_id)
             if batch.status in TERMINAL:
                 return batch
-            time.sleep(LOOK_S)
+            time.sleep(LOOK_S)  # real time: a user polls
         raise AssertionError(f"{batch_id} does not end")
 
 
@@ -374,7 +374,7 @@ def async_client(ground: Ground) -> None:
                 batch = await client.batches.retrieve(batch.id)
                 if batch.status == "cancelled":
                     return
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(LOOK_S)  # real time: a user polls
         raise AssertionError("the batch is not cancelled")
 
     asyncio.run(flow())
