@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from batchrunner.api.batches import batch_of, shown
 from batchrunner.api.http import Answer, Call, Route
@@ -22,6 +24,14 @@ HEARTBEAT_S = 15.0
 _HEARTBEAT = b": still here\n\n"
 _EVENT_ID = re.compile(r"\d{1,18}-\d{1,18}")
 _encode = msgspec.json.Encoder().encode
+
+
+class ServerEvent(msgspec.Struct, frozen=True):
+    """One event: `data` is the batch as JSON, `id` goes into Last-Event-ID of who comes back."""
+
+    event: Literal["status", "progress"]
+    id: str
+    data: Annotated[str, Meta(extra_json_schema={"contentMediaType": "application/json"})]
 
 
 async def follow_batch(call: Call) -> Answer:
@@ -82,6 +92,7 @@ ROUTES = (
         path="/v1/batches/{batch_id}/events",
         handler=follow_batch,
         summary="Follow a batch as server-sent events until it is over; resumes with Last-Event-ID",
+        answer=ServerEvent,
         answer_media=EVENT_STREAM,
     ),
 )

@@ -9,6 +9,7 @@ import msgspec
 
 from batchrunner import __version__
 from batchrunner.api.envelope import ErrorEnvelope
+from batchrunner.api.events import EVENT_STREAM
 from batchrunner.api.http import JSON, Route
 from batchrunner.api.multipart import MULTIPART
 
@@ -109,6 +110,8 @@ def _header_parameters(route: Route) -> Iterator[Schema]:
     if route.is_create:
         schema = {"type": "string", "minLength": 1, "maxLength": 255}
         yield {"name": "Idempotency-Key", "in": "header", "required": False, "schema": schema}
+    if route.answer_media == EVENT_STREAM:
+        yield {"name": "Last-Event-ID", "in": "header", "required": False, "schema": {"type": "string"}}
 
 
 def _request(route: Route) -> Schema:
@@ -130,8 +133,10 @@ def _responses(route: Route) -> Schema:
     elif route.answer_media == JSON:
         schema = {"type": "object"}
     error = {"content": {JSON: {"schema": _ERROR}}}
+    over = {"204": {"description": "It is over, and nothing came after Last-Event-ID."}}
     return {
         "200": {"description": "Done.", "content": {route.answer_media: {"schema": schema}}},
+        **(over if route.answer_media == EVENT_STREAM else {}),
         "4XX": {"description": "The request is at fault; `error.message` says why.", **error},
         "5XX": {"description": "The server is at fault or busy; the request may be sent again.", **error},
     }
