@@ -288,6 +288,7 @@ class Batch(NewBatch):
     expired_at: datetime | None
     cancelled_at: datetime | None
     journal_ended_at: datetime | None
+    deleted_at: datetime | None = None
 
     @property
     def done_count(self) -> int:

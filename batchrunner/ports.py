@@ -252,7 +252,7 @@ class TenantScope(Protocol):
         """Newest first, those older than `after`, which may be a deleted one."""
 
     def family(self, batch_id: BatchId) -> list[Batch]:
-        """The batch that was first and all retries below it, oldest first, but for deleted ones."""
+        """The batch that was first and all retries below it, oldest first; here, deleted ones keep their places."""
 
     def delete_batch(self, batch_id: BatchId) -> None:
         """Hide it; its files stay. Raises: NotFound, TransitionRefused when it is not over."""

@@ -73,7 +73,7 @@ def _retry(call: Call, parent: Batch, wanted: RetryRequest) -> Batch:
     if parent.status not in TERMINAL or parent.status is BatchStatus.FAILED:
         raise Refusal(f"Cannot retry a batch with status '{parent.status}'.", status=409)
     blobs = call.parts.blobs
-    family = call.scope.family(parent.id)
+    family = [each for each in call.scope.family(parent.id) if each.deleted_at is None]
     failed = failed_ids(
         _error_lines(call, parent),
         codes=frozenset(wanted.codes) if wanted.codes is not None else None,

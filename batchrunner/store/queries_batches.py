@@ -64,7 +64,7 @@ def batches_of_tenant(conn: Connection, tenant: TenantId, *, limit: int, after: 
 
 
 def family_of_batch(conn: Connection, tenant: TenantId, batch_id: BatchId) -> list[RowMapping]:
-    """List the batch that was first and all retries below it, oldest first; deleted ones only link."""
+    """List the batch that was first and all retries below it, oldest first, deleted ones too."""
     row = batch_of_tenant(conn, tenant, batch_id)
     while row["parent_id"] is not None:
         row = conn.execute(_BATCH, {"b_id": row["parent_id"]}).mappings().one()
@@ -74,7 +74,7 @@ def family_of_batch(conn: Connection, tenant: TenantId, batch_id: BatchId) -> li
         found += generation
         below = batches.c.parent_id.in_([each["id"] for each in generation])
         generation = conn.execute(select(batches).where(below)).mappings().all()
-    return sorted((each for each in found if each["deleted_at"] is None), key=lambda each: each["serial"])
+    return sorted(found, key=lambda each: each["serial"])
 
 
 def open_counts(conn: Connection, tenant: TenantId) -> OpenCounts:
@@ -166,7 +166,7 @@ def _require_origin(conn: Connection, new: NewBatch, moment: Moment) -> None:
 def _require_family(conn: Connection, tenant: TenantId, parent_id: BatchId, seen: Collection[BatchId]) -> None:
     known = frozenset(seen)
     for each in family_of_batch(conn, tenant, parent_id):
-        if each["id"] not in known:
+        if each["id"] not in known and each["deleted_at"] is None:
             raise TransitionRefused(f"the batch {parent_id} has been retried meanwhile, as {each['id']}")
 
 
