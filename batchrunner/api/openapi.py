@@ -87,7 +87,8 @@ def _operation(route: Route) -> Schema:
     if parameters := [*_path_parameters(route), *_query_parameters(route), *_header_parameters(route)]:
         operation["parameters"] = parameters
     if route.request is not None:
-        operation["requestBody"] = {"required": True, "content": {route.request_media: {"schema": _request(route)}}}
+        content = {route.request_media: {"schema": _request(route)}}
+        operation["requestBody"] = {"required": _needs_body(route), "content": content}
     operation["responses"] = _responses(route)
     # An open server, which listens on a loopback address only, takes requests without a key.
     operation["security"] = [{"bearer": []}, {"header": []}, {}] if route.scope is not None else []
@@ -124,6 +125,12 @@ def _request(route: Route) -> Schema:
         "properties": {name: schema for name, schema, _ in fields},
         "required": [name for name, _, is_required in fields if is_required],
     }
+
+
+def _needs_body(route: Route) -> bool:
+    """Tell whether an empty body is refused; one that may lack every field may be left out."""
+    assert route.request is not None
+    return route.request_media == MULTIPART or any(is_required for _, _, is_required in fields_of(route.request))
 
 
 def _responses(route: Route) -> Schema:
