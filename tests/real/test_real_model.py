@@ -19,7 +19,7 @@ SERVER = Path(__file__).with_name("llama_server.py")
 PROMPTS = 20
 LOADING_S = 60.0
 # Two cores that have other work as well.
-ANSWERING_S = 300.0
+ANSWERING_S = 240.0
 
 
 @pytest.fixture
