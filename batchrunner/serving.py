@@ -17,6 +17,7 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
+from batchrunner.api.door import CONNECTIONS_MAX, Door
 from batchrunner.api.http import ApiParts
 from batchrunner.api.routes import build_app, make_runner
 from batchrunner.api.vitals import Vitals
@@ -25,7 +26,7 @@ from batchrunner.errors import BatchrunnerError, DiskFull
 from batchrunner.housekeeping import clear, drop_unfinished
 from batchrunner.orders import LISTENING, READY, Greeting, Pulse
 from batchrunner.ports import Clock
-from batchrunner.tuning import freeze_start_up, tune_process
+from batchrunner.tuning import allow_open_files, freeze_start_up, tune_process
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +80,12 @@ class ApiProcess:
         """Listen and answer until `stop`."""
         runner = make_runner(build_app(self._parts), shutdown_s=_CUT_S)
         await runner.setup()
-        sites = [web.SockSite(runner, socket.socket(fileno=fd)) for fd in self._fds]
-        for site in sites:
-            await site.start()
+        assert runner.server is not None
+        # A request may read a file or two while it is answered.
+        connections_max = min(CONNECTIONS_MAX, allow_open_files(2 * CONNECTIONS_MAX) // 2)
+        door = Door(runner.server, self.vitals.busy, connections_max=connections_max)
+        loop = asyncio.get_running_loop()
+        listening = [await loop.create_server(door, sock=socket.socket(fileno=fd)) for fd in self._fds]
         _tell_parent(READY)
         freeze_start_up()
         try:
@@ -91,12 +95,12 @@ class ApiProcess:
                 for each in loops:
                     each.cancel()
         finally:
-            await self._end(runner, sites)
+            await self._end(runner, listening)
 
-    async def _end(self, runner: web.AppRunner, sites: Sequence[web.SockSite]) -> None:
+    async def _end(self, runner: web.AppRunner, listening: Sequence[asyncio.Server]) -> None:
         """Stop listening, then wait for requests under way, then cut them off."""
-        for site in sites:
-            await site.stop()
+        for each in listening:
+            each.close()
         assert runner.server is not None
         runner.server.pre_shutdown()
         try:

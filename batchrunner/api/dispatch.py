@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from urllib.parse import unquote_to_bytes
 
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 STRICT_PREFIX = "/openai"
 EVENT_STREAM = "text/event-stream"
+# A caller that takes nothing of its answer for so long is given up.
+TAKE_IDLE_S = 60.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _ID_CHARS_MAX = 256
 
@@ -102,7 +104,7 @@ class Dispatcher:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer a request, whatever happens."""
-        with self._parts.vitals.request():
+        with self._parts.vitals.request(request.protocol):
             return await self._handle(request)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
@@ -229,16 +231,28 @@ class _Turn:
             is_endless = answer.content_type.startswith(EVENT_STREAM)
             chunks = _until(self._vitals.closing, answer.chunks) if is_endless else answer.chunks
             async for chunk in chunks:
-                await response.write(chunk)
-            await response.write_eof()
+                await self._hand_over(response.write(chunk))
+            await self._hand_over(response.write_eof())
         except ConnectionError:
             raise
         except Exception:
             logger.exception("request %s broke off", self.request_id, extra=self.known(answer.status))
-            if self.request.transport is not None:
-                self.request.transport.abort()
+            self._abort()
         finally:
             await _close(answer)
+
+    async def _hand_over(self, writing: Awaitable[None]) -> None:
+        """Raises: ConnectionAbortedError when the caller takes nothing for too long."""
+        try:
+            async with asyncio.timeout(TAKE_IDLE_S):
+                await writing
+        except TimeoutError:
+            self._abort()
+            raise ConnectionAbortedError(f"the caller took nothing for {TAKE_IDLE_S:.0f} s") from None
+
+    def _abort(self) -> None:
+        if self.request.transport is not None:
+            self.request.transport.abort()
 
     def _response(self, answer: Answer) -> web.StreamResponse:
         headers = {

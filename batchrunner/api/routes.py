@@ -8,6 +8,7 @@ from aiohttp import web
 
 from batchrunner.api import batches, events, failures, files, health, results, uploads
 from batchrunner.api.dispatch import Dispatcher
+from batchrunner.api.door import IDLE_S
 from batchrunner.api.http import ApiParts, Route
 from batchrunner.api.reference import reference_routes
 from batchrunner.settings import MIB
@@ -41,13 +42,16 @@ def build_app(parts: ApiParts, routes: Sequence[Route] = ROUTES) -> web.Applicat
     return app
 
 
-def make_runner(app: web.Application, *, shutdown_s: float = 30.0) -> web.AppRunner:
-    """Give a runner of the application that logs no bodies, waits for requests under way, and reads uploads fast."""
+def make_runner(app: web.Application, *, shutdown_s: float = 30.0, idle_s: float = IDLE_S) -> web.AppRunner:
+    """Give a runner of the application that logs no bodies, waits for requests under way, and reads uploads fast. It
+    ends connections whose next request has not come within `idle_s`.
+    """
     return web.AppRunner(
         app,
         access_log=None,
         handle_signals=False,
         handler_cancellation=False,
         shutdown_timeout=shutdown_s,
+        keepalive_timeout=idle_s,
         read_bufsize=_READ_BUFFER_BYTES,
     )
