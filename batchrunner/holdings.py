@@ -118,6 +118,17 @@ class LiveShare(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     bound_by: str | None = None
 
 
+class UpstreamLive(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """How the work at one upstream stands at this moment, for all workers of a host together."""
+
+    name: str
+    window: int
+    bound_by: str
+    in_flight: int
+    waiting: int = 0
+    is_down: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenCounts:
     """What a tenant has unfinished: batches, and the lines in them without a result."""

@@ -88,6 +88,7 @@ class LineCode(StrEnum):
     OUTCOME_UNKNOWN = "outcome_unknown"
     POISON_REQUEST = "poison_request"
     INPUT_LOST = "input_lost"
+    MODEL_NOT_SERVED = "model_not_served"
 
 
 class PauseReason(StrEnum):

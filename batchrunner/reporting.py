@@ -7,7 +7,6 @@ import math
 from batchrunner.fanout import Fanout
 from batchrunner.holdings import LiveShare
 from batchrunner.models import BatchId
-from batchrunner.pace import FULL_LEAST
 from batchrunner.shards import ShardRun
 
 REPORT_S = 1.0
@@ -80,7 +79,7 @@ class LiveReports:
         on_their_way: dict[BatchId, int] = {}
         for run in self._seen:
             on_their_way[run.batch.id] = on_their_way.get(run.batch.id, 0) + run.in_flight_count
-        bound_by = self._bound()
+        bound_by = fanout.bound()
         return tuple(
             LiveShare(
                 batch_id=batch_id,
@@ -92,9 +91,3 @@ class LiveReports:
             )
             for batch_id, count in on_their_way.items()
         )
-
-    def _bound(self) -> str:
-        """What keeps more from being under way: what bounds the window, or what keeps it from being full."""
-        fanout = self._fanout
-        is_full = fanout.in_flight_count >= FULL_LEAST * fanout.effective_window
-        return fanout.bound_by if is_full and fanout.bound_by else str(fanout.short_of())

@@ -21,9 +21,10 @@ from batchrunner.api.door import CONNECTIONS_MAX, Door
 from batchrunner.api.http import ApiParts
 from batchrunner.api.routes import build_app, make_runner
 from batchrunner.api.vitals import Vitals
-from batchrunner.app import Adapters, LogLine, arm_crash_point, open_adapters
+from batchrunner.app import Adapters, arm_crash_point, open_adapters
 from batchrunner.errors import BatchrunnerError, DiskFull
 from batchrunner.housekeeping import clear, drop_unfinished
+from batchrunner.log_line import LogLine
 from batchrunner.orders import LISTENING, READY, Greeting, Pulse
 from batchrunner.ports import Clock
 from batchrunner.tuning import allow_open_files, freeze_start_up, tune_process

@@ -161,7 +161,7 @@ class Worker:
     async def _pace(self) -> None:
         while not (self._is_stopping and not self._runs):
             self._renewals.loop_ticked()
-            self.fanout.stop_sends_at_s = self._renewals.renewed_at_s + self._settings.lease_s - _LEASE_MARGIN_S
+            self.fanout.stop_sends_at(self._renewals.renewed_at_s + self._settings.lease_s - _LEASE_MARGIN_S)
             self.fanout.tally.damages = self._pipeline.damage_count
             self._pacer(self.fanout)
             await self._clock.sleep(_REST_S if self._claiming.is_resting else _KEEP_S)

@@ -14,9 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from batchrunner.app import LogLine
 from batchrunner.cli.console import count_text, duration_text, is_terminal, say
 from batchrunner.clock import SystemClock
+from batchrunner.log_line import LogLine
 from batchrunner.models import Batch
 from batchrunner.supervisor import Live
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import shlex
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -26,14 +27,14 @@ from batchrunner.errors import BatchrunnerError, NotFound, TaskParked, UpstreamU
 from batchrunner.lifecycle import TERMINAL, BatchStatus
 from batchrunner.models import LOCAL_TENANT, Batch, BatchId, NewBatch, OnInvalid, OnUnknown, Order, PauseReason
 from batchrunner.ports import TenantScope
-from batchrunner.settings import Settings, parse_duration
+from batchrunner.settings import Settings, parse_duration, targets_of
 from batchrunner.supervisor import Live
 
 _LOOK_S = 0.2
 _AUTO_LINES = 10_000
 
 
-async def run_to_end(request: RunRequest, settings: Settings, api_key: str | None) -> ExitCode:
+async def run_to_end(request: RunRequest, settings: Settings, api_keys: Mapping[str, str]) -> ExitCode:
     """Do everything that one invocation of `run` does; gives its exit code.
 
     Raises:
@@ -48,7 +49,7 @@ async def run_to_end(request: RunRequest, settings: Settings, api_key: str | Non
                 return _already_done(request, prepared)
             if not is_untouched:
                 say("the files of this finished run are missing or changed; writing them again")
-        return await _Run(request, prepared, settings, api_key).run()
+        return await _Run(request, prepared, settings, api_keys).run()
     finally:
         prepared.folder.unlock()
 
@@ -65,11 +66,13 @@ class _Stop:
 class _Run:
     """One invocation that has work to do."""
 
-    def __init__(self, request: RunRequest, prepared: Prepared, settings: Settings, api_key: str | None) -> None:
+    def __init__(
+        self, request: RunRequest, prepared: Prepared, settings: Settings, api_keys: Mapping[str, str]
+    ) -> None:
         self._request = request
         self._prepared = prepared
         self._settings = replace(settings, assets_url=export.assets_folder(prepared.assets_base).name)
-        self._api_key = api_key
+        self._api_keys = api_keys
         self._stop = _Stop()
         self._interrupts = 0
         self._panel = Panel(is_json=request.is_json)
@@ -78,7 +81,7 @@ class _Run:
     async def run(self) -> ExitCode:
         """Start or resume the batch, watch it to an end, write its files, sum up."""
         folder = self._prepared.folder
-        async with Runner(self._settings, folder.path, api_key=self._api_key) as runner:
+        async with Runner(self._settings, folder.path, api_keys=self._api_keys) as runner:
             scope = runner.store.scope(LOCAL_TENANT)
             await asyncio.to_thread(runner.adapters.blobs.adopt, "input", self._prepared.source)
             batch = await asyncio.to_thread(self._start_or_resume, runner, scope)
@@ -163,8 +166,10 @@ class _Run:
         wanted = self._settings.workers
         if wanted is None:
             wanted = 1 if self._prepared.line_count_up_to <= _AUTO_LINES else len(os.sched_getaffinity(0))
-        if self._settings.concurrency is not None:
-            wanted = min(wanted, self._settings.concurrency)
+        windows = [target.window for target in targets_of(self._settings)]
+        pinned = [window for window in windows if window is not None]
+        if len(pinned) == len(windows):
+            wanted = min(wanted, sum(pinned))
         return wanted
 
     def _opening(self, batch: Batch) -> str:

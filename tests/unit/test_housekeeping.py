@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from batchrunner.app import SessionLocks, open_adapters, reap
+from batchrunner.app import open_adapters, reap
 from batchrunner.blobs.local import LocalBlobs
 from batchrunner.errors import BatchrunnerError, BlobsUnavailable
 from batchrunner.housekeeping import Cleared, clear
 from batchrunner.models import BatchId, FileId
+from batchrunner.session_locks import SessionLocks
 from tests.contract.conftest import ManualClock, SqliteBackend
 from tests.contract.worlds import NOTHING, World, file_of
 

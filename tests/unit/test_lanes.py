@@ -22,7 +22,7 @@ def held(
 
 
 def handed_out(lanes: Lanes, count: int) -> list[str]:
-    works = [lanes.next_work() for _ in range(count)]
+    works = [lanes.next_work(0) for _ in range(count)]
     return [work.run.batch.id for work in works if work is not None]
 
 
@@ -138,7 +138,7 @@ def test_what_gives_nothing_is_passed_over() -> None:
     stopped.is_stopped = True
 
     assert handed_out(lanes, 8) == ["going"] * 5
-    assert lanes.next_work() is None
+    assert lanes.next_work(0) is None
 
 
 def test_a_lane_ends_with_its_last_shard_and_leaves_its_breaker() -> None:
@@ -146,13 +146,13 @@ def test_a_lane_ends_with_its_last_shard_and_leaves_its_breaker() -> None:
     first = held(lanes, "batch", lines=1)
     handed_out(lanes, 1)
     assert lanes.of(BatchId("batch")) is not None
-    first.breaker.note(None, 1)
+    first.breakers[0].note(None, 1)
 
     lanes.remove(first)
     second = held(lanes, "batch")
 
     assert lanes.of(BatchId("batch")) is not None
-    assert not second.breaker.is_undecided
+    assert not second.breakers[0].is_undecided
 
 
 def test_a_paused_batch_gives_out_one_line_until_it_may_go_on() -> None:
@@ -172,11 +172,11 @@ def test_a_tripped_batch_is_judged_anew() -> None:
     lane = lanes.of(BatchId("batch"))
     assert lane is not None
     for line in range(5):
-        run.breaker.note(PauseReason.AUTHENTICATION, line)
+        run.breakers[0].note(PauseReason.AUTHENTICATION, line)
 
     lanes.trip(lane)
     lanes.remove(run)
     again = held(lanes, "batch")
 
-    assert run.breaker.has_suspects
-    assert not again.breaker.has_suspects
+    assert run.breakers[0].has_suspects
+    assert not again.breakers[0].has_suspects

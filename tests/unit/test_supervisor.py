@@ -19,7 +19,7 @@ from batchrunner.errors import WorkerLost
 from batchrunner.metrics import Tally
 from batchrunner.pace import Sample
 from batchrunner.settings import Settings
-from batchrunner.supervisor import Report, Share, Supervisor, encode_message
+from batchrunner.supervisor import Activity, Part, Report, Share, Supervisor, encode_message
 from tests.hostile.peer import until
 from tests.unit.fanning import VirtualClock
 
@@ -29,8 +29,8 @@ GREETING = b'{"hello":1}\n'
 
 def report(*, in_flight: int = 0, waiting: int = 0, **fields: Any) -> Report:
     tally = fields.pop("tally", Tally())
-    sample = Sample(at_s=0.0, span_s=0.1)
-    return Report(sample=sample, in_flight=in_flight, waiting=waiting, tally=tally.to_wire(), **fields)
+    activity = Activity(sample=Sample(at_s=0.0, span_s=0.1), in_flight=in_flight, waiting=waiting)
+    return Report(activities=(activity,), waiting=waiting, tally=tally.to_wire(), **fields)
 
 
 # -- shares, without processes ---------------------------------------------------------------------------------------
@@ -76,7 +76,11 @@ def supervisor_of(count: int, *, clock: Any = None, **settings: Any) -> tuple[Su
     return made, children
 
 
-def told(child: Any) -> Share:
+def told(child: Any, place: int = 0) -> Part:
+    return last_share(child).parts[place]
+
+
+def last_share(child: Any) -> Share:
     share: Share = child.process.stdin.shares[-1]
     return share
 
@@ -131,7 +135,7 @@ def test_all_together_never_exceed_the_window_whatever_they_report(seed: int) ->
     made, children = supervisor_of(3, concurrency=24)
     for _ in range(60):
         made._hand_out()
-        limits = [max(*child.grants) for child in children]
+        limits = [max(*child.grants[0]) for child in children]
         for child, limit in zip(children, limits, strict=True):
             held = child.report.in_flight if child.report else 0
             in_flight = draw.randint(0, max(limit, min(held, limit)))
@@ -162,12 +166,12 @@ def test_without_limits_no_rate_is_told() -> None:
 def test_stop_is_told_to_all_and_again_with_a_shorter_grace() -> None:
     made, children = supervisor_of(2)
     made.stop(grace_s=30.0)
-    assert [told(child).stop_grace_s for child in children] == [30.0, 30.0]
+    assert [last_share(child).stop_grace_s for child in children] == [30.0, 30.0]
 
     made.stop(grace_s=0.0)
-    assert [told(child).stop_grace_s for child in children] == [0.0, 0.0]
+    assert [last_share(child).stop_grace_s for child in children] == [0.0, 0.0]
     made.stop(grace_s=60.0)
-    assert [told(child).stop_grace_s for child in children] == [0.0, 0.0]
+    assert [last_share(child).stop_grace_s for child in children] == [0.0, 0.0]
 
 
 def test_live_sums_up_all_workers_and_names_the_first_trouble() -> None:
