@@ -26,6 +26,8 @@ ROUTES: tuple[Route, ...] = (*_TABLE, *reference_routes(_TABLE))
 
 # Room for a body to come in while the last piece of it is hashed and written.
 _READ_BUFFER_BYTES = MIB
+# What is longer than aiohttp takes it refuses in plain text; up to here our own envelope says what is wrong.
+_LINE_BYTES_MAX = 64 * 1024
 
 
 def build_app(parts: ApiParts, routes: Sequence[Route] = ROUTES) -> web.Application:
@@ -54,4 +56,5 @@ def make_runner(app: web.Application, *, shutdown_s: float = 30.0, idle_s: float
         shutdown_timeout=shutdown_s,
         keepalive_timeout=idle_s,
         read_bufsize=_READ_BUFFER_BYTES,
+        max_line_size=_LINE_BYTES_MAX,
     )

@@ -229,6 +229,21 @@ async def test_garbage_instead_of_http_is_refused(api: Served) -> None:
     assert (await api.call("GET", "/v1/files")).status == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/v1/batches/x/results?after=" + "7" * 50_000, 400),
+        ("/v1/files?limit=" + "7" * 50_000, 400),
+        ("/" + "x" * 50_000, 404),
+    ],
+)
+async def test_long_request_line_is_answered_in_json(api: Served, path: str, status: int) -> None:
+    reply = await api.call("GET", path)
+
+    assert (reply.status, reply.headers["Content-Type"]) == (status, "application/json")
+    assert reply.json["error"]["type"] == "invalid_request_error"
+
+
 async def test_idempotency_key_makes_one_object(api: Served) -> None:
     wanted = {"bytes": 5, "filename": "a", "mime_type": "m", "purpose": "batch"}
     key = {"Idempotency-Key": "create-1"}
