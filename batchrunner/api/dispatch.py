@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from urllib.parse import unquote_to_bytes
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from batchrunner.api import auth
 from batchrunner.api.auth import Caller
@@ -269,8 +269,13 @@ class _Turn:
             return web.Response(body=answer.body, status=answer.status, headers=headers)
         response = web.StreamResponse(status=answer.status, headers=headers)
         response.content_length = answer.size_bytes
-        if answer.size_bytes is None:
+        if answer.size_bytes is not None:
+            return response
+        if self.request.version >= HttpVersion11:
             response.enable_chunked_encoding()
+        else:
+            # Proxies ask in HTTP/1.0 unless told otherwise: the end of the connection is the end of the answer.
+            response.force_close()
         return response
 
     def _elapsed_ms(self) -> int:

@@ -10,6 +10,7 @@ from batchrunner.api import batches, events, failures, files, health, results, u
 from batchrunner.api.dispatch import Dispatcher
 from batchrunner.api.door import IDLE_S
 from batchrunner.api.http import ApiParts, Route
+from batchrunner.api.malformed import RNG, Runner
 from batchrunner.api.reference import reference_routes
 from batchrunner.settings import MIB
 
@@ -33,6 +34,7 @@ _LINE_BYTES_MAX = 64 * 1024
 def build_app(parts: ApiParts, routes: Sequence[Route] = ROUTES) -> web.Application:
     """Make the application; whoever serves it runs it with `make_runner`."""
     app = web.Application()
+    app[RNG] = parts.rng
     table = health.opened(routes) if parts.vitals.is_local else routes
     app.router.add_route("*", r"/{path:[\s\S]*}", Dispatcher(parts, table).handle)
 
@@ -48,13 +50,10 @@ def make_runner(app: web.Application, *, shutdown_s: float = 30.0, idle_s: float
     """Give a runner of the application that logs no bodies, waits for requests under way, and reads uploads fast. It
     ends connections whose next request has not come within `idle_s`.
     """
-    return web.AppRunner(
-        app,
-        access_log=None,
-        handle_signals=False,
-        handler_cancellation=False,
-        shutdown_timeout=shutdown_s,
-        keepalive_timeout=idle_s,
-        read_bufsize=_READ_BUFFER_BYTES,
-        max_line_size=_LINE_BYTES_MAX,
-    )
+    connection: dict[str, object] = {
+        "access_log": None,
+        "keepalive_timeout": idle_s,
+        "read_bufsize": _READ_BUFFER_BYTES,
+        "max_line_size": _LINE_BYTES_MAX,
+    }
+    return Runner(app, shutdown_s=shutdown_s, connection=connection)
