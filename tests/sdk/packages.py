@@ -12,10 +12,11 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 KEPT = Path(sys.prefix) / "sdk"
 # An old client that many still have: its listings end only with an empty page.
 OLD_PYTHON = "1.60.0"
-# What it needs and this environment has not got already.
+# What only it needs; the rest has the versions of this environment.
 OLD_PYTHON_NEEDS = ("distro==1.9.0", "tqdm==4.67.1")
 NODE = "7.57.0"
 # The last that says it runs on Node 20.
@@ -41,7 +42,10 @@ def old_python() -> Path:
     """Give a folder that puts an old openai-python before the installed one when it is on the path."""
 
     def fetch(folder: Path) -> None:
-        _pip("install", "--no-deps", "--target", str(folder), f"openai=={OLD_PYTHON}", *OLD_PYTHON_NEEDS)
+        pinned = ("--constraint", str(folder / "constraints.txt"))
+        others = [line for line in CONSTRAINTS.read_text().splitlines() if not line.startswith("openai==")]
+        (folder / "constraints.txt").write_text("\n".join(others))
+        _pip("install", *pinned, "--target", str(folder), f"openai=={OLD_PYTHON}", *OLD_PYTHON_NEEDS)
 
     return _kept(f"python-{OLD_PYTHON}", fetch)
 
