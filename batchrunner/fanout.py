@@ -276,22 +276,26 @@ class Fanout:
 
     def _can_do_without(self, lane: Lane, place: int) -> bool:
         """Whether another upstream may answer any of the lines that this one refused."""
-        if self._board is None or place in lane.shut:
+        if self._board is None:
             return False
         router, shut = self._board.router, {*lane.shut, place}
         routes = {work.route for work in self.pools[place].waiting if work.run in lane.held}
+        if not routes:
+            # Its last lines of the batch have left already.
+            return place in lane.shut
         return any(route is not None and not shut.issuperset(router.without(route, shut).places) for route in routes)
 
     def _shut(self, lane: Lane, place: int, reason: PauseReason) -> None:
         """Send lines of a batch to others than an upstream that refuses them all."""
         pool = self.pools[place]
-        logger.warning(
-            "upstream %s refuses every line of batch %s (%s): others get them",
-            pool.name,
-            lane.batch.id,
-            reason,
-            extra={"action": "upstream_shut", "batch_id": lane.batch.id},
-        )
+        if place not in lane.shut:
+            logger.warning(
+                "upstream %s refuses every line of batch %s (%s): others get them",
+                pool.name,
+                lane.batch.id,
+                reason,
+                extra={"action": "upstream_shut", "batch_id": lane.batch.id},
+            )
         lane.shut.add(place)
         lane.breakers[place] = Breaker()
         if lane.stash is not None:
