@@ -147,7 +147,10 @@ class Dispatcher:
             tenant=caller.tenant,
             key=caller.key,
         )
-        answer = await answer_once(call)
+        try:
+            answer = await answer_once(call)
+        finally:
+            call.let_go()
         return answer if request.method == "HEAD" else await _begun(answer)
 
     async def _admit(self, turn: _Turn, route: Route) -> Caller:

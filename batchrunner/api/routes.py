@@ -52,6 +52,7 @@ def make_runner(app: web.Application, *, shutdown_s: float = 30.0, idle_s: float
     """
     connection: dict[str, object] = {
         "access_log": None,
+        "auto_decompress": False,
         "keepalive_timeout": idle_s,
         "read_bufsize": _READ_BUFFER_BYTES,
         "max_line_size": _LINE_BYTES_MAX,
