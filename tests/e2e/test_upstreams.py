@@ -1,0 +1,136 @@
+"""Several upstreams from batchrunner.toml, as real processes: each model at its own, and one that is killed midway."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import urllib.request
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.harness import Command, chat_line, start
+from tests.invariants import check_run
+
+pytestmark = pytest.mark.slow
+
+LINES = 600
+KEY = "sk-of-the-box-alone"
+
+
+@dataclass(slots=True)
+class Peer:
+    """A `batchrunner simulate` of its own."""
+
+    command: Command
+    url: str
+
+    def stats(self) -> dict[str, Any]:
+        """What it has counted."""
+        with urllib.request.urlopen(self.url.removesuffix("/v1") + "/__stats", timeout=5.0) as answer:
+            found = json.load(answer)
+        assert isinstance(found, dict)
+        return found
+
+
+@contextlib.asynccontextmanager
+async def peers(folder: Path, *flags: list[str]) -> AsyncIterator[list[Peer]]:
+    """Start simulators with these flags."""
+    commands = [await start(["simulate", "--port", "0", *each], folder, {}) for each in flags]
+    try:
+        yield [Peer(each, (await each.said("http://")).split()[-1].strip()) for each in commands]
+    finally:
+        for each in commands:
+            each.kill_group()
+            await each.ended()
+
+
+def write_tables(folder: Path, *tables: dict[str, object]) -> None:
+    """Make a batchrunner.toml; JSON's text, lists and numbers are TOML's too."""
+    lines: list[str] = []
+    for table in tables:
+        lines.append("[[upstream]]")
+        for name, value in table.items():
+            shown = json.dumps(value)
+            if isinstance(value, dict):
+                shown = f"{{ {', '.join(f'{json.dumps(key)} = {json.dumps(each)}' for key, each in value.items())} }}"
+            lines.append(f"{name} = {shown}")
+    (folder / "batchrunner.toml").write_text("\n".join(lines) + "\n")
+
+
+def write_input(folder: Path, *models: str, count: int = LINES) -> None:
+    """Make an input whose lines ask for these models in turn."""
+    lines = [chat_line(number, model=models[number % len(models)]) for number in range(count)]
+    (folder / "in.jsonl").write_bytes(b"".join(lines))
+
+
+def check(folder: Path, **aliases: str) -> None:
+    """Prove the run's ledger."""
+    check_run(folder / "in.jsonl", folder / "out.jsonl", folder / "out.errors.jsonl", aliases=aliases)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_each_line_is_answered_by_the_upstream_of_its_model(tmp_path: Path, workers: str) -> None:
+    write_input(tmp_path, "llama", "fast", "nobody-has-it")
+    (tmp_path / "box.key").write_text(KEY + "\n")
+    async with peers(tmp_path, ["--latency", "20ms", "--api-key", KEY], ["--latency", "20ms"]) as (box, cloud):
+        write_tables(
+            tmp_path,
+            {"name": "box", "base_url": box.url, "api_key_file": "box.key", "models": ["llama*"], "window": 8},
+            {"name": "cloud", "base_url": cloud.url, "models": ["big"], "aliases": {"fast": "big"}},
+        )
+        command = await start(
+            ["run", "in.jsonl", "-o", "out.jsonl", "--json", "--workers", workers], tmp_path, {"OPENAI_API_KEY": "x"}
+        )
+        ended = await command.ended()
+        asked = [peer.stats() for peer in (box, cloud)]
+
+    assert ended.code == 3, ended.stderr
+    assert [each["total"] for each in asked] == [LINES // 3, LINES // 3]
+    assert ended.summary["counts"]["failed"] == LINES // 3
+    assert all(b'"model_not_served"' in line for line in (tmp_path / "out.errors.jsonl").read_bytes().splitlines())
+    assert b'"model":"big"' in (tmp_path / "out.jsonl").read_bytes()
+    check(tmp_path, fast="big")
+    for path in (tmp_path / "out.jsonl.run").rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+    assert KEY not in ended.stderr
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_run_finishes_on_the_other_upstream_when_one_is_killed(tmp_path: Path, workers: str) -> None:
+    write_input(tmp_path, "m")
+    async with peers(tmp_path, ["--latency", "100ms"], ["--latency", "100ms"]) as (first, second):
+        write_tables(
+            tmp_path,
+            {"name": "first", "base_url": first.url, "window": 8},
+            {"name": "second", "base_url": second.url, "window": 8},
+        )
+        command = await start(["run", "in.jsonl", "-o", "out.jsonl", "--workers", workers], tmp_path, {})
+        async with asyncio.timeout(30.0):
+            while (await asyncio.to_thread(first.stats))["total"] < LINES // 10:
+                pass
+        first.command.send(signal.SIGKILL)
+        ended = await command.ended()
+        answered = second.stats()["total"]
+
+    assert ended.code == 0, ended.stderr
+    assert "upstream_down: first: " in ended.stderr
+    assert answered >= LINES // 2
+    check(tmp_path)
+
+
+async def test_base_url_of_the_command_line_goes_before_the_tables(tmp_path: Path) -> None:
+    write_input(tmp_path, "m", "n", count=40)
+    async with peers(tmp_path, ["--latency", "1ms"], ["--latency", "1ms"]) as (named, given):
+        write_tables(tmp_path, {"name": "named", "base_url": named.url, "models": ["m"]})
+        command = await start(["run", "in.jsonl", "-o", "out.jsonl", "-u", given.url], tmp_path, {})
+        ended = await command.ended()
+
+        assert ended.code == 0, ended.stderr
+        assert (named.stats()["total"], given.stats()["total"]) == (0, 40)
+    check(tmp_path)
