@@ -28,7 +28,7 @@ TOLD = {
 }
 FLOW_S = 240
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.real]
 
 
 @dataclass(frozen=True, slots=True)

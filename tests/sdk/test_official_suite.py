@@ -30,7 +30,7 @@ CONTENT_WAYS = ("method", "raw_response", "streaming_response")
 # A product that knew an id by heart would compare with it, or make one of it.
 ID_TYPES = {"FileId", "BatchId", "UploadId", "PartId"}
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.real]
 
 
 @dataclass(frozen=True, slots=True)

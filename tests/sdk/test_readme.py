@@ -24,7 +24,7 @@ SAMPLE = ROOT / "sample_inputs" / "chat.jsonl"
 COUNT = len(SAMPLE.read_bytes().splitlines())
 SNIPPET_S = 120
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.real]
 
 
 def blocks(language: str) -> list[str]:
