@@ -7,9 +7,11 @@ import os
 import signal
 import socket
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -163,11 +165,11 @@ def test_interrupt_before_the_batch_is_made_says_where_to_look(tmp_path: Path) -
 
 
 def test_wait_on_a_terminal_shows_one_line_and_interrupt_takes_it_away(keyed: Keyed, tmp_path: Path) -> None:
+    (tmp_path / "long.jsonl").write_bytes(b"".join(chat_line(f"line-{number}") for number in range(10 * LINE_COUNT)))
     terminal, end = os.openpty()
     environment = asked(keyed.base_url, keyed.writer) | {"TERM": "xterm", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [*COMMAND, "submit", "in.jsonl", "--wait"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=end
-    ) as waiting:
+    command = [*COMMAND, "submit", "long.jsonl", "--wait"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=end) as waiting:
         os.close(end)
         sent = until_shown(terminal, b"lines/s")
         waiting.send_signal(signal.SIGINT)
@@ -182,9 +184,9 @@ def test_wait_on_a_terminal_shows_one_line_and_interrupt_takes_it_away(keyed: Ke
     assert [row for row in screen.rows if row] == [
         f"interrupted; the batch goes on: batchrunner status {batch_id} --wait"
     ]
-    followed = finish(spawn("status", batch_id, "--wait", env=environment, cwd=tmp_path))
-    assert followed.code == 0
-    assert f"{batch_id} completed: {LINE_COUNT} of {LINE_COUNT} lines done" in followed.out
+    found = finish(spawn("status", batch_id, env=environment))
+    assert found.out.startswith(f"{batch_id} in_progress: ")
+    assert finish(spawn("cancel", batch_id, env=environment)).code == 0
 
 
 def until_shown(terminal: int, words: bytes) -> bytes:
@@ -195,20 +197,34 @@ def until_shown(terminal: int, words: bytes) -> bytes:
     return sent
 
 
+def asked_for(keyed: Keyed, method: str, path: str) -> Any:
+    """Ask the server itself about a batch."""
+    headers = {"Authorization": f"Bearer {keyed.writer}"}
+    request = urllib.request.Request(f"{keyed.base_url}/batches/{path}", headers=headers, method=method)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
 def test_interrupted_download_is_completed_by_the_same_command(keyed: Keyed, tmp_path: Path) -> None:
     environment = asked(keyed.base_url, keyed.writer)
     batch_id = finish(spawn("submit", "in.jsonl", env=environment, cwd=tmp_path)).out.strip()
+    while asked_for(keyed, "GET", batch_id)["request_counts"]["completed"] < LINE_COUNT // 8:
+        pass
+    asked_for(keyed, "POST", f"{batch_id}/pause")
     fetch = ("results", batch_id, "-o", "out.jsonl", "--follow")
     with spawn(*fetch, env=environment, cwd=tmp_path) as following:
         while not (tmp_path / ".out.jsonl.mark").exists():
             assert following.poll() is None
         following.send_signal(signal.SIGINT)
         interrupted = finish(following)
+    had = (tmp_path / "out.jsonl").read_bytes()
+    asked_for(keyed, "POST", f"{batch_id}/resume")
 
     again = finish(spawn(*fetch, env=environment, cwd=tmp_path))
 
     assert (interrupted.code, interrupted.out) == (130, "")
     assert "the same command again goes on" in interrupted.err
+    assert len(had.splitlines()) >= LINE_COUNT // 8
     assert again.code == 0
     assert (
         len(check_run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "none.jsonl").succeeded) == LINE_COUNT
