@@ -16,7 +16,6 @@ from batchrunner.memory import MemoryBudget
 from batchrunner.metrics import Tally
 from batchrunner.models import BatchId, LineCode, PauseReason
 from batchrunner.outlets import Outlet, Shared
-from batchrunner.pace import FULL_LEAST
 from batchrunner.pool import Pool
 from batchrunner.ports import Clock, Rng
 from batchrunner.routing import Router
@@ -117,9 +116,9 @@ class Fanout:
         """Exchanges under way."""
         return sum(len(pool.in_flight) for pool in self.pools)
 
-    def in_flight_by_batch(self) -> Counter[BatchId]:
-        """Exchanges under way of each batch."""
-        return Counter(work.run.batch.id for pool in self.pools for work in pool.in_flight)
+    def in_flight_by_batch(self) -> list[Counter[BatchId]]:
+        """Exchanges under way of each batch, for each pool."""
+        return [Counter(work.run.batch.id for work in pool.in_flight) for pool in self.pools]
 
     @property
     def waiting_count(self) -> int:
@@ -173,12 +172,8 @@ class Fanout:
         self.wake()
 
     def bound(self) -> str:
-        """What keeps more from being under way at the busiest upstream: what bounds its window, or what keeps that from
-        being full.
-        """
-        pool = max(self.pools, key=lambda each: len(each.in_flight))
-        is_full = len(pool.in_flight) >= FULL_LEAST * pool.effective_window
-        return pool.bound_by if is_full and pool.bound_by else str(pool.short_of())
+        """What keeps more from being under way at the busiest upstream."""
+        return max(self.pools, key=lambda each: len(each.in_flight)).bound()
 
     @property
     def lost_text(self) -> str | None:

@@ -107,19 +107,8 @@ class Replay:
     object_id: str | None = None
 
 
-class LiveShare(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """What one worker does for one batch at this moment. `bound_by` names what keeps its window from growing."""
-
-    batch_id: BatchId
-    in_flight: int
-    waiting: int
-    done_per_s: float
-    window: int
-    bound_by: str | None = None
-
-
 class UpstreamLive(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """How the work at one upstream stands at this moment, for all workers of a host together."""
+    """How work at one of several upstreams stands at this moment."""
 
     name: str
     window: int
@@ -127,6 +116,20 @@ class UpstreamLive(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     in_flight: int
     waiting: int = 0
     is_down: bool = False
+
+
+class LiveShare(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """What one worker does for one batch at this moment. `bound_by` names what keeps its window from growing; where
+    there are several upstreams, `upstreams` says both for each, with the batch's exchanges there.
+    """
+
+    batch_id: BatchId
+    in_flight: int
+    waiting: int
+    done_per_s: float
+    window: int
+    bound_by: str | None = None
+    upstreams: tuple[UpstreamLive, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

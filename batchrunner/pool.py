@@ -14,7 +14,7 @@ from batchrunner.caller import Caller
 from batchrunner.limits import DEATHS_ALONE, OUTAGE_SPAN_S, estimate_tokens
 from batchrunner.models import NO_USAGE, Attempt, RecordKind, Usage
 from batchrunner.outlets import Outlet, Shared
-from batchrunner.pace import Bound, Sample
+from batchrunner.pace import FULL_LEAST, Bound, Sample
 from batchrunner.results import ReplyFacts, reply_facts
 from batchrunner.sampler import Sampler
 from batchrunner.shards import ShardRun
@@ -53,6 +53,8 @@ class Pool:
         self.bound_by: str | None = None
         self.waiting = Waiting()
         self.in_flight: set[Work] = set()
+        # What the last attempt met that found nobody.
+        self.contact_message = ""
         self._shared = shared
         self._board, self._clock, self._lanes, self._tally = shared.board, shared.clock, shared.lanes, shared.tally
         self._caller = Caller(outlet.upstream, outlet.gate.outage, outlet.aliases)
@@ -65,7 +67,6 @@ class Pool:
         self._slot_count = 0
         self._knocking: asyncio.Task[None] | None = None
         self._wants_knock = False
-        self._contact_message = ""
         self._sampler = Sampler(shared.clock.monotonic_s())
 
     # -- how it stands -----------------------------------------------------------------------------------------------
@@ -118,15 +119,15 @@ class Pool:
             return Bound.RATE
         return Bound.INPUT
 
+    def bound(self) -> str:
+        """What keeps more from being under way: what bounds the window, or what keeps it from being full."""
+        is_full = len(self.in_flight) >= FULL_LEAST * self.effective_window
+        return self.bound_by if is_full and self.bound_by else str(self.short_of())
+
     @property
     def is_lost(self) -> bool:
         """Whether the upstream counts as unreachable from the start."""
         return self.gate.first_contact.is_lost(self._clock.monotonic_s())
-
-    @property
-    def contact_message(self) -> str:
-        """What the last attempt met that found nobody."""
-        return self._contact_message
 
     # -- what the fan-out calls --------------------------------------------------------------------------------------
 
@@ -289,7 +290,7 @@ class Pool:
         now_s = self._clock.monotonic_s()
         outage.note_failure(now_s, len(self.in_flight) + 1)
         self.gate.first_contact.note_failure(now_s)
-        self._contact_message = answer.message or f"status {answer.status}"
+        self.contact_message = answer.message or f"status {answer.status}"
 
     def _due(self, now_s: float) -> Work | None:
         """Take the retry that is due longest."""
@@ -422,7 +423,7 @@ class Pool:
         if is_unreached(attempt):
             gate.outage.note_failure(now_s, len(self.in_flight) + 1)
             gate.first_contact.note_failure(now_s)
-            self._contact_message = attempt.message or f"status {attempt.status}"
+            self.contact_message = attempt.message or f"status {attempt.status}"
             self._sampler.broken += 1
         elif error is not None:
             self._sampler.broken += 1

@@ -227,3 +227,20 @@ def test_a_guess_far_away_is_still_a_date():
     assert found.eta_at is not None
     assert found.eta_latest_at is not None
     assert found.eta_at <= found.eta_latest_at
+
+
+def test_progress_names_upstreams_only_where_there_are_several():
+    here = {"name": "box", "window": 5, "bound_by": "growing", "in_flight": 3}
+    there = {"name": "box", "window": 7, "bound_by": "rate", "in_flight": 1}
+    other = {"name": "cloud", "window": 2, "bound_by": "failures", "in_flight": 0, "is_down": True}
+
+    found = progress_of(BATCH, [share(upstreams=[here, other]), share(upstreams=[there, other])], NOW)
+    one = msgspec.json.encode(progress_of(BATCH, [share()], NOW))
+    over = progress_of(replace(BATCH, status=BatchStatus.COMPLETED), [share(upstreams=[here, other])], NOW)
+
+    assert msgspec.to_builtins(found.upstreams) == (
+        {"name": "box", "in_flight": 4, "window": 12, "bound_by": "rate", "is_down": False},
+        {"name": "cloud", "in_flight": 0, "window": 4, "bound_by": "failures", "is_down": True},
+    )
+    assert b"upstreams" not in one
+    assert over.upstreams is msgspec.UNSET
