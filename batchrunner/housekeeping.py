@@ -31,9 +31,15 @@ class Cleared:
 
 
 def clear(
-    store: Upkeep, blobs: Blobs, *, in_use: Collection[str], is_stopping: Callable[[], bool] = lambda: False
+    store: Upkeep,
+    blobs: Blobs,
+    *,
+    in_use: Callable[[], Collection[str]],
+    is_stopping: Callable[[], bool] = lambda: False,
 ) -> Cleared:
-    """Hide what is past its time and delete what nothing reads any more; blobs `in_use` stay for another time."""
+    """Hide what is past its time and delete what nothing reads any more; blobs that are `in_use` when it comes to them
+    stay for another time.
+    """
     expired = store.expire()
     journals = 0
     for batch_id in expired.journals:
@@ -67,9 +73,11 @@ def _delete_journal(blobs: Blobs, batch_id: BatchId) -> None:
         blobs.delete(name)
 
 
-def _delete_freeable(store: Upkeep, blobs: Blobs, in_use: Collection[str], is_stopping: Callable[[], bool]) -> int:
+def _delete_freeable(
+    store: Upkeep, blobs: Blobs, in_use: Callable[[], Collection[str]], is_stopping: Callable[[], bool]
+) -> int:
     count = 0
-    while not is_stopping() and (names := store.freeable_blobs(limit=_BLOBS_MAX, in_use=in_use)):
+    while not is_stopping() and (names := store.freeable_blobs(limit=_BLOBS_MAX, in_use=in_use())):
         for name in names:
             for each in _below(blobs, name):
                 blobs.delete(each)

@@ -128,7 +128,7 @@ class ApiProcess:
             await self._adapters.clock.sleep(self._settings.sweep_s)
 
     async def _sweep(self) -> None:
-        in_use = self._parts.reading.names()
+        in_use = self._parts.reading.names
         store, blobs = self._adapters.store, self._adapters.blobs
         cleared = await self._called(lambda: clear(store, blobs, in_use=in_use, is_stopping=self.vitals.closing.is_set))
         if cleared.blobs or cleared.journals or cleared.files or cleared.uploads:

@@ -40,7 +40,11 @@ class BatchDeleted(msgspec.Struct, frozen=True, kw_only=True):
 
 def shown(call: Call, batch: Batch) -> ExtendedBatch:
     """Map a batch with what its workers do now. Blocks."""
-    shares = call.scope.live(batch.id) if batch.status not in TERMINAL else []
+    try:
+        shares = call.scope.live(batch.id) if batch.status not in TERMINAL else []
+    except NotFound:
+        # It has ended and was deleted since it was read.
+        shares = []
     return batch_object(batch, shares, call.parts.clock.now())
 
 

@@ -46,6 +46,7 @@ Priority = Annotated[int, Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)]
 # What is kept and shown again has to end somewhere; no id is as long, and no window.
 Name = Annotated[str, Meta(max_length=512)]
 Window = Annotated[str, Meta(max_length=32)]
+WebhookUrl = Annotated[str, Meta(max_length=_URL_CHARS_MAX)]
 
 
 class StrictBatchRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,7 +81,7 @@ class BatchRequest(msgspec.Struct, frozen=True, kw_only=True):
     on_unknown: OnUnknown = OnUnknown.RETRY
     order: Order = Order.INPUT
     priority: Priority = 0
-    webhook_url: Annotated[str, Meta(max_length=_URL_CHARS_MAX)] | None = None
+    webhook_url: WebhookUrl | None = None
 
 
 async def read_request(call: Call) -> BatchRequest:

@@ -63,7 +63,7 @@ class Reading:
             self._counts += Counter()
 
     def names(self) -> frozenset[str]:
-        """Name what is being read."""
+        """Name what is being read. From any thread."""
         return frozenset(self._counts)
 
 

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from batchrunner.api.chain import chosen_numbers, healed_ids
-from batchrunner.api.creating import Metadata, Priority, Window, check_priority, check_webhook_url, window_s
+from batchrunner.api.creating import Metadata, Priority, WebhookUrl, Window, check_priority, check_webhook_url, window_s
 from batchrunner.api.envelope import Refusal
 from batchrunner.api.files import OWNER
 from batchrunner.api.http import Call
@@ -38,7 +38,7 @@ class RetryRequest(msgspec.Struct, frozen=True, kw_only=True):
     completion_window: Window | None = None
     priority: Priority | None = None
     metadata: Metadata | None = None
-    webhook_url: str | None = None
+    webhook_url: WebhookUrl | None = None
 
 
 async def read_retry(call: Call) -> RetryRequest:
@@ -155,7 +155,13 @@ def _new_batch(call: Call, parent: Batch, wanted: RetryRequest) -> NewBatch:
         chosen_blob=f"chosen/{batch_id}",
         completion_window=window,
         deadline_at=call.parts.clock.now() + timedelta(seconds=deadline_s),
-        priority=wanted.priority if wanted.priority is not None else parent.priority,
+        priority=wanted.priority if wanted.priority is not None else _inherited_priority(call, parent),
         metadata=dict(wanted.metadata) if wanted.metadata is not None else parent.metadata,
         webhook_url=wanted.webhook_url if wanted.webhook_url is not None else parent.webhook_url,
     )
+
+
+def _inherited_priority(call: Call, parent: Batch) -> int:
+    """The parent's priority, as far as the key may ask for it: another key may have made the parent."""
+    priority_max = call.key.limits.priority_max if call.key is not None else None
+    return parent.priority if priority_max is None else min(parent.priority, priority_max)

@@ -75,7 +75,7 @@ async def test_names_of_a_whole_life_are_pending_before_and_live_after(
     assert rejected["status"] == "failed"
     assert done.status == 200
     assert {name.partition("/")[0] for name, _ in written} == {"files", "parts", "validations", "reports", "chosen"}
-    clear(api.parts.store, api.parts.blobs, in_use=())
+    clear(api.parts.store, api.parts.blobs, in_use=tuple)
     check_names(tmp_path, written)
 
 

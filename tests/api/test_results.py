@@ -431,6 +431,29 @@ async def test_a_batch_that_is_deleted_ends_its_events(api: Served, tmp_path: Pa
         assert [event async for event in seen] == []
 
 
+async def test_revoked_key_follows_no_longer(keyed: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchrunner.api.events.HEARTBEAT_S", 0.05)
+    monkeypatch.setattr("batchrunner.api.events.CACHED_S", 0.0)
+    made = await make_batch(keyed, CONTENT)
+    (key,) = keyed.parts.store.keys()
+
+    async with asyncio.timeout(10), contextlib.aclosing(events(keyed, made["id"])) as seen:
+        await anext(seen)
+        keyed.parts.store.revoke_key(key.id, at=keyed.clock.now())
+
+        assert [event async for event in seen] == []
+
+
+async def test_look_that_breaks_ends_the_events(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = await make_batch(api, CONTENT)
+
+    async with asyncio.timeout(10), contextlib.aclosing(events(api, made["id"])) as seen:
+        await anext(seen)
+        monkeypatch.setattr("batchrunner.api.events.shown", lambda *_: 1 / 0)
+
+        assert [event async for event in seen] == []
+
+
 async def test_silence_is_filled_with_comments(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batchrunner.api.events.HEARTBEAT_S", 0.05)
     made = await make_batch(api, CONTENT)

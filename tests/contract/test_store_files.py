@@ -13,6 +13,7 @@ from batchrunner.holdings import KeyLimits, PartId, Upload, UploadId, UploadPart
 from batchrunner.lifecycle import BatchEvent, BatchStatus
 from batchrunner.models import BatchId, File, FileId, TaskKind
 from batchrunner.ports import TenantScope
+from batchrunner.store import queries_uploads
 from tests.contract.worlds import ANA, BEN, NOTHING, REJECTED, STEPS, World, accepted, bring_to, file_of, progress
 
 
@@ -449,3 +450,24 @@ def test_batch_and_its_file_are_made_together_or_not_at_all(world: World) -> Non
 
     assert world.scope.file(file.id) == file
     assert made.input_file_id == file.id
+
+
+def test_upload_takes_no_more_parts_than_can_be_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries_uploads, "PARTS_MAX", 2)
+    world.scope.add_upload(upload_of(world))
+    for name in ("p1", "p2"):
+        world.scope.add_part(part_of(world, name))
+
+    with pytest.raises(QuotaExceeded, match="2 parts"):
+        world.scope.add_part(part_of(world, "p3"))
+
+    assert world.scope.add_part(part_of(world, "p2")).id == "p2"
+
+
+def test_any_number_of_late_uploads_is_ended_by_and_by(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries_uploads, "_EXPIRED_MAX", 2)
+    for name in ("u1", "u2", "u3"):
+        world.scope.add_upload(upload_of(world, name))
+    world.clock.advance(3600)
+
+    assert [world.store.expire().uploads for _ in range(3)] == [2, 1, 0]

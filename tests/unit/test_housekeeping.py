@@ -49,21 +49,21 @@ def names(blobs: LocalBlobs) -> list[str]:
 def test_nothing_goes_before_its_time(world: World, blobs: LocalBlobs) -> None:
     before = names(blobs)
 
-    assert clear(world.store, blobs, in_use=()) == Cleared()
+    assert clear(world.store, blobs, in_use=tuple) == Cleared()
     assert names(blobs) == before
 
 
 def test_journal_goes_after_a_day_and_media_with_the_output_file(world: World, blobs: LocalBlobs) -> None:
     world.clock.advance(DAY_S)
 
-    assert clear(world.store, blobs, in_use=()) == Cleared(journals=1)
+    assert clear(world.store, blobs, in_use=tuple) == Cleared(journals=1)
     assert names(blobs) == sorted([*OF_OTHERS, "assets/b1/1.png", "assets/b1/2.png", "files/out"])
     world.scope.delete_file(FileId("out"))
-    assert clear(world.store, blobs, in_use={"files/out"}) == Cleared()
-    assert clear(world.store, blobs, in_use=()) == Cleared(blobs=2)
+    assert clear(world.store, blobs, in_use=lambda: {"files/out"}) == Cleared()
+    assert clear(world.store, blobs, in_use=tuple) == Cleared(blobs=2)
 
     assert names(blobs) == sorted(OF_OTHERS)
-    assert clear(world.store, blobs, in_use=()) == Cleared()
+    assert clear(world.store, blobs, in_use=tuple) == Cleared()
 
 
 class Failing(LocalBlobs):
@@ -89,8 +89,8 @@ def test_sweep_that_broke_off_is_finished_by_the_next(
     world.scope.delete_batch(BatchId("b1"))
 
     with pytest.raises(BatchrunnerError):
-        clear(world.store, failing, in_use=())
-    clear(world.store, blobs, in_use=())
+        clear(world.store, failing, in_use=tuple)
+    clear(world.store, blobs, in_use=tuple)
 
     assert names(blobs) == sorted(OF_OTHERS)
 
