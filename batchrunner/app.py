@@ -60,6 +60,8 @@ logger = logging.getLogger(__name__)
 
 # A server whose workers die as soon as they start tries again after this time, and answers requests meanwhile.
 _WORKER_WAITS_S = 30.0
+# Where workers keep every core busy, whoever asks the API must not wait for them.
+_WORKER_NICENESS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -474,6 +476,8 @@ async def _worker_process() -> None:
     stdin = asyncio.StreamReader(limit=1 << 22)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
     greeting = msgspec.json.decode(await stdin.readline(), type=_Greeting)
+    if greeting.is_server:
+        os.nice(_WORKER_NICENESS)
     freeze_start_up()
     await _work(greeting, stdin)
 
