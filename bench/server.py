@@ -11,13 +11,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
+
+import aiohttp
 
 from bench.end_to_end import IN_FLIGHT, Sides
 from bench.inputs import write_requests
@@ -232,9 +236,45 @@ def _await_requests(upstream: Upstream, served: Served, wanted: int) -> float:
     return time.perf_counter() - served.began_s
 
 
+async def _back_s(served: Served, module: str, is_back: Callable[[Client], Awaitable[bool]]) -> float:
+    """Kill the process of a module; give the seconds until its successor works."""
+    (pid,) = served.pids(module)
+    async with client_of(served.base_url) as client:
+        began_s = time.perf_counter()
+        os.kill(pid, signal.SIGKILL)
+        while not await is_back(client):
+            if time.perf_counter() - began_s > _PATIENCE_S:
+                raise RuntimeError(f"{module} does not come back: {served.talk.read_text()[-2000:]}")
+            await asyncio.sleep(_LOOK_S)
+        return time.perf_counter() - began_s
+
+
+def _one_by_one_s(served: Served, upstream: Upstream) -> tuple[float, float]:
+    """Kill the API and then the worker; give the seconds to the next answer and to the next request."""
+    (worker,) = served.pids(WORKER)
+
+    async def answers(client: Client) -> bool:
+        # The parent holds the port, so that whoever asks waits for the successor.
+        try:
+            await client.ask("GET", "/batches")
+        except (aiohttp.ClientError, ConnectionError):
+            return False
+        return True
+
+    async def sends(_: Client) -> bool:
+        if served.pids(WORKER) in ([], [worker]):
+            return False
+        return upstream.stats()["in_flight"] > 0
+
+    return asyncio.run(_back_s(served, API, answers)), asyncio.run(_back_s(served, WORKER, sends))
+
+
 def measure_recovery(sizes: Sizes) -> list[Figure]:
-    """Seconds from the command that follows a kill of everything to the first request."""
-    each_s, kills = [], sizes.pairs
+    """Seconds from a kill, or the command that follows a kill of everything, until the work goes on."""
+    kills = sizes.pairs
+    all_s: list[float] = []
+    api_s: list[float] = []
+    worker_s: list[float] = []
     with scratch() as folder, simulator(latency="50ms") as upstream:
         path = write_requests(folder / "many.jsonl", sizes.cost_lines)
         flags = ("--workers", "1", "--concurrency", str(IN_FLIGHT))
@@ -246,10 +286,23 @@ def measure_recovery(sizes: Sizes) -> list[Figure]:
             time.sleep(0.5)
             before = upstream.stats()["total"]
             with serving(folder, upstream, *flags) as served:
-                each_s.append(_await_requests(upstream, served, before + 1))
+                all_s.append(_await_requests(upstream, served, before + 1))
                 _await_requests(upstream, served, before + 20 * IN_FLIGHT)
-    what = f"from the command after kill -9 of all to the first request, {kills} kills"
-    return [Figure("server.recovery_s", max(each_s), "s", f"the longest, {what}", "< 5", each_s)]
+                for each_s, back_s in zip((api_s, worker_s), _one_by_one_s(served, upstream), strict=True):
+                    each_s.append(back_s)
+    what = f"the longest of {kills}"
+    return [
+        Figure("server.recovery_s", max(all_s), "s", f"kill -9 of all: command to first request, {what}", "< 5", all_s),
+        Figure("server.api_back_s", max(api_s), "s", f"kill -9 of the API: to the next answer, {what}", "< 5", api_s),
+        Figure(
+            "server.worker_back_s",
+            max(worker_s),
+            "s",
+            f"kill -9 of the worker: to the next request, {what}",
+            "< 5",
+            worker_s,
+        ),
+    ]
 
 
 PARTS: Mapping[str, Callable[[Sizes], list[Figure]]] = MappingProxyType(
