@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from batchrunner.api.batch_object import told_problems
 from batchrunner.api.envelope import Refusal
 from batchrunner.choosing import lines_of
 from batchrunner.errors import NotFound
@@ -142,7 +143,7 @@ class Count:
 
     def _refused(self, batch: Batch) -> Iterator[None]:
         """All problems where the report is there, otherwise those that the batch itself lists."""
-        listed = read_problems(self._blobs, batch.problems_blob) if batch.problems_blob else iter(batch.problems)
+        listed = read_problems(self._blobs, batch.problems_blob) if batch.problems_blob else iter(told_problems(batch))
         for problem in listed:
             self._groups.add_failure(Failure(problem.code, None, problem.message), problem.custom_id, None)
             yield

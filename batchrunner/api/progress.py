@@ -148,8 +148,13 @@ def _bound_by(batch: Batch, shares: Sequence[LiveShare]) -> str | None:
     if batch.paused_reason is not None:
         return "paused"
     if batch.blocked_by is not None:
-        return batch.blocked_by
+        return code_of(batch.blocked_by)
     return max(shares, key=lambda share: share.window).bound_by if shares else None
+
+
+def code_of(blocked_by: str | None) -> str | None:
+    """Give the code of what keeps a batch from going on; what a disk or a database says behind it is for the log."""
+    return blocked_by.partition(":")[0] if blocked_by is not None else None
 
 
 def _seconds(at: datetime) -> int:

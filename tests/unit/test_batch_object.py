@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 import pytest
 
-from batchrunner.api.batch_object import STATUSES, batch_object, strict_object
+from batchrunner.api.batch_object import STATUSES, batch_object, strict_object, told_problems
 from batchrunner.api.progress import progress_of
 from batchrunner.holdings import LiveShare
 from batchrunner.lifecycle import TERMINAL, BatchStatus
@@ -219,6 +219,18 @@ def test_nothing_is_guessed_without_workers():
 def test_what_holds_a_batch_is_what_bounds_it():
     assert progress_of(replace(BATCH, paused_reason="operator"), [share()], NOW).bound_by == "paused"
     assert progress_of(replace(BATCH, blocked_by="disk_full"), [share()], NOW).bound_by == "disk_full"
+
+
+def test_tenants_are_told_codes_and_no_paths():
+    stuck = replace(BATCH, blocked_by="blobs_unavailable: /srv/data/blobs/files/x: Input/output error")
+    problem = LineProblem("internal_error", "stuck at /srv/data", None, None)
+    given_up = replace(stuck, status=BatchStatus.FAILED, problems=(problem,), problem_count=1)
+
+    for batch in (stuck, given_up):
+        assert b"/srv" not in msgspec.json.encode(batch_object(batch, [share()], NOW))
+    assert batch_object(stuck, [share()], NOW).blocked_by == "blobs_unavailable"
+    assert progress_of(stuck, [share()], NOW).bound_by == "blobs_unavailable"
+    assert [each.code for each in told_problems(given_up)] == ["internal_error"]
 
 
 def test_a_guess_far_away_is_still_a_date():

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from batchrunner import housekeeping
 from batchrunner.app import open_adapters, reap
 from batchrunner.blobs.local import LocalBlobs
-from batchrunner.errors import BatchrunnerError, BlobsUnavailable
+from batchrunner.errors import BlobsUnavailable
 from batchrunner.housekeeping import Cleared, clear
 from batchrunner.models import BatchId, FileId
 from batchrunner.session_locks import SessionLocks
@@ -88,11 +89,26 @@ def test_sweep_that_broke_off_is_finished_by_the_next(
     world.scope.delete_file(FileId("out"))
     world.scope.delete_batch(BatchId("b1"))
 
-    with pytest.raises(BatchrunnerError):
-        clear(world.store, failing, in_use=tuple)
+    assert clear(world.store, failing, in_use=tuple).failed > 0
     clear(world.store, blobs, in_use=tuple)
 
     assert names(blobs) == sorted(OF_OTHERS)
+
+
+def test_blob_that_cannot_be_deleted_keeps_no_other_from_going(
+    world: World, blobs: LocalBlobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(housekeeping, "_BLOBS_MAX", 1)
+    (tmp_path / "blobs" / "files" / "stubborn" / "a").mkdir(parents=True)
+    for number, name in enumerate(("files/stubborn", "files/lost", "assets/b1/1.png")):
+        world.store.register_blob(name, owner=f"o{number}")
+        world.store.abandon_blob(name)
+
+    cleared = clear(world.store, blobs, in_use=tuple)
+
+    assert cleared == Cleared(blobs=2, failed=1)
+    assert "assets/b1/1.png" not in names(blobs)
+    assert world.store.freeable_blobs(limit=9) == ["files/stubborn"]
 
 
 def test_what_a_dead_session_left_half_written_goes_when_it_is_reaped(tmp_path: Path) -> None:
