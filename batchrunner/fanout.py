@@ -138,8 +138,8 @@ class Fanout:
 
     def add(self, run: ShardRun) -> None:
         """Take a loaded shard into the rotation."""
-        self.lanes.add(run, self._clock.now())
         run.on_need = self.on_change
+        self.lanes.add(run, self._clock.now())
         self.wake()
 
     def stop(self, run: ShardRun) -> None:
@@ -218,6 +218,7 @@ class Fanout:
 
     def _tick(self, group: asyncio.TaskGroup, ticks: int) -> None:
         self.memory.share()
+        self.lanes.fit(self.window)
         for pool in self.pools:
             pool.tick(group)
             if ticks % _TICKS_PER_REFUSAL == 0:

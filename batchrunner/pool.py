@@ -31,8 +31,7 @@ from batchrunner.verdict import (
 )
 from batchrunner.work import Waiting, Work
 
-# Waiting retries hold their lines in memory and tell that the upstream has trouble: beyond this many times the window
-# no fresh line is sent.
+# With more waiting lines than this many times the window a pool takes over none from others.
 _WAITING_PER_WINDOW = 2
 # A line answered 401, 403 or "no such model" is asked again after this time, until the breaker knows more.
 _UNDECIDED_WAIT_S = 1.0
@@ -138,6 +137,7 @@ class Pool:
         if self._shared.is_closed:
             return
         self._allowed = self.effective_window
+        self.waiting.fit(self.window, len(self._lanes))
         while self._slot_count < self._allowed:
             self._slot_count += 1
             group.create_task(self._slot())
@@ -229,7 +229,9 @@ class Pool:
             self._slot_count -= 1
 
     def _take(self) -> Work | None:
-        """Give what is to be sent next, None if nothing may be sent now. Due retries go before fresh lines."""
+        """Give what is to be sent next, None if nothing may be sent now. A batch's due retries go before its fresh
+        lines and count as its share.
+        """
         shared, gate = self._shared, self.gate
         now_s = self._clock.monotonic_s()
         if now_s >= shared.stop_sends_at_s or shared.is_closed:
@@ -240,12 +242,10 @@ class Pool:
             return None
         if gate.outage.is_down:
             work = self._probe(now_s)
-        elif self.waiting.is_due(now_s):
-            work = self._due(now_s)
-        elif shared.journal.is_full or self.is_crowded:
-            return None
         else:
-            work = self._fresh() or self._lonely()
+            if self.waiting.is_due(now_s):
+                self._note_due(now_s)
+            work = self.waiting.take_due() if shared.journal.is_full else self._next()
         return self._admit(work, now_s) if work is not None else None
 
     def _probe(self, now_s: float) -> Work | None:
@@ -263,15 +263,15 @@ class Pool:
 
     def _probing_line(self, now_s: float) -> Work | None:
         """Give the line that costs least if it fails: if possible one that is no suspect."""
-        is_suspect = bool(self.waiting) and self.waiting.first().failed_at_s is not None
-        is_stuffed = self._shared.journal.is_full or self.is_crowded
-        if is_suspect and not is_stuffed and (fresh := self._fresh()) is not None:
-            return fresh
-        while self.waiting:
-            work = self._settled_death(self.waiting.take(), now_s)
+        first = self.waiting.first()
+        is_suspect = first is not None and first.failed_at_s is not None
+        if is_suspect and not self._shared.journal.is_full and (other := self._turn()) is not None:
+            return other
+        while (waiting := self.waiting.take()) is not None:
+            work = self._settled_death(waiting, now_s)
             if work is not None:
                 return work
-        return self._fresh() or self._lonely()
+        return self._next()
 
     async def _knock(self) -> None:
         """Ask whether the upstream is back."""
@@ -292,13 +292,12 @@ class Pool:
         self.gate.first_contact.note_failure(now_s)
         self.contact_message = answer.message or f"status {answer.status}"
 
-    def _due(self, now_s: float) -> Work | None:
-        """Take the retry that is due longest."""
-        while self.waiting.is_due(now_s):
-            work = self._settled_death(self.waiting.take(), now_s)
+    def _note_due(self, now_s: float) -> None:
+        """Let retries that are due have their batches' turns."""
+        while self.waiting.is_due(now_s) and (waiting := self.waiting.take()) is not None:
+            work = self._settled_death(waiting, now_s)
             if work is not None:
-                return work
-        return None
+                self.waiting.put_due(work)
 
     def _settled_death(self, work: Work, now_s: float) -> Work | None:
         """Decide whose fault it was that a line found nobody; None if the line is not to be sent now."""
@@ -335,8 +334,11 @@ class Pool:
             gate.requests.take(now_s, 1)
         return work
 
-    def _fresh(self) -> Work | None:
-        return self._lanes.next_work(self.place)
+    def _turn(self) -> Work | None:
+        return self._lanes.next_work(self.place, self.waiting)
+
+    def _next(self) -> Work | None:
+        return self._turn() or self._lonely()
 
     async def _send(self, work: Work) -> None:
         self.in_flight.add(work)
