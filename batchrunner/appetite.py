@@ -19,13 +19,14 @@ class Appetite:
     """Of the batches in `sated` the session has lines enough. Without `has_room` it holds too many batches to begin
     with another, unless that one's tenant has none among them. With `probe_every_s` a batch that a breaker paused gives
     out one shard in that time, to find out whether it may go on. Of the kinds in `light` only tasks of light batches
-    are wanted.
+    are wanted. A session that `takes_turns` leaves a batch that has just begun to those that hold fewer.
     """
 
     sated: frozenset[BatchId] = frozenset()
     has_room: bool = True
     probe_every_s: float | None = None
     light: frozenset[TaskKind] = frozenset()
+    takes_turns: bool = False
 
 
 HUNGRY = Appetite()

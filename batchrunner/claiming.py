@@ -98,7 +98,7 @@ class Claiming:
         self._call = call
         self._clock = clock
         self._settings = settings
-        self._probe_every_s = PROBE_EVERY_S if is_server else None
+        self._is_server = is_server
         # Batches of which nothing more was found to claim; and whether there is news of work all the same.
         self._dry: frozenset[BatchId] = frozenset()
         self._has_news = True
@@ -161,12 +161,17 @@ class Claiming:
         if is_heavy:
             sated |= {lane.batch.id for lane in lanes if lane.untouched_count}
         has_room = not is_heavy and len(lanes) < BATCHES_MAX
-        every_s = self._probe_every_s
-        return Appetite(sated=frozenset(sated), has_room=has_room, probe_every_s=every_s, light=steps.light)
+        return Appetite(
+            sated=frozenset(sated),
+            has_room=has_room,
+            probe_every_s=PROBE_EVERY_S if self._is_server else None,
+            light=steps.light,
+            takes_turns=self._is_server,
+        )
 
     def _look_every_s(self, now_s: float, *, is_full: bool) -> float:
-        is_eager = now_s - self._idle_since_s < _EAGER_S
-        return min(_LOOK_S, self._settings.poll_s) if is_eager and not is_full else self._settings.poll_s
+        is_eager = now_s - self._idle_since_s < _EAGER_S and (self._is_server or not is_full)
+        return min(_LOOK_S, self._settings.poll_s) if is_eager else self._settings.poll_s
 
     def _has_work(self, kinds: tuple[TaskKind, ...], appetite: Appetite, *, is_idle: bool) -> bool:
         if self._store.has_work(self._session, kinds=kinds, appetite=appetite):

@@ -51,6 +51,8 @@ Candidate: TypeAlias = Select[tuple[int, int, int, str, int, datetime, int]]
 _NO_HOLD = 2**62
 _NEVER = datetime(1970, 1, 1, tzinfo=UTC)
 _AGEING_STEP_US = 3_600_000_000
+# A batch that runs for so long and was left to a session with less in hands may be taken by any.
+_PATIENCE = timedelta(seconds=1)
 _BOOT_S: BindParameter[float] = bindparam("m_boot_s", type_=Float)
 _BOOT_ID: BindParameter[str] = bindparam("m_boot_id", type_=Text)
 _SESSION: BindParameter[str] = bindparam("m_session", type_=Text)
@@ -149,6 +151,25 @@ def _is_running() -> ColumnElement[bool]:
     return and_(batches.c.status == BatchStatus.IN_PROGRESS, or_(batches.c.paused_reason.is_(None), probed))
 
 
+def _in_hands_of(session: ColumnElement[str]) -> ColumnElement[int]:
+    """Of how many batches a session holds shards."""
+    hand = tasks.alias()
+    held = (hand.c.session == session, hand.c.kind == TaskKind.SHARD, hand.c.state == TaskState.LEASED)
+    count = select(func.count(hand.c.batch_id.distinct())).where(*held)
+    return count.correlate(sessions).scalar_subquery()
+
+
+def _is_turn() -> ColumnElement[bool]:
+    """No other session holds fewer batches: the one that looks most often must not get most of what is new, for each
+    shares out only its own part of the window.
+    """
+    others = (sessions.c.id != _SESSION, sessions.c.boot_id == _BOOT_ID)
+    fewest = select(func.min(_in_hands_of(sessions.c.id))).where(*others).scalar_subquery()
+    patient_by = bindparam("m_patient_by", type_=batches.c.in_progress_at.type)
+    mine_is_least = _in_hands_of(_SESSION) <= func.coalesce(fewest, _NO_HOLD)
+    return or_(~bindparam("m_takes_turns", type_=Boolean), batches.c.in_progress_at <= patient_by, mine_is_least)
+
+
 def _is_welcome() -> ColumnElement[bool]:
     """The session can take more of this batch. One without room takes no new batch but for a tenant that it holds
     nothing of.
@@ -157,7 +178,8 @@ def _is_welcome() -> ColumnElement[bool]:
     other = batches.alias("other")
     tenants = select(other.c.tenant).where(other.c.id.in_(_mine()))
     has_room = bindparam("m_has_room", type_=Boolean)
-    return and_(~is_sated, or_(has_room, batches.c.id.in_(_mine()), batches.c.tenant.not_in(tenants)))
+    is_new = and_(or_(has_room, batches.c.tenant.not_in(tenants)), _is_turn())
+    return and_(~is_sated, or_(batches.c.id.in_(_mine()), is_new))
 
 
 def _runnable(task: FromClause, *, quarantined: bool) -> ColumnElement[bool]:
@@ -268,6 +290,8 @@ def _values(session: SessionId, moment: Moment, appetite: Appetite, *, is_steady
         "m_boot_id": moment.boot_id,
         "m_wall_us": int(moment.wall.timestamp() * 1_000_000),
         "m_probe_by": probe_by,
+        "m_patient_by": moment.wall - _PATIENCE,
+        "m_takes_turns": appetite.takes_turns,
         "m_sated": sorted(appetite.sated),
         "m_has_room": appetite.has_room,
         "m_light": sorted(appetite.light),

@@ -121,3 +121,40 @@ def test_an_hour_of_waiting_is_a_step_of_priority(world: World) -> None:
 
     # Two steps by age against one, and a deadline between equals.
     assert [claimed(world) for _ in range(3)] == ["above", "old", "young"]
+
+
+# -- whose turn it is --------------------------------------------------------------------------------------------------
+
+_IN_TURN = Appetite(takes_turns=True)
+
+
+def test_those_who_take_turns_leave_what_is_new_to_those_who_hold_fewer(world: World) -> None:
+    for number in range(4):
+        world.running(f"b{number}")
+
+    # The other one holds nothing yet, and then as many.
+    assert claimed(world, _IN_TURN) == "b0"
+    assert claimed(world, _IN_TURN) is None
+    assert claimed(world, _IN_TURN, TWO) == "b1"
+    assert claimed(world, _IN_TURN, TWO) == "b2"
+    assert claimed(world, _IN_TURN, TWO) is None
+    assert claimed(world, _IN_TURN) == "b3"
+
+
+def test_what_nobody_took_in_its_turn_is_anybodys_after_a_moment(world: World) -> None:
+    world.running("b0")
+    world.running("b1")
+    assert claimed(world, _IN_TURN) == "b0"
+    world.clock.advance(0.9)
+    assert claimed(world, _IN_TURN) is None
+
+    world.clock.advance(0.1)
+
+    assert claimed(world, _IN_TURN) == "b1"
+
+
+def test_more_of_what_one_holds_is_nobody_elses_turn(world: World) -> None:
+    world.running(shards=2)
+
+    assert claimed(world, _IN_TURN) == "b1"
+    assert claimed(world, _IN_TURN) == "b1"
