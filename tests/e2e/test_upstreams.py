@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.harness import Command, chat_line, start
+from tests.e2e.served import Server, site, until
 from tests.invariants import check_run
 
 pytestmark = pytest.mark.slow
@@ -134,3 +135,37 @@ async def test_base_url_of_the_command_line_goes_before_the_tables(tmp_path: Pat
         assert ended.code == 0, ended.stderr
         assert (named.stats()["total"], given.stats()["total"]) == (0, 40)
     check(tmp_path)
+
+
+async def test_server_goes_on_at_the_other_upstream_and_tells_of_each(tmp_path: Path) -> None:
+    write_input(tmp_path, "m")
+    async with peers(tmp_path, ["--latency", "100ms"], ["--latency", "100ms"]) as (first, second), site(tmp_path) as at:
+        write_tables(
+            tmp_path,
+            {"name": "first", "base_url": first.url, "window": 8},
+            {"name": "second", "base_url": second.url, "window": 8},
+        )
+        server = await at.serve("--workers", "1", upstream=False, lines=6)
+        batch_id = await server.submit(at.input)
+        running = await server.batch_when(batch_id, lambda batch: "upstreams" in batch["progress"])
+        first.command.send(signal.SIGKILL)
+        await until(lambda: _tells(server, "first", is_up=False))
+        batch = await server.ended_batch(batch_id)
+        await at.check(server, batch)
+
+    assert [line for line in server.opening if line.startswith("upstream")] == [
+        f"upstream first: {first.url}\n",
+        f"upstream second: {second.url}\n",
+    ]
+    assert batch["status"] == "completed"
+    assert batch["request_counts"]["completed"] == LINES
+    assert [each["name"] for each in running["progress"]["upstreams"]] == ["first", "second"]
+    assert {each["window"] for each in running["progress"]["upstreams"]} == {8}
+
+
+async def _tells(server: Server, name: str, *, is_up: bool) -> bool:
+    """Whether the metrics say that an upstream is up, or down, and that the other is up."""
+    async with server.session.get(f"{server.root}/metrics") as answer:
+        found = (await answer.text()).splitlines()
+    assert 'batchrunner_upstream_up{upstream="second"} 1.0' in found
+    return f'batchrunner_upstream_up{{upstream="{name}"}} {float(is_up)}' in found
