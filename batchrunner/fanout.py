@@ -258,7 +258,8 @@ class Fanout:
 
     def _check_breaker(self, lane: Lane, place: int, breaker: Breaker) -> None:
         is_under_way = any(work.run in lane.held for work in self.pools[place].in_flight)
-        reason = breaker.tripped(is_nothing_left=lane.untouched_count == 0 and not is_under_way)
+        is_more_to_come = lane.untouched_count > 0 or (lane.stash is not None and lane.stash.count_for(place) > 0)
+        reason = breaker.tripped(is_nothing_left=not is_more_to_come and not is_under_way)
         if reason is None:
             return
         if self._can_do_without(lane, place):

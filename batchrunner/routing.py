@@ -13,8 +13,9 @@ import msgspec
 
 from batchrunner.targets import Target
 
-# Names come from the lines of strangers.
+# Names come from the lines of strangers; one that is longer is nobody's.
 _MODELS_KEPT = 1024
+_MODEL_CHARS_MAX = 256
 
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\]:,]', re.DOTALL)
 _decode_text = msgspec.json.Decoder(str).decode
@@ -110,6 +111,8 @@ class Router:
     def _find(self, model: str | None) -> tuple[int, ...]:
         if model is None:
             return self._rest or self._all
+        if len(model) > _MODEL_CHARS_MAX:
+            return self._rest
         named = tuple(place for place, pattern in enumerate(self._patterns) if pattern.fullmatch(model))
         return named or self._rest
 
@@ -134,12 +137,13 @@ _decode_asked = msgspec.json.Decoder(_Asked).decode
 
 
 def model_of(body: bytes) -> str | None:
-    """Give the model that a request asks for, None if it names none."""
+    """Give the model that a request asks for, None if it names none; what is too long for a name is cut."""
     try:
-        return _decode_asked(body).model
+        model = _decode_asked(body).model
     except (ValueError, RecursionError):
         # Whatever it says instead of a name is for the upstream to judge.
         return None
+    return model if model is None or len(model) <= _MODEL_CHARS_MAX else f"{model[:_MODEL_CHARS_MAX]}..."
 
 
 def _served(target: Target) -> str:
@@ -148,9 +152,18 @@ def _served(target: Target) -> str:
 
 def _pattern(target: Target) -> re.Pattern[str]:
     """Give what matches the models that a table names."""
-    named = [".*".join(map(re.escape, name.split("*"))) for name in target.models or ()]
+    named = [_wildcards(name) for name in target.models or ()]
     named += map(re.escape, target.aliases)
     return re.compile("|".join(f"(?:{each})" for each in named) or r"(?!)", re.DOTALL)
+
+
+def _wildcards(name: str) -> str:
+    """Give a pattern that never goes back: each part is looked for once, where it comes first."""
+    first, *rest = map(re.escape, name.split("*"))
+    if not rest:
+        return first
+    *middle, last = rest
+    return f"{first}{''.join(f'(?>.*?{each})' for each in middle)}.*{last}"
 
 
 def renamed(body: bytes, aliases: Mapping[str, str]) -> bytes:

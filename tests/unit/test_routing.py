@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,6 +69,23 @@ def test_names_are_no_patterns(name: str) -> None:
 
     assert places(router, name) == (0, 1)
     assert places(router, "abc") is None
+
+
+@given(st.lists(st.sampled_from("ab*"), max_size=8), st.text("ab", max_size=10))
+def test_wildcards_stand_for_any_characters(pattern: list[str], name: str) -> None:
+    router = Router([target("a", models=("".join(pattern) or "*",))])
+    meant = re.compile("".join(".*" if each == "*" else each for each in pattern) or ".*")
+
+    assert (places(router, name) is not None) == bool(meant.fullmatch(name))
+
+
+def test_name_of_a_mile_takes_no_time_and_no_memory() -> None:
+    router = Router([target("a", models=("*a*a*a*a*a*b",)), target("b")])
+    body = json.dumps({"model": "a" * 1_000_000}).encode()
+
+    assert places(router, "a" * 256) == (1,)
+    assert places(router, model_of(body)) == (1,)
+    assert len(model_of(body) or "") < 300
 
 
 def test_one_upstream_that_takes_every_line_needs_no_router() -> None:
