@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
-from batchrunner.errors import WorkerLost
+from batchrunner.errors import DiskFull, StoreUnavailable, WorkerLost
 from batchrunner.holdings import UpstreamLive
 from batchrunner.metrics import Tally, tally_from_wire
 from batchrunner.pace import Sample, Window, joined, merged
@@ -156,7 +156,11 @@ class _Child(ChildProcess):
         self.report = None
         self.fresh.clear()
         self.grants.clear()
-        await self._bury()
+        try:
+            await self._bury()
+        except (StoreUnavailable, DiskFull) as error:
+            # The living bury too, and leases run out: a full disk that ended one worker must not end them all.
+            logger.warning("%s keeps its leases for now: %s", self.name, error, extra={"action": "burial_failed"})
 
 
 class Supervisor:

@@ -13,7 +13,7 @@ from batchrunner.holdings import KeyLimits, PartId, Upload, UploadId, UploadPart
 from batchrunner.lifecycle import BatchEvent, BatchStatus
 from batchrunner.models import BatchId, File, FileId, TaskKind
 from batchrunner.ports import TenantScope
-from batchrunner.store import queries_uploads
+from batchrunner.store import queries_expiry, queries_uploads
 from tests.contract.worlds import ANA, BEN, NOTHING, REJECTED, STEPS, World, accepted, bring_to, file_of, progress
 
 
@@ -471,3 +471,21 @@ def test_any_number_of_late_uploads_is_ended_by_and_by(world: World, monkeypatch
     world.clock.advance(3600)
 
     assert [world.store.expire().uploads for _ in range(3)] == [2, 1, 0]
+
+
+def test_any_number_of_late_files_is_hidden_by_and_by(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries_expiry, "_FILES_MAX", 2)
+    for name in ("f1", "f2", "f3"):
+        world.scope.add_file(fresh_file(world, name, expires_at=world.clock.wall + timedelta(hours=1)))
+    world.clock.advance(3600)
+
+    assert [world.store.expire().files for _ in range(3)] == [2, 1, 0]
+
+
+def test_journals_of_huge_batches_end_one_at_a_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries_expiry, "_LINES_MAX", 15)
+    for name in ("b1", "b2"):
+        world.store.publish(world.sealing(name).ref, NOTHING)
+    world.clock.advance(24 * 3600)
+
+    assert [len(world.store.expire().journals) for _ in range(3)] == [1, 2, 2]

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from batchrunner import housekeeping
+from batchrunner import app, housekeeping
 from batchrunner.app import open_adapters, reap
 from batchrunner.blobs.local import LocalBlobs
-from batchrunner.errors import BlobsUnavailable
+from batchrunner.errors import BatchrunnerError, BlobsUnavailable, DiskFull, StoreUnavailable
 from batchrunner.housekeeping import Cleared, clear
 from batchrunner.models import BatchId, FileId
 from batchrunner.session_locks import SessionLocks
+from batchrunner.settings import Settings
 from tests.contract.conftest import ManualClock, SqliteBackend
 from tests.contract.worlds import NOTHING, World, file_of
 
@@ -137,4 +138,22 @@ def test_half_written_blobs_that_cannot_be_swept_keep_nobody_from_reaping(
 
     assert reap(adapters, SessionLocks(tmp_path)) == 0
     assert not list((tmp_path / "sessions").iterdir())
+    adapters.store.close()
+
+
+@pytest.mark.parametrize("error", [DiskFull("no space"), StoreUnavailable("locked")])
+async def test_worker_that_cannot_be_buried_ends_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BatchrunnerError
+) -> None:
+    adapters = open_adapters(tmp_path)
+    settings = Settings(base_url="http://127.0.0.1:9/v1")
+    crew = app.process_crew(adapters, tmp_path, settings, {}, 1, is_server=True)
+
+    def fail(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(app, "reap", fail)
+
+    await crew._children[0].mourn()
+
     adapters.store.close()
