@@ -9,7 +9,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -121,11 +121,17 @@ class ApiProcess:
         """Sweep now and then; at first what an API process that died has left half written."""
         await self._called(lambda: drop_unfinished(self._adapters.blobs))
         while True:
-            try:
-                await self._sweep()
-            except BatchrunnerError as error:
-                logger.warning("the sweep failed: %s", error, extra={"action": "sweep_failed", "code": error.code})
+            await self._try("the sweep", self._sweep)
             await self._adapters.clock.sleep(self._settings.sweep_s)
+
+    async def _try(self, what: str, step: Callable[[], Awaitable[None]]) -> None:
+        """Do what is done again and again; no trouble with it, and no bug in it, is worth the answers to all others."""
+        try:
+            await step()
+        except BatchrunnerError as error:
+            logger.warning("%s failed: %s", what, error, extra={"action": "upkeep_failed", "code": error.code})
+        except Exception:
+            logger.exception("%s broke", what, extra={"action": "upkeep_broke"})
 
     async def _sweep(self) -> None:
         in_use = self._parts.reading.names
@@ -144,15 +150,15 @@ class ApiProcess:
     async def _look_around(self) -> None:
         """Notice what changes the rules: the first key, and a full disk."""
         while True:
-            try:
-                if self._parts.is_open and await self._called(self._adapters.store.has_keys):
-                    # Whether keys are asked for is settled when the API is made; the next process makes it anew.
-                    logger.info("there are API keys now: requests need one", extra={"action": "keys_appeared"})
-                    self.stop(grace_s=self._settings.drain_grace_s)
-                await self._called(self._mind_the_reserve)
-            except BatchrunnerError as error:
-                logger.warning("the look around failed: %s", error, extra={"action": "look_failed", "code": error.code})
+            await self._try("the look around", self._look)
             await self._adapters.clock.sleep(_LOOK_S)
+
+    async def _look(self) -> None:
+        if self._parts.is_open and await self._called(self._adapters.store.has_keys):
+            # Whether keys are asked for is settled when the API is made; the next process makes it anew.
+            logger.info("there are API keys now: requests need one", extra={"action": "keys_appeared"})
+            self.stop(grace_s=self._settings.drain_grace_s)
+        await self._called(self._mind_the_reserve)
 
     def _mind_the_reserve(self) -> None:
         """Give the reserve up when the disk is full, so that a cancel can be written; take it again when it is not."""
