@@ -293,7 +293,13 @@ async def _validated(call: Call) -> str:
         file = await file_of(call)
         if file.validation_blob is not None:
             return file.validation_blob
-        return await call.blocking(_examine, call, file)
+        try:
+            with call.parts.reading.hold(file.blob):
+                return await call.blocking(_examine, call, file)
+        except NotFound:
+            # Deleted in mid reading, or before.
+            await file_of(call)
+            raise BlobsUnavailable(f"{file.blob} is not there") from None
 
 
 def _examine(call: Call, file: File) -> str:

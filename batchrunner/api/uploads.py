@@ -23,7 +23,7 @@ from batchrunner.api.files import BlobSink, new_file
 from batchrunner.api.http import Answer, Call, Route, json_answer
 from batchrunner.api.idempotency import fields_fingerprint, settle_streamed
 from batchrunner.api.multipart import MULTIPART, Form, receive
-from batchrunner.errors import NotFound, TransitionRefused
+from batchrunner.errors import BlobsUnavailable, NotFound, TransitionRefused
 from batchrunner.holdings import KeyScope, PartId, Upload, UploadId, UploadPart, UploadStatus
 from batchrunner.models import File
 from batchrunner.pipeline import read_blob
@@ -188,11 +188,14 @@ def _lay_together(call: Call, upload: Upload, parts: Sequence[UploadPart], md5: 
             expires_after_s=upload.expires_after_s,
         )
         return call.scope.complete_upload(upload.id, file)
-    except TransitionRefused:
+    except (TransitionRefused, NotFound) as error:
+        # Somebody else ended the upload, and the sweep may have its parts already.
         sink.abort()
         now = call.scope.upload(upload.id)
         if now.status is UploadStatus.COMPLETED:
             return now
+        if now.status is UploadStatus.PENDING:
+            raise BlobsUnavailable(f"a part of {upload.id} is not there") from error
         raise _closed(now) from None
     except BaseException:
         sink.abort()

@@ -206,6 +206,20 @@ async def test_a_file_name_is_only_shown(api: Served, sent: str, kept: str) -> N
     assert disposition.count('"') == 2
 
 
+async def test_file_whose_bytes_are_missing_is_no_fault_of_the_caller(api: Served) -> None:
+    file = (await api.upload(LINE)).json
+    (blob,) = api.parts.blobs.list("files/")
+    api.parts.blobs.delete(blob)
+
+    replies = [await api.call("GET", f"/v1/files/{file['id']}/{what}") for what in ("validation", "content")]
+    await api.call("DELETE", f"/v1/files/{file['id']}")
+    deleted = await api.call("GET", f"/v1/files/{file['id']}/validation")
+
+    assert [reply.status for reply in replies] == [503, 503]
+    assert not any(blob.encode() in reply.body for reply in replies)
+    assert deleted.status == 404
+
+
 async def test_validation_lists_all_problems_and_is_kept(api: Served) -> None:
     content = LINE + b"no json\n" + LINE + b'{"custom_id":"b"}\n'
     file = (await api.upload(content)).json
