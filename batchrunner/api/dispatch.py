@@ -24,6 +24,8 @@ STRICT_PREFIX = "/openai"
 EVENT_STREAM = "text/event-stream"
 # A caller that takes nothing of its answer for so long is given up.
 TAKE_IDLE_S = 60.0
+# So much has to be taken in that time: whoever is slow, but takes, is served.
+_HANDED_BYTES = 128 * 1024
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _ID_CHARS_MAX = 256
 
@@ -234,7 +236,8 @@ class _Turn:
             is_endless = answer.content_type.startswith(EVENT_STREAM)
             chunks = _until(self._vitals.closing, answer.chunks) if is_endless else answer.chunks
             async for chunk in chunks:
-                await self._hand_over(response.write(chunk))
+                for start in range(0, len(chunk), _HANDED_BYTES):
+                    await self._hand_over(response.write(memoryview(chunk)[start : start + _HANDED_BYTES]))
             await self._hand_over(response.write_eof())
         except ConnectionError:
             raise
