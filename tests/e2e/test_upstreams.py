@@ -169,3 +169,42 @@ async def _tells(server: Server, name: str, *, is_up: bool) -> bool:
         found = (await answer.text()).splitlines()
     assert 'batchrunner_upstream_up{upstream="second"} 1.0' in found
     return f'batchrunner_upstream_up{{upstream="{name}"}} {float(is_up)}' in found
+
+
+@pytest.mark.parametrize("flags", [[], ["--on-unknown", "fail"]])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+async def test_lines_that_waited_for_a_slow_upstream_run_after_a_stop(
+    tmp_path: Path, flags: list[str], number: signal.Signals
+) -> None:
+    """Lines that were read for an upstream without room were not sent: a clean stop leaves none of them in doubt."""
+    write_input(tmp_path, "fast", "slow", count=400)
+    async with peers(tmp_path, ["--latency", "10ms"], ["--latency", "150ms"]) as (fast, slow):
+        write_tables(
+            tmp_path,
+            {"name": "fast", "base_url": fast.url, "models": ["fast"], "window": 4},
+            {"name": "slow", "base_url": slow.url, "models": ["slow"], "window": 16},
+        )
+        arguments = ["run", "in.jsonl", "-o", "out.jsonl", "--workers", "1", *flags]
+        command = await start(arguments, tmp_path, {})
+        async with asyncio.timeout(30.0):
+            while (await asyncio.to_thread(slow.stats))["total"] < 40:
+                pass
+        if number is signal.SIGINT:
+            command.send(number)
+        else:
+            command.kill_group()
+        stopped = await command.ended()
+        ended = await (await start([*arguments, "--json"], tmp_path, {})).ended()
+        asked = fast.stats()["total"] + slow.stats()["total"]
+
+    assert stopped.code == (130 if number is signal.SIGINT else -number), stopped.stderr
+    unknown = 400 - ended.summary["counts"]["succeeded"]
+    if number is signal.SIGINT:
+        assert (ended.code, asked, unknown) == (0, 400, 0), ended.stderr
+    elif flags:
+        # What was under way, and the few that count as sent from when they were read.
+        assert unknown <= 2 * (4 + 16) + 16
+    else:
+        assert (ended.code, unknown) == (0, 0), ended.stderr
+        assert asked <= 400 + 4 + 16 + 256
+    check(tmp_path)
