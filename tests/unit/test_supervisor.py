@@ -49,6 +49,13 @@ class PaperStdin:
     def is_closing(self) -> bool:
         return False
 
+    @property
+    def transport(self) -> PaperStdin:
+        return self
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
 
 class PaperProcess:
     """A child that only listens."""
@@ -296,6 +303,26 @@ async def test_crew_works_until_it_is_told_to_stop(caplog: pytest.LogCaptureFixt
     assert len(buried) == 2
     assert made.live().tally.succeeded == 4
     assert caplog.text.count('{"hello":1}') == 2
+
+
+async def test_what_a_worker_does_not_read_is_not_kept_without_end() -> None:
+    deaf = script("import sys, time\nsys.stdout.write(REPORT + '\\n')\nsys.stdout.flush()\ntime.sleep(60)")
+    async with crew(deaf, count=1) as (made, _):
+        running = asyncio.create_task(made.run())
+        await until_reported(made, 1, running)
+        (child,) = made._children
+        for _ in range(100):
+            child.send(b"x" * 20_000 + b"\n")
+
+        assert child.process is not None
+        assert child.process.stdin is not None
+        held = child.process.stdin.transport.get_write_buffer_size()
+
+        made.stop(grace_s=0.0)
+        child.kill()
+        await running
+
+    assert 0 < held < 300_000
 
 
 async def test_worker_that_dies_is_buried_and_started_again_and_its_counts_stay(
