@@ -219,6 +219,22 @@ def test_stop_is_told_to_all_and_again_with_a_shorter_grace() -> None:
     assert [last_share(child).stop_grace_s for child in children] == [0.0, 0.0]
 
 
+async def test_what_has_not_changed_is_told_once_a_second() -> None:
+    clock = VirtualClock()
+    made, (child,) = supervisor_of(1, clock=clock, concurrency=9)
+    for _ in range(30):
+        made._hand_out()
+        await clock.advance(0.1)
+    assert len(child.process.stdin.shares) == 3
+
+    # A change goes out at once, and to a new process everything does.
+    made.stop(grace_s=30.0)
+    assert len(child.process.stdin.shares) == 4
+    await child.mourn()
+    made._hand_out()
+    assert len(child.process.stdin.shares) == 5
+
+
 def test_live_sums_up_all_workers_and_names_the_first_trouble() -> None:
     made, children = supervisor_of(3, concurrency=9)
     children[0].report = report(in_flight=2, waiting=3, tally=Tally(attempts=5, succeeded=4))
