@@ -46,6 +46,7 @@ from batchrunner.models import (
     TenantId,
     Watch,
 )
+from batchrunner.outbox import Outbox, TenantOutbox
 from batchrunner.upkeep import KeyRing, Upkeep
 
 
@@ -173,7 +174,7 @@ class Renewer(Protocol):
         """Let go of the connection."""
 
 
-class TenantScope(Protocol):
+class TenantScope(TenantOutbox, Protocol):
     """The only way to a tenant's rows. Ids of other tenants are answered like missing ones."""
 
     def add_file(self, file: File, *, replay: Replay | None = None) -> File:
@@ -297,7 +298,7 @@ class TenantScope(Protocol):
         """All shards of the batch by first_line."""
 
 
-class Store(KeyRing, Upkeep, Protocol):
+class Store(KeyRing, Upkeep, Outbox, Protocol):
     """Batches, tasks, extents and sessions. No row per line. All times of leases are the Store's own.
 
     Guarded methods take a TaskRef and first update that task's row where id and epoch match; where none does they raise

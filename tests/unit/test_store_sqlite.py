@@ -81,7 +81,7 @@ def test_reader_cannot_write(path: Path) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("version", ["0003", "9999", "later"])
+@pytest.mark.parametrize("version", ["0004", "9999", "later"])
 def test_file_of_a_newer_version_is_refused_untouched(path: Path, version: str) -> None:
     SqliteStore.open(path, SystemClock()).close()
     connection = sqlite3.connect(path)
@@ -429,10 +429,14 @@ def rows_of(path: Path, columns: dict[str, list[str]]) -> dict[str, list[Any]]:
     return found
 
 
+# Besides the version, only the ends of batches that nobody was ever told.
+GONE = "'alembic_version', 'outbox'"
+
+
 def test_database_of_the_first_schema_is_migrated_with_every_row(path: Path) -> None:
     connection = sqlite3.connect(path)
     connection.executescript(WRITTEN_BY_0001.read_text())
-    tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name != 'alembic_version'")
+    tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT IN (" + GONE + ")")
     columns = {
         name: [column[1] for column in connection.execute(f"PRAGMA table_info({name})")]
         for (name,) in tables.fetchall()

@@ -12,10 +12,10 @@ from typing import Literal
 
 import msgspec
 
-from batchrunner.api.progress import Progress, progress_of
 from batchrunner.holdings import LiveShare
 from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import Batch, LineProblem, OnInvalid, OnUnknown, Order, Usage
+from batchrunner.progress import Progress, progress_of
 
 # Every status of ours by its word on the wire.
 STATUSES: Mapping[BatchStatus, str] = MappingProxyType(
