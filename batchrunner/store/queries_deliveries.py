@@ -177,9 +177,8 @@ def _with_attempt(attempts: Sequence[DeliveryAttempt], new: DeliveryAttempt) -> 
 
 def record(conn: Connection, recorded: Sequence[Recorded], moment: Moment) -> None:
     """Write ends of attempts; guards each by its epoch, and that one that was ended meanwhile stays so."""
-    logs = dict(
-        conn.execute(select(_c.id, _c.attempts).where(_c.id.in_([each.id for each in recorded]))).tuples().all()
-    )
+    held = select(_c.id, _c.attempts).where(_c.id.in_([each.id for each in recorded]))
+    logs = {row.id: row.attempts for row in conn.execute(held)}
     for each in recorded:
         is_over = each.state is not DeliveryState.PENDING
         values: dict[str, object] = {
