@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -67,6 +68,7 @@ class ApiProcess:
             is_open=is_open,
             executor=self._executor,
             vitals=self.vitals,
+            addresses=self._rules,
         )
         self._grace_s = settings.drain_grace_s
         self._limit: asyncio.Timeout | None = None
@@ -87,12 +89,13 @@ class ApiProcess:
         try:
             session = carrying(self._adapters, self._folder, self._settings, poster, threads=self._executor)
             async with session as courier:
-                await self._serve(courier)
+                self.vitals.posts = courier.posts
+                await self._serve(courier, replace(self._parts, poster=poster))
         finally:
             await poster.close()
 
-    async def _serve(self, courier: Courier) -> None:
-        runner = make_runner(build_app(self._parts), shutdown_s=_CUT_S)
+    async def _serve(self, courier: Courier, parts: ApiParts) -> None:
+        runner = make_runner(build_app(parts), shutdown_s=_CUT_S)
         await runner.setup()
         sites = [web.SockSite(runner, socket.socket(fileno=fd)) for fd in self._fds]
         for site in sites:

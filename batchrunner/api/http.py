@@ -20,12 +20,14 @@ import orjson
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from batchrunner.addresses import AddressRules
 from batchrunner.api.envelope import Refusal, body_too_large
 from batchrunner.api.typed import StructT, read_json, read_parameters
 from batchrunner.api.vitals import Vitals
 from batchrunner.api.watching import Watching
 from batchrunner.holdings import ApiKey, KeyScope, Replay
 from batchrunner.models import TenantId
+from batchrunner.outbox import Poster
 from batchrunner.ports import Blobs, Clock, Rng, Store, TenantScope
 from batchrunner.settings import MIB, Settings
 
@@ -70,6 +72,7 @@ class ApiParts:
 
     `reading` names the blobs that must not be deleted now, `heavy` lets one long job at a time into the executor,
     `vitals` tell how the server does and whether it is about to end, `watching` holds the batches that are followed.
+    `addresses` says where webhooks may go, `poster` sends one.
     """
 
     store: Store
@@ -83,6 +86,8 @@ class ApiParts:
     heavy: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     vitals: Vitals = field(default_factory=Vitals)
     watching: Watching = field(default_factory=Watching)
+    addresses: AddressRules = field(default_factory=AddressRules)
+    poster: Poster | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

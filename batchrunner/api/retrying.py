@@ -11,9 +11,10 @@ import msgspec
 from msgspec import Meta
 
 from batchrunner.api.chain import chosen_numbers, family_of, healed_ids
-from batchrunner.api.creating import Metadata, Priority, Window, check_priority, check_webhook_url, window_s
+from batchrunner.api.creating import Metadata, Priority, Window, check_priority, window_s
 from batchrunner.api.envelope import Refusal
 from batchrunner.api.http import Call
+from batchrunner.api.webhooks import Url, check_url
 from batchrunner.choosing import failed_ids, lines_of, write_chosen
 from batchrunner.errors import NotFound
 from batchrunner.holdings import NO_LIMITS
@@ -36,7 +37,7 @@ class RetryRequest(msgspec.Struct, frozen=True, kw_only=True):
     completion_window: Window | None = None
     priority: Priority | None = None
     metadata: Metadata | None = None
-    webhook_url: str | None = None
+    webhook_url: Url | None = None
 
 
 async def read_retry(call: Call) -> RetryRequest:
@@ -46,7 +47,7 @@ async def read_retry(call: Call) -> RetryRequest:
         window_s(wanted.completion_window, is_strict=call.is_strict)
     if wanted.priority is not None:
         check_priority(call, wanted.priority)
-    check_webhook_url(call.parts, wanted.webhook_url)
+    check_url(call.parts, wanted.webhook_url, param="webhook_url")
     return wanted
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from batchrunner.api import batches, events, files, health, results, uploads
+from batchrunner.api import batches, deliveries, events, files, health, results, uploads, webhooks
 from batchrunner.api.dispatch import Dispatcher
 from batchrunner.api.http import ApiParts, Route
 from batchrunner.api.reference import reference_routes
@@ -18,6 +18,8 @@ _TABLE: tuple[Route, ...] = (
     *batches.ROUTES,
     *results.ROUTES,
     *events.ROUTES,
+    *webhooks.ROUTES,
+    *deliveries.ROUTES,
     *health.ROUTES,
 )
 ROUTES: tuple[Route, ...] = (*_TABLE, *reference_routes(_TABLE))

@@ -62,6 +62,11 @@ def finish(world: World, dispatch: Dispatch, posted: Posted, *, chance: float = 
     return recorded
 
 
+def finish_next(world: World, posted: Posted) -> Recorded:
+    (dispatch,) = take(world, each=1)
+    return finish(world, dispatch, posted)
+
+
 def tell(world: World, number: int = 1, *, url: str | None = None, kind: EventType = EventType.COMPLETED) -> EventId:
     event = sample_event(kind, ANA, EventId(f"evt_{number}"), world.clock.wall)
     world.scope.announce(event, url=url)
@@ -434,12 +439,12 @@ def test_an_endpoint_that_fails_for_five_days_is_disabled(world: World) -> None:
     since = world.clock.wall
     for day in range(5):
         tell(world, day)
-        finish(world, *take(world, each=1), BUSY)
+        finish_next(world, BUSY)
         assert world.scope.endpoint(EndpointId("we_1")).failing_since == since
         world.clock.advance(86400)
     assert world.scope.endpoint(EndpointId("we_1")).disabled_at is None
 
-    finish(world, *take(world, each=1), BUSY)
+    finish_next(world, BUSY)
 
     assert world.scope.endpoint(EndpointId("we_1")).disabled_reason == "it has failed for 5 days"
 
@@ -447,22 +452,22 @@ def test_an_endpoint_that_fails_for_five_days_is_disabled(world: World) -> None:
 def test_one_success_ends_the_failing(world: World) -> None:
     world.scope.add_endpoint(endpoint_of(world))
     tell(world)
-    finish(world, *take(world), BUSY)
+    finish_next(world, BUSY)
     world.clock.advance(6)
 
-    finish(world, *take(world), TAKEN)
+    finish_next(world, TAKEN)
 
     assert world.scope.endpoint(EndpointId("we_1")).failing_since is None
 
 
 def test_the_log_tells_each_attempt(world: World) -> None:
     tell(world, url=HOOK)
-    finish(world, *take(world), Posted(status=503, elapsed_s=0.25, retry_after_s=60.0))
+    finish_next(world, Posted(status=503, elapsed_s=0.25, retry_after_s=60.0))
     due_at = only(world).due_at
     world.clock.advance(60)
-    finish(world, *take(world), Posted(error=PostError.TIMEOUT, message="no answer within 15 s", elapsed_s=15.0))
+    finish_next(world, Posted(error=PostError.TIMEOUT, message="no answer within 15 s", elapsed_s=15.0))
     world.clock.advance(400)
-    finish(world, *take(world), TAKEN)
+    finish_next(world, TAKEN)
 
     told = only(world)
 
@@ -478,7 +483,7 @@ def test_the_log_tells_each_attempt(world: World) -> None:
 
 def test_resend_begins_anew_under_the_same_id(world: World) -> None:
     tell(world, url=HOOK)
-    finish(world, *take(world), TAKEN)
+    finish_next(world, TAKEN)
     world.clock.advance(100)
 
     again = world.scope.resend(only(world).id)
@@ -525,7 +530,7 @@ def test_deliveries_are_listed_by_what_is_asked(world: World) -> None:
 
 def test_what_has_been_over_for_thirty_days_is_dropped_and_nothing_else(world: World) -> None:
     tell(world, 1, url=HOOK)
-    finish(world, *take(world), TAKEN)
+    finish_next(world, TAKEN)
     tell(world, 2, url=HOOK)
     world.clock.advance(30 * 86400 - 1)
     world.store.expire()
