@@ -11,7 +11,7 @@ import click
 from batchrunner.cli.configuring import api_key_for, load_settings
 from batchrunner.cli.exits import ExitCode
 from batchrunner.errors import UsageError
-from batchrunner.settings import parse_duration
+from batchrunner.settings import Settings, parse_duration
 
 _WINDOW_LEAST_S, _WINDOW_MOST_S = 60.0, 14 * 86400.0
 _PACKED = (".gz", ".zst")
@@ -95,6 +95,9 @@ _PACKED = (".gz", ".zst")
     type=click.Path(path_type=Path),
     help="Where the run's state lives. [OUTPUT.run]",
 )
+@click.option(
+    "--webhook-url", metavar="URL", help="Who is told how the run ended; signed, see `webhooks secret --local`."
+)
 @click.option("--fresh", is_flag=True, help="Start over; the old state folder is kept under another name.")
 @click.option(
     "--json", "is_json", is_flag=True, help="Print one JSON object at the end instead of a panel and a summary."
@@ -122,6 +125,7 @@ def run(input_path: Path, output_path: Path, **options: object) -> None:
         on_unknown=str(options["on_unknown"]),
         retry_failed=_text(options["retry_failed"]),
         limit=options["limit"] if isinstance(options["limit"], int) else None,
+        webhook_url=_text(options["webhook_url"]),
         is_fresh=bool(options["fresh"]),
         is_json=bool(options["is_json"]),
     )
@@ -146,6 +150,8 @@ def run(input_path: Path, output_path: Path, **options: object) -> None:
             "no upstream is named",
             hint="Give -u URL or set OPENAI_BASE_URL; without a server, try `batchrunner simulate`.",
         )
+    if request.webhook_url is not None:
+        _check_webhook(request.webhook_url, settings)
     from batchrunner.tuning import tune_process
     from batchrunner.upstream import join_url
 
@@ -154,6 +160,17 @@ def run(input_path: Path, output_path: Path, **options: object) -> None:
     with asyncio.Runner(loop_factory=tune_process()) as loop:
         code = loop.run(run_to_end(request, settings, api_key_for(settings)))
     sys.exit(int(code or ExitCode.OK))
+
+
+def _check_webhook(url: str, settings: Settings) -> None:
+    """Find out before the run what would keep its end from being told."""
+    from batchrunner.addresses import AddressRules, parse_networks, url_problem
+    from batchrunner.cli.local_secret import local_secret
+
+    rules = AddressRules(is_loopback_allowed=True, networks=parse_networks(settings.webhook_networks))
+    if why := url_problem(url, rules):
+        raise UsageError(f"--webhook-url {url}: {why}")
+    local_secret()
 
 
 def _text(value: object) -> str | None:

@@ -8,6 +8,7 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, Connection, RowMapping, func, insert, select, update
 
 from batchrunner.deliveries import (
+    DeliveryId,
     DeliveryState,
     EndpointId,
     EndReason,
@@ -175,20 +176,30 @@ def is_wanted(conn: Connection, tenant: TenantId, kind: EventType) -> bool:
 
 
 def announce(conn: Connection, event: WebhookEvent, moment: Moment, *, url: str | None) -> None:
-    """Write an event and a delivery for each receiver that wants it; guards that neither is made twice."""
-    if conn.execute(select(_events.serial).where(_events.id == event.id)).scalar_one_or_none() is not None:
-        return
+    """Write an event and a delivery for each receiver that wants it; guards that neither is made twice. One that is
+    there already is only told to `url`.
+    """
+    rows = []
+    if url is not None and not _is_made(conn, delivery_id(event.id, url)):
+        rows.append(_delivery(event, None, url, moment))
+    if conn.execute(select(_events.serial).where(_events.id == event.id)).scalar_one_or_none() is None:
+        rows = [*_write_event(conn, event, moment), *rows]
+    if rows:
+        conn.execute(insert(webhook_deliveries), rows)
+
+
+def _is_made(conn: Connection, name: DeliveryId) -> bool:
+    return conn.execute(select(_deliveries.serial).where(_deliveries.id == name)).scalar_one_or_none() is not None
+
+
+def _write_event(conn: Connection, event: WebhookEvent, moment: Moment) -> list[dict[str, object]]:
     names = ("id", "tenant", "batch_id", "type", "body", "created_at")
     conn.execute(insert(webhook_events).values({name: getattr(event, name) for name in names}))
-    rows = [
+    return [
         _delivery(event, EndpointId(each["id"]), each["url"], moment)
         for each in _enabled(conn, event.tenant)
         if event.type in each["event_types"]
     ]
-    if url is not None:
-        rows.append(_delivery(event, None, url, moment))
-    if rows:
-        conn.execute(insert(webhook_deliveries), rows)
 
 
 def _enabled(conn: Connection, tenant: TenantId) -> Sequence[RowMapping]:
