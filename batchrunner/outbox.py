@@ -28,10 +28,10 @@ from batchrunner.models import SessionId
 class Outbox(Protocol):
     """Deliveries of all tenants. Those of an event are made by the transaction that makes the event itself true."""
 
-    def claim_deliveries(self, wanted: Appointments) -> list[Dispatch]:
+    def claim_deliveries(self, wanted: Appointments, recorded: Sequence[Recorded] = ()) -> list[Dispatch]:
         """Take deliveries that are due, the longest due first, a fair part of each receiver; their attempts are on
         record from then on. One whose holder died, or whose hold ended, is due at once. Waits for no writer when there
-        is nothing to take.
+        is nothing to do. The same transaction writes what `record_attempts` would.
         """
 
     def record_attempts(self, recorded: Sequence[Recorded]) -> None:

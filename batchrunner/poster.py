@@ -102,10 +102,13 @@ class AiohttpPoster:
     is checked, and no receiver is lost to a connection that went stale.
     """
 
-    def __init__(self, rules: AddressRules, clock: Clock, *, lookup: Lookup = system_lookup) -> None:
+    def __init__(
+        self, rules: AddressRules, clock: Clock, *, lookup: Lookup = system_lookup, timeout_s: float = TIMEOUT_S
+    ) -> None:
         self._rules = rules
         self._clock = clock
         self._lookup = lookup
+        self._timeout_s = timeout_s
         self._resolvers: list[CheckedResolver] = []
         # What may be connected to differs by scheme, so each has a connector of its own.
         self._sessions = {scheme: self._session(is_plain=scheme == "http") for scheme in ("https", "http")}
@@ -132,7 +135,7 @@ class AiohttpPoster:
         return aiohttp.ClientSession(
             connector=connector,
             connector_owner=True,
-            timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
+            timeout=aiohttp.ClientTimeout(total=self._timeout_s),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             trust_env=False,
@@ -158,7 +161,7 @@ class AiohttpPoster:
                 await _listen_a_little(answer)
         except (AddressRefused, aiohttp.ClientError, OSError, ValueError) as problem:
             if status is None:
-                error, message = _told(problem)
+                error, message = _told(problem, self._timeout_s)
         return Posted(
             status=status,
             error=error,
@@ -184,13 +187,13 @@ async def _listen_a_little(answer: aiohttp.ClientResponse) -> None:
         answer.close()
 
 
-def _told(problem: Exception) -> tuple[PostError, str]:
+def _told(problem: Exception, timeout_s: float) -> tuple[PostError, str]:
     """Put what went wrong into words of ours: never a header, never a body."""
     match problem:
         case AddressRefused():
             return PostError.ADDRESS_REFUSED, str(problem)
         case TimeoutError():
-            return PostError.TIMEOUT, f"no answer within {TIMEOUT_S:g} s"
+            return PostError.TIMEOUT, f"no answer within {timeout_s:g} s"
         case aiohttp.ClientConnectorDNSError():
             return PostError.UNREACHABLE, "the host name is not known"
         case aiohttp.ClientSSLError():

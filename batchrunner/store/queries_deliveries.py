@@ -269,8 +269,8 @@ def counts_by_state(conn: Connection) -> dict[DeliveryState, int]:
 def drop_old(conn: Connection, moment: Moment, *, kept_for: timedelta) -> None:
     """Drop what has been over for long, then events that nobody is told any more."""
     until = moment.wall - kept_for
-    over = _c.state.in_((DeliveryState.DELIVERED, DeliveryState.UNDELIVERED))
-    old = select(_c.id).where(over, _c.ended_at <= until).limit(_DROPPED_MAX)
+    # Only what is over has an end.
+    old = select(_c.id).where(_c.ended_at <= until).limit(_DROPPED_MAX)
     conn.execute(delete(_rows).where(_c.id.in_(old)))
     events = webhook_events.c
     untold = ~exists().where(_c.event_id == events.id)

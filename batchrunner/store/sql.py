@@ -223,15 +223,17 @@ class SqlStore(ABC):
             moment = self.moment()
             return queries_seal.sweep(conn, moment, expires=self._wall.is_trusted(moment))
 
-    def claim_deliveries(self, wanted: Appointments) -> list[Dispatch]:
+    def claim_deliveries(self, wanted: Appointments, recorded: Sequence[Recorded] = ()) -> list[Dispatch]:
         """See Store."""
         with self.reading() as conn:
             receivers = queries_deliveries.receivers_due(conn, self.moment())
         turns = queries_deliveries.turns_of(receivers, wanted)
-        if not turns:
+        if not turns and not recorded:
             return []
         with self.writing() as conn:
-            return queries_deliveries.take(conn, wanted, turns, self.moment())
+            moment = self.moment()
+            queries_deliveries.record(conn, recorded, moment)
+            return queries_deliveries.take(conn, wanted, turns, moment)
 
     def record_attempts(self, recorded: Sequence[Recorded]) -> None:
         """See Store."""

@@ -238,11 +238,11 @@ async def test_a_store_that_is_away_loses_nothing(world: World, monkeypatch: pyt
     await asyncio.gather(*courier._under_way)
     assert isinstance(world.store, SqliteStore)
 
-    def gone(_recorded: object) -> None:
+    def gone(_wanted: object, _recorded: object) -> None:
         raise StoreUnavailable("away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(world.store, "record_attempts", gone)
+        patch.setattr(world.store, "claim_deliveries", gone)
         await courier._turn()
         assert only(world).state is DeliveryState.PENDING
     await courier._turn()

@@ -6,6 +6,8 @@ import asyncio
 import itertools
 import json
 import socket
+import ssl
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -233,6 +235,8 @@ async def receiver() -> AsyncIterator[tuple[str, list[str]]]:
                 await response.prepare(request)
                 while True:
                     await response.write(b"x" * 65536)
+            case ["silent"]:
+                await asyncio.Event().wait()
             case ["cut"]:
                 assert request.transport is not None
                 request.transport.abort()
@@ -240,7 +244,7 @@ async def receiver() -> AsyncIterator[tuple[str, list[str]]]:
 
     app = web.Application()
     app.router.add_post("/{path:.*}", answer)
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     yield f"http://127.0.0.1:{runner.addresses[0][1]}", asked
@@ -274,3 +278,47 @@ async def test_a_connection_that_is_cut_is_an_error(receiver: tuple[str, list[st
     got = await posted(f"{receiver[0]}/cut", Names(), LAPTOP)
 
     assert (got.status, got.error) == (None, PostError.BROKEN_ANSWER)
+
+
+async def test_silence_is_a_timeout(receiver: tuple[str, list[str]]) -> None:
+    poster = AiohttpPoster(LAPTOP, SystemClock(), timeout_s=0.2)
+
+    got = await poster.post(f"{receiver[0]}/silent", b"{}", {})
+    await poster.close()
+
+    assert (got.status, got.error, got.message) == (None, PostError.TIMEOUT, "no answer within 0.2 s")
+
+
+async def test_a_name_server_that_is_silent_delays_no_other_name(receiver: tuple[str, list[str]]) -> None:
+    port = int(receiver[0].rpartition(":")[2])
+    let_go = threading.Event()
+
+    def lookup(host: str, _port: int) -> list[Found]:
+        if host == "silent.example":
+            let_go.wait(30)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    poster = AiohttpPoster(LAPTOP, SystemClock(), lookup=lookup)
+    waiting = [asyncio.create_task(poster.post("https://silent.example/", b"{}", {})) for _ in range(100)]
+    await asyncio.sleep(0)
+    got = await poster.post(f"http://other.example:{port}/status/204", b"{}", {})
+    for each in waiting:
+        each.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    let_go.set()
+    await poster.close()
+
+    assert got.status == 204
+
+
+async def test_a_certificate_that_nobody_trusts_is_told_as_such() -> None:
+    certificates = Path(__file__).parents[1] / "hostile" / "certificates"
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificates / "localhost.crt", certificates / "localhost.key")
+    server = await asyncio.start_server(lambda _reader, _writer: None, "127.0.0.1", 0, ssl=context)
+    port = server.sockets[0].getsockname()[1]
+
+    got = await posted(f"https://127.0.0.1:{port}/", Names(), LAPTOP)
+    server.close()
+
+    assert got.error is PostError.TLS

@@ -108,12 +108,12 @@ def _deliveries() -> None:
         sa.UniqueConstraint("id"),
         sqlite_autoincrement=True,
     )
-    _partial_index("webhook_deliveries_to_claim", ["receiver", "due_at", "serial"], "state = 'pending'")
     _partial_index("webhook_deliveries_by_session", ["session"], "session IS NOT NULL")
     for name, columns in (
         ("webhook_deliveries_by_tenant", ["tenant", "serial"]),
         ("webhook_deliveries_by_endpoint", ["endpoint_id", "state"]),
-        ("webhook_deliveries_by_state", ["state", "ended_at"]),
+        ("webhook_deliveries_to_claim", ["state", "receiver", "due_at", "serial"]),
+        ("webhook_deliveries_by_end", ["ended_at"]),
         ("webhook_deliveries_by_event", ["event_id"]),
     ):
         op.create_index(name, "webhook_deliveries", columns)
