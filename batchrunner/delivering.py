@@ -9,11 +9,12 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 from batchrunner.addresses import AddressRules, parse_networks
-from batchrunner.app import Adapters, SessionLocks, reap
+from batchrunner.app import Adapters, reap
 from batchrunner.courier import Courier
 from batchrunner.models import SessionId
 from batchrunner.outbox import Poster
 from batchrunner.poster import AiohttpPoster
+from batchrunner.session_locks import SessionLocks
 from batchrunner.settings import Settings
 
 

@@ -9,7 +9,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,17 +18,19 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
+from batchrunner.api.door import CONNECTIONS_MAX, Door
 from batchrunner.api.http import ApiParts
 from batchrunner.api.routes import build_app, make_runner
 from batchrunner.api.vitals import Vitals
-from batchrunner.app import Adapters, LogLine, arm_crash_point, open_adapters
+from batchrunner.app import Adapters, arm_crash_point, open_adapters
 from batchrunner.courier import Courier
 from batchrunner.delivering import address_rules, carrying, open_poster
 from batchrunner.errors import BatchrunnerError, DiskFull
-from batchrunner.housekeeping import clear
+from batchrunner.housekeeping import clear, drop_unfinished
+from batchrunner.log_line import LogLine
 from batchrunner.orders import LISTENING, READY, Greeting, Pulse
 from batchrunner.ports import Clock
-from batchrunner.tuning import freeze_start_up, tune_process
+from batchrunner.tuning import allow_open_files, freeze_start_up, tune_process
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +99,12 @@ class ApiProcess:
     async def _serve(self, courier: Courier, parts: ApiParts) -> None:
         runner = make_runner(build_app(parts), shutdown_s=_CUT_S)
         await runner.setup()
-        sites = [web.SockSite(runner, socket.socket(fileno=fd)) for fd in self._fds]
-        for site in sites:
-            await site.start()
+        assert runner.server is not None
+        # A request may read a file or two while it is answered.
+        connections_max = min(CONNECTIONS_MAX, allow_open_files(2 * CONNECTIONS_MAX) // 2)
+        door = Door(runner.server, self.vitals.busy, connections_max=connections_max)
+        loop = asyncio.get_running_loop()
+        listening = [await loop.create_server(door, sock=socket.socket(fileno=fd)) for fd in self._fds]
         _tell_parent(READY)
         freeze_start_up()
         try:
@@ -111,12 +116,12 @@ class ApiProcess:
                 for each in loops:
                     each.cancel()
         finally:
-            await self._end(runner, sites)
+            await self._end(runner, listening)
 
-    async def _end(self, runner: web.AppRunner, sites: Sequence[web.SockSite]) -> None:
+    async def _end(self, runner: web.AppRunner, listening: Sequence[asyncio.Server]) -> None:
         """Stop listening, then wait for requests under way, then cut them off."""
-        for site in sites:
-            await site.stop()
+        for each in listening:
+            each.close()
         assert runner.server is not None
         runner.server.pre_shutdown()
         try:
@@ -133,16 +138,23 @@ class ApiProcess:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def _keep_house(self) -> None:
-        """Sweep now and then."""
+        """Sweep now and then; at first what an API process that died has left half written."""
+        await self._called(lambda: drop_unfinished(self._adapters.blobs))
         while True:
-            try:
-                await self._sweep()
-            except BatchrunnerError as error:
-                logger.warning("the sweep failed: %s", error, extra={"action": "sweep_failed", "code": error.code})
+            await self._try("the sweep", self._sweep)
             await self._adapters.clock.sleep(self._settings.sweep_s)
 
+    async def _try(self, what: str, step: Callable[[], Awaitable[None]]) -> None:
+        """Do what is done again and again; no trouble with it, and no bug in it, is worth the answers to all others."""
+        try:
+            await step()
+        except BatchrunnerError as error:
+            logger.warning("%s failed: %s", what, error, extra={"action": "upkeep_failed", "code": error.code})
+        except Exception:
+            logger.exception("%s broke", what, extra={"action": "upkeep_broke"})
+
     async def _sweep(self) -> None:
-        in_use = self._parts.reading.names()
+        in_use = self._parts.reading.names
         store, blobs = self._adapters.store, self._adapters.blobs
         cleared = await self._called(lambda: clear(store, blobs, in_use=in_use, is_stopping=self.vitals.closing.is_set))
         if cleared.blobs or cleared.journals or cleared.files or cleared.uploads:
@@ -158,15 +170,15 @@ class ApiProcess:
     async def _look_around(self) -> None:
         """Notice what changes the rules: the first key, and a full disk."""
         while True:
-            try:
-                if self._parts.is_open and await self._called(self._adapters.store.has_keys):
-                    # Whether keys are asked for is settled when the API is made; the next process makes it anew.
-                    logger.info("there are API keys now: requests need one", extra={"action": "keys_appeared"})
-                    self.stop(grace_s=self._settings.drain_grace_s)
-                await self._called(self._mind_the_reserve)
-            except BatchrunnerError as error:
-                logger.warning("the look around failed: %s", error, extra={"action": "look_failed", "code": error.code})
+            await self._try("the look around", self._look)
             await self._adapters.clock.sleep(_LOOK_S)
+
+    async def _look(self) -> None:
+        if self._parts.is_open and await self._called(self._adapters.store.has_keys):
+            # Whether keys are asked for is settled when the API is made; the next process makes it anew.
+            logger.info("there are API keys now: requests need one", extra={"action": "keys_appeared"})
+            self.stop(grace_s=self._settings.drain_grace_s)
+        await self._called(self._mind_the_reserve)
 
     def _mind_the_reserve(self) -> None:
         """Give the reserve up when the disk is full, so that a cancel can be written; take it again when it is not."""

@@ -7,7 +7,7 @@ somebody else's business.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
@@ -80,8 +80,10 @@ class ShardRun:
         self.in_flight_count = 0
         self.is_stopped = False
         self.on_need: Callable[[], None] = nobody
-        # What is known of all lines of the batch; the fan-out puts the batch's own in.
-        self.breaker = Breaker()
+        # What each upstream has said to lines of the batch, and the places of those that get no more of them; the
+        # fan-out puts the batch's own in.
+        self.breakers: Sequence[Breaker] = (Breaker(),)
+        self.shut: Collection[int] = ()
         # Where its media answers go; there is none where none can come.
         self.assets: Assets | None = None
         # The keeper's own notes: when it last registered, what it still has to, and until when the shard may be left.
@@ -205,6 +207,11 @@ class ShardRun:
         """
         if self.is_at_most_once and not self.is_left_for_good:
             self._fail(line, LineCode.OUTCOME_UNKNOWN, _UNTOLD)
+        self.in_flight_count -= 1
+
+    def refuse(self, line: RequestLine, code: LineCode, message: str) -> None:
+        """Record the error of a line that was handed out and is not to be sent."""
+        self._fail(line, code, message)
         self.in_flight_count -= 1
 
     def progress(self, *, intent_mark: int | None = None) -> Progress:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -18,9 +19,12 @@ from batchrunner.tuning import tune_process
 
 
 def _app(folder: Path) -> web.Application:
+    numbers = itertools.count()
+
     async def take(request: web.Request) -> web.Response:
         digest = hashlib.sha256()
-        with (folder / "raw").open("wb") as stream:
+        # A new file each time, as ours is: written over, one would get the pages that are warm from the last time.
+        with (folder / f"raw-{next(numbers)}").open("wb") as stream:
             async for chunk in request.content.iter_any():
                 digest.update(chunk)
                 stream.write(chunk)

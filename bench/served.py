@@ -46,7 +46,10 @@ class Served:
             if self._process.poll() is not None:
                 raise RuntimeError(f"the server did not start: {said.decode(errors='replace')}")
             time.sleep(_LOOK_S / 10)
-        return said.splitlines()[0].decode()
+        first = said.splitlines()[0].decode()
+        if not first.startswith("http"):
+            raise RuntimeError(f"the server did not start: {said.decode(errors='replace')}")
+        return first
 
     def pids(self, module: str) -> list[int]:
         """Its processes that run a module."""

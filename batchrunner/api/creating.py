@@ -14,7 +14,7 @@ from batchrunner.api.files import BlobSink, new_file
 from batchrunner.api.http import Call
 from batchrunner.api.webhooks import Url, check_url
 from batchrunner.errors import NotFound, UsageError
-from batchrunner.holdings import NO_LIMITS
+from batchrunner.holdings import NO_LIMITS, KeyLimits
 from batchrunner.models import (
     OPENAI,
     OPENAI_STRICT,
@@ -142,9 +142,10 @@ def create(call: Call, wanted: BatchRequest) -> Batch:
         QuotaExceeded: the key's limits are reached.
     """
     batch_id = BatchId(f"batch_{call.parts.rng.token_hex(16)}")
-    file = _inline_file(call, batch_id, wanted) if wanted.requests is not None else _input_file(call, wanted)
-    new = _new_batch(call, batch_id, wanted, file)
     limits = call.key.limits if call.key is not None else NO_LIMITS
+    if wanted.requests is not None:
+        return _create_inline(call, batch_id, wanted, limits)
+    new = _new_batch(call, batch_id, wanted, _input_file(call, wanted))
     try:
         return call.scope.create_batch(new, replay=call.replay, limits=limits)
     except NotFound:
@@ -168,8 +169,10 @@ def _input_file(call: Call, wanted: BatchRequest) -> File | None:
     return file
 
 
-def _inline_file(call: Call, batch_id: BatchId, wanted: BatchRequest) -> File:
-    """Write the requests as the file that somebody else would have uploaded, so that the engine has one way only."""
+def _create_inline(call: Call, batch_id: BatchId, wanted: BatchRequest, limits: KeyLimits) -> Batch:
+    """Write the requests as the file that somebody else would have uploaded, so that the engine has one way only; file
+    and batch are made together or not at all.
+    """
     assert wanted.requests is not None
     sink = BlobSink(
         call.parts, f"files/{call.parts.rng.token_hex(16)}", size_bytes_max=call.parts.settings.file_bytes_max
@@ -185,7 +188,8 @@ def _inline_file(call: Call, batch_id: BatchId, wanted: BatchRequest) -> File:
             purpose=BATCH,
             expires_after_s=None,
         )
-        return call.scope.add_file(file)
+        new = _new_batch(call, batch_id, wanted, file)
+        return call.scope.create_batch(new, replay=call.replay, limits=limits, file=file)
     except BaseException:
         sink.abort()
         raise

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
-from batchrunner.cli.configuring import api_key_for, load_settings
+from batchrunner.cli.configuring import load_settings, read_api_keys
 from batchrunner.cli.exits import ExitCode
 from batchrunner.errors import UsageError
-from batchrunner.settings import Settings, parse_duration
+from batchrunner.settings import Settings, has_upstream, parse_duration, targets_of
 
 _WINDOW_LEAST_S, _WINDOW_MOST_S = 60.0, 14 * 86400.0
 _PACKED = (".gz", ".zst")
@@ -145,25 +145,27 @@ def run(input_path: Path, output_path: Path, **options: object) -> None:
             "request_timeout_s": options["request_timeout"],
         }
     )
-    if not settings.base_url:
+    if not has_upstream(settings):
         raise UsageError(
             "no upstream is named",
             hint="Give -u URL or set OPENAI_BASE_URL; without a server, try `batchrunner simulate`.",
         )
-    if request.webhook_url is not None:
-        _check_webhook(request.webhook_url, settings)
+    _check_webhook(request.webhook_url, settings)
     from batchrunner.tuning import tune_process
     from batchrunner.upstream import join_url
 
     # Checked before --fresh sets anything aside.
-    join_url(settings.base_url, "/v1/chat/completions")
+    for target in targets_of(settings):
+        join_url(target.base_url, "/v1/chat/completions")
     with asyncio.Runner(loop_factory=tune_process()) as loop:
-        code = loop.run(run_to_end(request, settings, api_key_for(settings)))
+        code = loop.run(run_to_end(request, settings, read_api_keys(settings)))
     sys.exit(int(code or ExitCode.OK))
 
 
-def _check_webhook(url: str, settings: Settings) -> None:
+def _check_webhook(url: str | None, settings: Settings) -> None:
     """Find out before the run what would keep its end from being told."""
+    if url is None:
+        return
     from batchrunner.addresses import AddressRules, parse_networks, url_problem
     from batchrunner.cli.local_secret import local_secret
 

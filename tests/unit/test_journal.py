@@ -94,6 +94,9 @@ class Disk(Blobs):
         fault(self.plan("delete"))
         self.written.pop(name, None)
 
+    def drop_unfinished(self) -> int:
+        raise AssertionError("a journal is no sweeper")
+
     def free_bytes(self) -> int | None:
         return self.free
 
