@@ -72,7 +72,8 @@ async def test_quickstart_in_two_shells_works_as_printed(tmp_path: Path) -> None
         async with shell(tmp_path, f"{second}\nwait", environment) as receiving_shell:
             assert receiving_shell.stdout is not None
             said = [(await receiving_shell.stdout.readline()).decode() for _ in range(2)]
-        shown = (await listening.stdout.readline()).decode()
+            # The receiver answers after it has printed.
+            shown = (await listening.stdout.readline()).decode()
 
     assert "batch.completed batch_test\n" in said
     assert re.search(r" batch\.completed evt_\w+ -> 200 in \d+ ms\n$", shown)
