@@ -23,6 +23,8 @@ from batchrunner.settings import Settings, targets_of
 logger = logging.getLogger(__name__)
 
 _PACE_S = 0.1
+# What has not changed is said again after this time, to whoever did not hear it.
+_REPEAT_S = 1.0
 # A worker that is slow to report is waited for so many rounds.
 _ROUNDS_MAX = 3
 _EXTRA_GRACE_S = 10.0
@@ -116,6 +118,8 @@ class _Child(ChildProcess):
         self.fresh: list[Report] = []
         self.past = Tally()
         self.grants: dict[int, tuple[int, int]] = {}
+        self._told = b""
+        self._told_at_s = -math.inf
         self._bury = bury
 
     def is_active(self, place: int) -> bool:
@@ -134,6 +138,13 @@ class _Child(ChildProcess):
         """
         in_flight = self.report.activities[place].in_flight if self.report is not None else 0
         return max(*self.grants.get(place, (0, 0)), in_flight)
+
+    def tell(self, share: Share) -> None:
+        """Say what it may use. A worker without work would be kept busy by hearing the same all the time."""
+        line, now_s = encode_message(share), self.clock.monotonic_s()
+        if line != self._told or now_s - self._told_at_s >= _REPEAT_S:
+            self._told, self._told_at_s = line, now_s
+            self.send(line)
 
     def hear(self, line: bytes) -> None:
         """Take in a report."""
@@ -156,6 +167,7 @@ class _Child(ChildProcess):
         self.report = None
         self.fresh.clear()
         self.grants.clear()
+        self._told = b""
         try:
             await self._bury()
         except (StoreUnavailable, DiskFull) as error:
@@ -290,8 +302,7 @@ class Supervisor:
         running = [child for child in self._children if child.process is not None]
         parts = [self._parts(place, running) for place in range(len(self.windows))]
         for number, child in enumerate(running):
-            share = Share(parts=tuple(each[number] for each in parts), stop_grace_s=self._stop_grace_s)
-            child.send(encode_message(share))
+            child.tell(Share(parts=tuple(each[number] for each in parts), stop_grace_s=self._stop_grace_s))
 
     def _parts(self, place: int, running: Sequence[_Child]) -> list[Part]:
         """Split one upstream's window over the workers, an idle one keeping a place to begin with.

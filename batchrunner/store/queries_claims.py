@@ -50,6 +50,7 @@ Candidate: TypeAlias = Select[tuple[int, int, int, str, int, datetime, int]]
 
 _NO_HOLD = 2**62
 _NEVER = datetime(1970, 1, 1, tzinfo=UTC)
+_LATEST = datetime(9999, 1, 1, tzinfo=UTC)
 _AGEING_STEP_US = 3_600_000_000
 # A batch that runs for so long and was left to a session with less in hands may be taken by any.
 _PATIENCE = timedelta(seconds=1)
@@ -146,7 +147,10 @@ def _steps(kinds: frozenset[TaskKind]) -> Candidate:
 def _is_running() -> ColumnElement[bool]:
     """In progress and not paused, or paused by a breaker and due to be probed; a claim that probes shifts that time."""
     probe_by = bindparam("m_probe_by", type_=batches.c.probed_at.type)
-    is_due = func.coalesce(batches.c.probed_at, batches.c.paused_at) <= probe_by
+    # A clock that was set back must not keep a batch waiting until it has caught up.
+    set_back = bindparam("m_set_back", type_=batches.c.probed_at.type)
+    since = func.coalesce(batches.c.probed_at, batches.c.paused_at)
+    is_due = or_(since <= probe_by, since > set_back)
     probed = and_(batches.c.paused_reason.in_(BREAKER_REASONS), is_due)
     return and_(batches.c.status == BatchStatus.IN_PROGRESS, or_(batches.c.paused_reason.is_(None), probed))
 
@@ -290,6 +294,7 @@ def _values(session: SessionId, moment: Moment, appetite: Appetite, *, is_steady
         "m_boot_id": moment.boot_id,
         "m_wall_us": int(moment.wall.timestamp() * 1_000_000),
         "m_probe_by": probe_by,
+        "m_set_back": _LATEST if every_s is None else moment.wall,
         "m_patient_by": moment.wall - _PATIENCE,
         "m_takes_turns": appetite.takes_turns,
         "m_sated": sorted(appetite.sated),

@@ -67,6 +67,17 @@ def test_a_breakers_pause_is_claimed_by_those_who_probe_and_once_in_their_time(w
     assert claimed(world, probing, TWO) == "b1"
 
 
+def test_a_clock_that_is_set_back_keeps_no_probe_waiting(world: World) -> None:
+    world.running(shards=2)
+    world.scope.pause(BatchId("b1"), PauseReason.AUTHENTICATION.value)
+    world.clock.wall -= timedelta(hours=3)
+    probing = Appetite(probe_every_s=60.0)
+
+    assert claimed(world) is None
+    assert claimed(world, probing) == "b1"
+    assert claimed(world, probing, TWO) is None
+
+
 def test_an_operators_pause_is_claimed_by_nobody(world: World) -> None:
     world.running()
     world.scope.pause(BatchId("b1"), PauseReason.OPERATOR.value)

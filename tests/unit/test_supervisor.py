@@ -49,6 +49,13 @@ class PaperStdin:
     def is_closing(self) -> bool:
         return False
 
+    @property
+    def transport(self) -> PaperStdin:
+        return self
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
 
 class PaperProcess:
     """A child that only listens."""
@@ -212,6 +219,22 @@ def test_stop_is_told_to_all_and_again_with_a_shorter_grace() -> None:
     assert [last_share(child).stop_grace_s for child in children] == [0.0, 0.0]
 
 
+async def test_what_has_not_changed_is_told_once_a_second() -> None:
+    clock = VirtualClock()
+    made, (child,) = supervisor_of(1, clock=clock, concurrency=9)
+    for _ in range(30):
+        made._hand_out()
+        await clock.advance(0.1)
+    assert len(child.process.stdin.shares) == 3
+
+    # A change goes out at once, and to a new process everything does.
+    made.stop(grace_s=30.0)
+    assert len(child.process.stdin.shares) == 4
+    await child.mourn()
+    made._hand_out()
+    assert len(child.process.stdin.shares) == 5
+
+
 def test_live_sums_up_all_workers_and_names_the_first_trouble() -> None:
     made, children = supervisor_of(3, concurrency=9)
     children[0].report = report(in_flight=2, waiting=3, tally=Tally(attempts=5, succeeded=4))
@@ -296,6 +319,26 @@ async def test_crew_works_until_it_is_told_to_stop(caplog: pytest.LogCaptureFixt
     assert len(buried) == 2
     assert made.live().tally.succeeded == 4
     assert caplog.text.count('{"hello":1}') == 2
+
+
+async def test_what_a_worker_does_not_read_is_not_kept_without_end() -> None:
+    deaf = script("import sys, time\nsys.stdout.write(REPORT + '\\n')\nsys.stdout.flush()\ntime.sleep(60)")
+    async with crew(deaf, count=1) as (made, _):
+        running = asyncio.create_task(made.run())
+        await until_reported(made, 1, running)
+        (child,) = made._children
+        for _ in range(100):
+            child.send(b"x" * 20_000 + b"\n")
+
+        assert child.process is not None
+        assert child.process.stdin is not None
+        held = child.process.stdin.transport.get_write_buffer_size()
+
+        made.stop(grace_s=0.0)
+        child.kill()
+        await running
+
+    assert 0 < held < 300_000
 
 
 async def test_worker_that_dies_is_buried_and_started_again_and_its_counts_stay(
