@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from batchrunner.api.auth import CACHED_S
 from batchrunner.api.envelope import Refusal
+from batchrunner.api.events import EVENT_STREAM, HEARTBEAT_S, is_admitted
 from batchrunner.api.http import Answer, Call, Route, json_answer
 from batchrunner.api.webhooks import Url, check_url, seconds_of
 from batchrunner.deliveries import (
@@ -27,10 +29,7 @@ from batchrunner.holdings import KeyScope
 from batchrunner.models import BatchId
 from batchrunner.webhooks import sample_event
 
-EVENT_STREAM = "text/event-stream"
 LOOK_S = 0.5
-# Proxies close what is silent for half a minute or more.
-_HEARTBEAT_S = 15.0
 _PAGE = 100
 _BEGIN = b": listening\n\n"
 _HEARTBEAT = b": still here\n\n"
@@ -105,6 +104,14 @@ class Triggered(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     type: EventType
     created_at: int
+
+
+class HookEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """One event: `data` is the JSON that receivers get, `id` goes into Last-Event-ID of who comes back."""
+
+    event: EventType
+    id: str
+    data: Annotated[str, Meta(extra_json_schema={"contentMediaType": "application/json"})]
 
 
 def _attempt(attempt: DeliveryAttempt) -> AttemptObject:
@@ -210,16 +217,20 @@ async def follow_webhook_events(call: Call) -> Answer:
 async def _events(call: Call, after: int) -> AsyncIterator[bytes]:
     yield _BEGIN
     clock = call.parts.clock
-    silent_since_s = clock.monotonic_s()
+    silent_since_s = admitted_at_s = clock.monotonic_s()
     while True:
         found = await call.blocking(call.scope.events, after=after, limit=_PAGE)
         for each in found:
             yield _event(each)
             after = each.serial
         now_s = clock.monotonic_s()
+        if now_s - admitted_at_s >= CACHED_S:
+            admitted_at_s = now_s
+            if not await call.blocking(is_admitted, call):
+                return
         if found:
             silent_since_s = now_s
-        elif now_s - silent_since_s >= _HEARTBEAT_S:
+        elif now_s - silent_since_s >= HEARTBEAT_S:
             yield _HEARTBEAT
             silent_since_s = now_s
         if len(found) < _PAGE:
@@ -262,6 +273,7 @@ ROUTES = (
         path="/v1/webhook_events",
         handler=follow_webhook_events,
         summary="Follow all events as server-sent events; resumes with Last-Event-ID",
+        answer=HookEvent,
         answer_media=EVENT_STREAM,
     ),
     Route(
