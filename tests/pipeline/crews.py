@@ -178,6 +178,9 @@ class Crew:
                 while journal.waiting_records or any(each.wanted_mark > each.durable_mark for each in journal._shards):
                     journal.request_sync()
                     await asyncio.sleep(0.0005)  # real time: the commit thread's
+            for worker in self.workers:
+                # The commit thread's own word of it may still be on its way.
+                worker.durable()
             await settled()
 
     async def until(self, holds: Callable[[], bool], *, within_s: float = 60.0) -> float:
