@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import stat
 import sys
@@ -156,6 +157,18 @@ async def test_what_makes_no_sense_together_is_refused(tmp_path: Path, words: tu
     code, out, _ = await called(tmp_path, "webhooks", "secret", *words)
 
     assert (code, out) == (2, "")
+
+
+async def test_submit_names_who_is_told(tmp_path: Path, api: Served) -> None:
+    (tmp_path / "in.jsonl").write_bytes(chat_line("a"))
+    words = ("submit", "in.jsonl", "--server", api.base, "--json")
+
+    code, out, _ = await called(tmp_path, *words, "--webhook-url", "https://hooks.example/a")
+    refused = await called(tmp_path, *words, "--webhook-url", "https://10.0.0.1/")
+
+    assert (code, json.loads(out)["webhook_url"]) == (0, "https://hooks.example/a")
+    assert refused[:2] == (2, "")
+    assert "10.0.0.1 is private" in refused[2]
 
 
 # -- run ---------------------------------------------------------------------------------------------------------------
