@@ -14,6 +14,7 @@ from batchrunner.deliveries import (
     DeliveryState,
     Dispatch,
     EndpointId,
+    EventId,
     EventType,
     Posted,
     Recorded,
@@ -87,6 +88,9 @@ class TenantOutbox(Protocol):
 
     def events(self, *, after: int, limit: int) -> list[WebhookEvent]:
         """Events with a serial above `after`, in the order in which they became true."""
+
+    def event_serial(self, event_id: EventId) -> int:
+        """The serial of an event; it counts those of all tenants, so it is not for their eyes. Raises: NotFound."""
 
     def last_event_serial(self) -> int:
         """The serial of the newest event, 0 without one."""

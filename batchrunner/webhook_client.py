@@ -82,7 +82,7 @@ class _Deliveries(msgspec.Struct, frozen=True):
 class Heard:
     """An event off the stream: its place, and its JSON as receivers get it."""
 
-    serial: str
+    place: str
     event: RemoteEvent
     body: bytes
 
@@ -135,7 +135,7 @@ class WebhookClient(BatchClient):
             async for heard in _heard(answer):
                 self._progress_s = self._clock.monotonic_s()
                 await hear(heard)
-                last = heard.serial
+                last = heard.place
 
         async def once() -> None:
             headers = {"Last-Event-ID": last} if last else {}

@@ -206,12 +206,18 @@ async def trigger_webhook_event(call: Call) -> Answer:
 
 
 async def follow_webhook_events(call: Call) -> Answer:
-    """Stream the tenant's events from now on, or from behind Last-Event-ID."""
-    known = call.request.headers.get("Last-Event-ID", "")
-    is_known = known.isdecimal() and len(known) < 19
-    after = int(known) if is_known else await call.blocking(call.scope.last_event_serial)
+    """Stream the tenant's events from now on, or from behind Last-Event-ID; behind one that is dropped, all of them."""
+    known = call.request.headers.get("Last-Event-ID")
+    try:
+        after = await call.blocking(_place, call, known)
+    except NotFound:
+        after = 0
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
     return Answer(content_type=EVENT_STREAM, headers=headers, chunks=_events(call, after))
+
+
+def _place(call: Call, known: str | None) -> int:
+    return call.scope.event_serial(EventId(known)) if known else call.scope.last_event_serial()
 
 
 async def _events(call: Call, after: int) -> AsyncIterator[bytes]:
@@ -238,8 +244,8 @@ async def _events(call: Call, after: int) -> AsyncIterator[bytes]:
 
 
 def _event(event: WebhookEvent) -> bytes:
-    """Write one event; JSON has no line ends of its own."""
-    return b"event: %b\nid: %d\ndata: %b\n\n" % (event.type.encode(), event.serial, event.body.encode())
+    """Write one event; JSON has no line ends of its own. Its serial would count other tenants' events, too."""
+    return b"event: %b\nid: %b\ndata: %b\n\n" % (event.type.encode(), event.id.encode(), event.body.encode())
 
 
 _ONE = "/v1/webhook_deliveries/{webhook_delivery_id}"

@@ -239,6 +239,15 @@ def last_serial(conn: Connection, tenant: TenantId) -> int:
     )
 
 
+def serial_of(conn: Connection, tenant: TenantId, event_id: EventId) -> int:
+    """Read the serial of an event; guards that another tenant's looks like a missing one."""
+    query = select(_events.serial).where(_events.id == event_id, _events.tenant == tenant)
+    serial = conn.execute(query).scalar_one_or_none()
+    if serial is None:
+        raise NotFound(f"no webhook event {event_id}")
+    return int(serial)
+
+
 def event_named(conn: Connection, event_id: EventId) -> RowMapping:
     """Read an event that is there."""
     return conn.execute(select(webhook_events).where(_events.id == event_id)).mappings().one()

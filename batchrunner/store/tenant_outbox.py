@@ -14,6 +14,7 @@ from batchrunner.deliveries import (
     DeliveryFilter,
     DeliveryId,
     EndpointId,
+    EventId,
     EventType,
     Secrets,
     WebhookEndpoint,
@@ -134,6 +135,11 @@ class SqlTenantOutbox:
         with self._store.reading() as conn:
             rows = queries_webhooks.events_after(conn, self._tenant, after=after, limit=limit)
             return [event_of_row(row) for row in rows]
+
+    def event_serial(self, event_id: EventId) -> int:
+        """See TenantOutbox."""
+        with self._store.reading() as conn:
+            return queries_webhooks.serial_of(conn, self._tenant, event_id)
 
     def last_event_serial(self) -> int:
         """See TenantOutbox."""

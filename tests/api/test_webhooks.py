@@ -446,3 +446,16 @@ async def test_events_are_streamed_and_the_stream_resumes(api: Served) -> None:
 
     assert [each[0] for each in seen] == ["batch.completed", "batch.expired"], "what was before is not told"
     assert seen[0][2]["id"] == made["id"]
+    assert [each[1] for each in seen] == [each[2]["id"] for each in seen], "a place tells nothing of other tenants"
+
+
+async def test_a_stream_whose_place_is_not_kept_any_more_tells_all_that_is(api: Served) -> None:
+    made = [await trigger(api, kind) for kind in ("batch.failed", "batch.expired")]
+    headers = {"Last-Event-ID": "evt_dropped"}
+    told = b""
+    async with asyncio.timeout(20), api.session.get(f"{api.base}/v1/webhook_events", headers=headers) as answer:
+        while told.count(b"\n\n") < 3:
+            told += await answer.content.readany()
+
+    places = [line.removeprefix(b"id: ").decode() for line in told.splitlines() if line.startswith(b"id: ")]
+    assert places == [each["id"] for each in made]

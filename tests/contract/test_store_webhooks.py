@@ -156,6 +156,7 @@ def test_events_are_in_order_behind_a_serial(world: World) -> None:
 
     assert [each.id for each in (*first, *rest)] == names
     assert world.scope.last_event_serial() == rest[-1].serial
+    assert [world.scope.event_serial(each) for each in names] == [each.serial for each in (*first, *rest)]
 
 
 # -- one hand at a time ------------------------------------------------------------------------------------------------
@@ -325,6 +326,7 @@ def test_endpoints_are_listed_newest_first_behind_a_cursor_that_may_be_deleted(w
         lambda scope: scope.delete_endpoint(EndpointId("we_1")),
         lambda scope: scope.rotate_endpoint_secret(EndpointId("we_1"), "s", old_until=None),
         lambda scope: scope.endpoints(limit=1, after=EndpointId("we_1")),
+        lambda scope: scope.event_serial(EventId("evt_1")),
         lambda scope: scope.delivery(DeliveryId("wh_1")),
         lambda scope: scope.resend(DeliveryId("wh_1")),
         lambda scope: scope.deliveries(limit=1, after=DeliveryId("wh_1")),
