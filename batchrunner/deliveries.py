@@ -27,6 +27,9 @@ class EventType(StrEnum):
     IN_PROGRESS = "batch.in_progress"
 
 
+# Each of them makes the headers of every attempt longer.
+_OLD_SECRETS_MAX = 10
+
 # The SDKs know no other: who wants more has to ask for it.
 DEFAULT_TYPES = (EventType.COMPLETED, EventType.FAILED, EventType.EXPIRED, EventType.CANCELLED)
 
@@ -60,18 +63,32 @@ class EndReason(StrEnum):
     ENDPOINT_DELETED = "endpoint_deleted"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Secrets:
-    """What signs: `old` signs as well until `old_until`."""
+class OldSecret(msgspec.Struct, frozen=True, kw_only=True):
+    """A secret that signs beside its successor until its time."""
 
     secret: str
-    old: str | None = None
-    old_until: datetime | None = None
+    until: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Secrets:
+    """What signs; of those before it, the newest first, each until its own time."""
+
+    secret: str
+    old: tuple[OldSecret, ...] = ()
 
     def valid(self, now: datetime) -> tuple[str, ...]:
         """Give the secrets to sign with, the newest first."""
-        is_old_valid = self.old is not None and self.old_until is not None and now < self.old_until
-        return (self.secret, self.old) if is_old_valid and self.old is not None else (self.secret,)
+        return (self.secret, *(each.secret for each in self.old if now < each.until))
+
+    def rotated(self, secret: str, *, old_until: datetime | None, now: datetime) -> Secrets:
+        """Give what signs when another secret takes over: without a time for the old one, none but the new one. What
+        was to be kept is not cut short by a rotation that is repeated.
+        """
+        if old_until is None:
+            return Secrets(secret=secret)
+        kept = (OldSecret(secret=self.secret, until=old_until), *(each for each in self.old if now < each.until))
+        return Secrets(secret=secret, old=kept[:_OLD_SECRETS_MAX])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +212,7 @@ class Recorded:
     id: DeliveryId
     epoch: int
     attempt: DeliveryAttempt
+    attempt_count: int
     state: DeliveryState
     reason: EndReason | None = None
     due_at: datetime | None = None

@@ -46,6 +46,7 @@ ATTEMPTS_MAX = len(WAITS_S) + 2
 JITTER = 0.1
 # An endpoint that has failed for so long is told nothing more.
 DISABLED_AFTER = timedelta(days=5)
+_ATTEMPTS_BEFORE_DISABLED = 3
 OLD_SECRET_KEPT = timedelta(hours=24)
 
 _GONE = 410
@@ -188,6 +189,7 @@ def judge(dispatch: Dispatch, posted: Posted, now: datetime, *, chance: float) -
         id=dispatch.id,
         epoch=dispatch.epoch,
         attempt=attempt,
+        attempt_count=dispatch.attempt_count,
         state=DeliveryState.UNDELIVERED,
         endpoint_id=dispatch.endpoint_id,
     )
@@ -235,6 +237,8 @@ def next_attempt_at(
     return min(now + timedelta(seconds=wait_s), last_at)
 
 
-def is_failing_too_long(failing_since: datetime | None, now: datetime) -> bool:
-    """Tell whether an endpoint has failed for so long that it is disabled."""
-    return failing_since is not None and now - failing_since >= DISABLED_AFTER
+def is_failing_too_long(failing_since: datetime, attempt_count: int, now: datetime) -> bool:
+    """Tell whether an endpoint has failed for so long that it is disabled. One that was told nothing for weeks may have
+    been mended meanwhile: a single failure after that is not enough.
+    """
+    return now - failing_since >= DISABLED_AFTER and attempt_count >= _ATTEMPTS_BEFORE_DISABLED

@@ -313,7 +313,8 @@ async def list_webhook_event_types(_call: Call) -> Answer:
 
 
 def _signing(secrets: Secrets) -> Answer:
-    return json_answer(SigningSecret(signing_secret=secrets.secret, old_secret_until=seconds_of(secrets.old_until)))
+    until = max((each.until for each in secrets.old), default=None)
+    return json_answer(SigningSecret(signing_secret=secrets.secret, old_secret_until=seconds_of(until)))
 
 
 async def retrieve_webhook_secret(call: Call) -> Answer:

@@ -29,6 +29,7 @@ from batchrunner.deliveries import (
     DeliveryState,
     Dispatch,
     EndpointId,
+    EndReason,
     PostError,
     Recorded,
     Secrets,
@@ -42,6 +43,7 @@ from batchrunner.webhooks import is_failing_too_long
 
 _ATTEMPTS_KEPT = 50
 _DROPPED_MAX = 1000
+_RECEIVER_ENDED = (EndReason.ENDPOINT_DELETED, EndReason.ENDPOINT_DISABLED)
 _DISABLED_GONE = "it answered 410 Gone"
 _DISABLED_FAILING = "it has failed for 5 days"
 
@@ -112,7 +114,7 @@ def take(conn: Connection, wanted: Appointments, turns: Sequence[tuple[str, int]
     return taken
 
 
-_ENDPOINT = ("secret", "old_secret", "old_secret_until")
+_ENDPOINT = ("secret", "old_secrets")
 
 
 def _front(conn: Connection, receiver: str, count: int, moment: Moment) -> Sequence[RowMapping]:
@@ -132,8 +134,7 @@ def _front(conn: Connection, receiver: str, count: int, moment: Moment) -> Seque
 def _dispatch(conn: Connection, row: RowMapping, own: dict[TenantId, Secrets | None], moment: Moment) -> Dispatch:
     tenant = TenantId(row["tenant"])
     if row["endpoint_id"] is not None:
-        old, until = row["endpoint_old_secret"], row["endpoint_old_secret_until"]
-        secrets: Secrets | None = Secrets(secret=row["endpoint_secret"], old=old, old_until=until)
+        secrets: Secrets | None = Secrets(secret=row["endpoint_secret"], old=row["endpoint_old_secrets"])
     else:
         if tenant not in own:
             own[tenant] = signing_secrets(conn, tenant)
@@ -176,7 +177,9 @@ def _with_attempt(attempts: Sequence[DeliveryAttempt], new: DeliveryAttempt) -> 
 
 
 def record(conn: Connection, recorded: Sequence[Recorded], moment: Moment) -> None:
-    """Write ends of attempts; guards each by its epoch, and that one that was ended meanwhile stays so."""
+    """Write ends of attempts; guards each by its epoch, and that one whose receiver was ended meanwhile is not begun
+    again: it ends as it came.
+    """
     held = select(_c.id, _c.attempts).where(_c.id.in_([each.id for each in recorded]))
     logs = {row.id: row.attempts for row in conn.execute(held)}
     for each in recorded:
@@ -190,9 +193,14 @@ def record(conn: Connection, recorded: Sequence[Recorded], moment: Moment) -> No
             "session": None,
             "lease_until": None,
         }
-        mine = (_c.id == each.id, _c.epoch == each.epoch, _c.state == DeliveryState.PENDING)
-        if conn.execute(update(_rows).where(*mine).values(values)).rowcount and each.endpoint_id is not None:
-            _note_endpoint(conn, each.endpoint_id, each, moment)
+        mine = (_c.id == each.id, _c.epoch == each.epoch)
+        if conn.execute(update(_rows).where(*mine, _c.state == DeliveryState.PENDING).values(values)).rowcount:
+            if each.endpoint_id is not None:
+                _note_endpoint(conn, each.endpoint_id, each, moment)
+            continue
+        if each.state is not DeliveryState.DELIVERED:
+            values = {name: values[name] for name in ("attempts", "session", "lease_until")}
+        conn.execute(update(_rows).where(*mine, _c.reason.in_(_RECEIVER_ENDED)).values(values))
 
 
 def _note_endpoint(conn: Connection, endpoint_id: EndpointId, each: Recorded, moment: Moment) -> None:
@@ -208,7 +216,7 @@ def _note_endpoint(conn: Connection, endpoint_id: EndpointId, each: Recorded, mo
         conn.execute(update(webhook_endpoints).where(of_id).values(failing_since=since))
     if each.is_gone:
         disable_endpoint(conn, endpoint_id, _DISABLED_GONE, moment)
-    elif is_failing_too_long(since, moment.wall):
+    elif is_failing_too_long(since, each.attempt_count, moment.wall):
         disable_endpoint(conn, endpoint_id, _DISABLED_FAILING, moment)
 
 
@@ -255,7 +263,8 @@ def resend(conn: Connection, tenant: TenantId, delivery_id: DeliveryId, moment: 
             raise TransitionRefused(f"the endpoint {endpoint['id']} is disabled: {reason}; change it first")
     again: dict[str, object] = {"state": DeliveryState.PENDING, "reason": None, "due_at": moment.wall, "ended_at": None}
     again |= {"attempt_count": 0, "first_at": None}
-    conn.execute(update(_rows).where(_c.id == delivery_id, _c.session.is_(None)).values(again))
+    may_begin = or_(_c.session.is_(None), _c.state != DeliveryState.PENDING)
+    conn.execute(update(_rows).where(_c.id == delivery_id, may_begin).values(again))
     return delivery_of_tenant(conn, tenant, delivery_id)
 
 
@@ -267,7 +276,7 @@ def counts_by_state(conn: Connection) -> dict[DeliveryState, int]:
 
 
 def drop_old(conn: Connection, moment: Moment, *, kept_for: timedelta) -> None:
-    """Drop what has been over for long, then events that nobody is told any more."""
+    """Drop what has been over for long, then events and deleted receivers that none of the rest is of."""
     until = moment.wall - kept_for
     # Only what is over has an end.
     old = select(_c.id).where(_c.ended_at <= until).limit(_DROPPED_MAX)
@@ -276,3 +285,7 @@ def drop_old(conn: Connection, moment: Moment, *, kept_for: timedelta) -> None:
     untold = ~exists().where(_c.event_id == events.id)
     bare = select(events.id).where(events.created_at <= until, untold).limit(_DROPPED_MAX)
     conn.execute(delete(webhook_events).where(events.id.in_(bare)))
+    endpoints = webhook_endpoints.c
+    unused = ~exists().where(_c.endpoint_id == endpoints.id)
+    deleted = select(endpoints.id).where(endpoints.deleted_at <= until, unused).limit(_DROPPED_MAX)
+    conn.execute(delete(webhook_endpoints).where(endpoints.id.in_(deleted)))

@@ -31,7 +31,7 @@ _endpoints, _deliveries, _events = webhook_endpoints.c, webhook_deliveries.c, we
 
 def secrets_of(row: RowMapping) -> Secrets:
     """Read the secret columns."""
-    return Secrets(secret=row["secret"], old=row["old_secret"], old_until=row["old_secret_until"])
+    return Secrets(secret=row["secret"], old=row["old_secrets"])
 
 
 def endpoint_of(row: RowMapping) -> WebhookEndpoint:
@@ -67,7 +67,7 @@ def add_endpoint(conn: Connection, endpoint: WebhookEndpoint) -> None:
 
 
 def _secret_values(secrets: Secrets) -> dict[str, object]:
-    return {"secret": secrets.secret, "old_secret": secrets.old, "old_secret_until": secrets.old_until}
+    return {"secret": secrets.secret, "old_secrets": secrets.old}
 
 
 def endpoint_of_tenant(
@@ -118,16 +118,17 @@ def rotate_endpoint(
 ) -> RowMapping:
     """Put a secret in the place of another, which stays beside it for as long as it is said to."""
     row = endpoint_of_tenant(conn, tenant, endpoint_id)
-    rotated = Secrets(secret=secret, old=row["secret"] if old_until else None, old_until=old_until)
+    rotated = secrets_of(row).rotated(secret, old_until=old_until, now=moment.wall)
     values = _secret_values(rotated) | {"updated_at": moment.wall}
     conn.execute(update(webhook_endpoints).where(_endpoints.id == endpoint_id).values(values))
     return endpoint_of_tenant(conn, tenant, endpoint_id)
 
 
 def delete_endpoint(conn: Connection, tenant: TenantId, endpoint_id: EndpointId, moment: Moment) -> None:
-    """Hide a receiver and give up what it was to be told."""
+    """Hide a receiver, forget its secrets and give up what it was to be told."""
     endpoint_of_tenant(conn, tenant, endpoint_id)
-    conn.execute(update(webhook_endpoints).where(_endpoints.id == endpoint_id).values(deleted_at=moment.wall))
+    values = {"deleted_at": moment.wall} | _secret_values(Secrets(secret=""))
+    conn.execute(update(webhook_endpoints).where(_endpoints.id == endpoint_id).values(values))
     end_deliveries(conn, endpoint_id, EndReason.ENDPOINT_DELETED, moment)
 
 
@@ -140,10 +141,11 @@ def disable_endpoint(conn: Connection, endpoint_id: EndpointId, reason: str, mom
 
 
 def end_deliveries(conn: Connection, endpoint_id: EndpointId, reason: EndReason, moment: Moment) -> None:
-    """Give up what waits for a receiver; one under way finds on its record that it is over."""
+    """Give up what waits for a receiver. What is under way stays in its courier's hand, so that nobody else takes it
+    before that has come back, whatever becomes of it.
+    """
     ended = {"state": DeliveryState.UNDELIVERED, "reason": reason, "due_at": None, "ended_at": moment.wall}
-    let_go = {"session": None, "lease_until": None}
-    conn.execute(update(webhook_deliveries).where(*_pending_of(endpoint_id)).values(ended | let_go))
+    conn.execute(update(webhook_deliveries).where(*_pending_of(endpoint_id)).values(ended))
 
 
 def _pending_of(endpoint_id: EndpointId) -> tuple[ColumnElement[bool], ...]:

@@ -23,7 +23,7 @@ from sqlalchemy import (
     text,
 )
 
-from batchrunner.deliveries import DeliveryAttempt, DeliveryState, EventType
+from batchrunner.deliveries import DeliveryAttempt, DeliveryState, EventType, OldSecret
 from batchrunner.holdings import KeyLimits, KeyScope, LiveShare, UploadStatus
 from batchrunner.lifecycle import BatchStatus, EndedBy
 from batchrunner.models import LineProblem, OnInvalid, OnUnknown, Order, TaskKind, TaskState
@@ -67,8 +67,9 @@ def _tokens() -> list[Column[int]]:
 def _secrets() -> list[Column[Any]]:
     return [
         Column("secret", Text, nullable=False, comment="signs, so it is kept as it is"),
-        Column("old_secret", Text),
-        Column("old_secret_until", Instant),
+        Column(
+            "old_secrets", Packed(tuple[OldSecret, ...]), nullable=False, comment="sign as well, each until its time"
+        ),
     ]
 
 
@@ -361,8 +362,14 @@ webhook_endpoints = Table(
     Column("failing_since", Instant, comment="the first failure since the last success"),
     Column("disabled_at", Instant, comment="is told nothing since"),
     Column("disabled_reason", Text),
-    Column("deleted_at", Instant, comment="hidden since; the row stays as a place in lists"),
+    Column("deleted_at", Instant, comment="hidden since, without secrets; the row stays a month, as a place in lists"),
     Index("webhook_endpoints_by_tenant", "tenant", "serial"),
+    Index(
+        "webhook_endpoints_by_deletion",
+        "deleted_at",
+        sqlite_where=text("deleted_at IS NOT NULL"),
+        postgresql_where=text("deleted_at IS NOT NULL"),
+    ),
     comment="Receivers that a tenant registered.",
 )
 

@@ -117,9 +117,9 @@ class SqlTenantOutbox:
     def rotate_signing_secret(self, secret: str, *, old_until: datetime | None) -> Secrets:
         """See TenantOutbox."""
         with self._store.writing() as conn:
-            known = queries_webhooks.signing_secrets(conn, self._tenant)
-            old = known.secret if known is not None and old_until is not None else None
-            rotated = Secrets(secret=secret, old=old, old_until=old_until if old is not None else None)
+            known = queries_webhooks.signing_secrets(conn, self._tenant) or Secrets(secret=secret)
+            is_new = known.secret != secret
+            rotated = known.rotated(secret, old_until=old_until, now=self._store.moment().wall) if is_new else known
             queries_webhooks.keep_signing_secrets(conn, self._tenant, rotated)
             return rotated
 

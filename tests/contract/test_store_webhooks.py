@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from datetime import timedelta
 
@@ -306,6 +307,37 @@ def test_rotated_secrets_sign_beside_the_new_ones_until_their_time(world: World)
     assert at_once.secrets.valid(world.clock.wall) == ("whsec_last",)
 
 
+def test_a_second_rotation_cuts_short_no_secret_that_was_to_be_kept(world: World) -> None:
+    world.scope.add_endpoint(endpoint_of(world))
+    world.scope.signing_secrets("whsec_we_1")
+    day = timedelta(hours=24)
+    first_until = until = world.clock.wall + day
+    made = world.scope.endpoint(EndpointId("we_1")).secrets
+    for secret in ("whsec_new", "whsec_newer"):
+        until = world.clock.wall + day
+        made = world.scope.rotate_endpoint_secret(EndpointId("we_1"), secret, old_until=until).secrets
+        assert world.scope.rotate_signing_secret(secret, old_until=until) == made
+        world.clock.advance(3600)
+    tell(world, url=HOOK)
+
+    both = [each.secrets for each in take(world)]
+
+    assert both == [made, made]
+    assert made.valid(world.clock.wall) == ("whsec_newer", "whsec_new", "whsec_we_1")
+    assert made.valid(first_until) == ("whsec_newer", "whsec_new")
+    assert made.valid(until) == ("whsec_newer",)
+
+
+def test_there_is_an_end_to_old_secrets(world: World) -> None:
+    world.scope.add_endpoint(endpoint_of(world))
+    until = world.clock.wall + timedelta(hours=24)
+    for number in range(20):
+        world.scope.rotate_endpoint_secret(EndpointId("we_1"), f"whsec_{number}", old_until=until)
+
+    made = world.scope.endpoint(EndpointId("we_1"))
+    assert made.secrets.valid(world.clock.wall) == tuple(f"whsec_{number}" for number in range(19, 8, -1))
+
+
 # -- endpoints ---------------------------------------------------------------------------------------------------------
 
 
@@ -398,6 +430,28 @@ def test_a_deleted_endpoint_is_told_nothing_more(world: World) -> None:
         world.scope.resend(found[0].id)
 
 
+def test_no_secret_of_a_deleted_endpoint_is_kept_and_its_place_in_lists_only_for_a_month(world: World) -> None:
+    world.scope.add_endpoint(endpoint_of(world, "we_1"))
+    world.scope.add_endpoint(endpoint_of(world, "we_2"))
+    until = world.clock.wall + timedelta(hours=24)
+    world.scope.rotate_endpoint_secret(EndpointId("we_2"), "whsec_rotated", old_until=until)
+    tell(world)
+    world.scope.delete_endpoint(EndpointId("we_2"))
+    assert not {"whsec_we_2", "whsec_rotated"} & set(_words(world.backend.dump()))
+    assert [each.id for each in world.scope.endpoints(limit=9, after=EndpointId("we_2"))] == ["we_1"]
+
+    world.clock.advance(30 * 86400)
+    world.store.expire()
+
+    with pytest.raises(NotFound):
+        world.scope.endpoints(limit=9, after=EndpointId("we_2"))
+    assert [each.id for each in world.scope.endpoints(limit=9)] == ["we_1"]
+
+
+def _words(found: object) -> list[str]:
+    return re.findall(r"whsec_\w+", repr(found))
+
+
 # -- ends --------------------------------------------------------------------------------------------------------------
 
 
@@ -424,6 +478,45 @@ def test_410_disables_an_endpoint_and_a_change_enables_it_again(world: World) ->
     assert world.scope.resend(second.id).state is DeliveryState.PENDING
 
 
+@pytest.mark.parametrize("how", ["deleted", "disabled"])
+def test_what_was_under_way_when_its_endpoint_ended_is_told_as_it_came(world: World, how: str) -> None:
+    world.scope.add_endpoint(endpoint_of(world))
+    for number in range(3):
+        tell(world, number)
+    taken, refused, gone = take(world)
+    if how == "deleted":
+        world.scope.delete_endpoint(EndpointId("we_1"))
+    else:
+        finish(world, gone, GONE)
+
+    finish(world, taken, TAKEN)
+    finish(world, refused, BUSY)
+
+    told, lost = world.scope.delivery(taken.id), world.scope.delivery(refused.id)
+    assert (told.state, told.reason, told.attempts[-1].status) == (DeliveryState.DELIVERED, None, 200)
+    assert (lost.state, lost.reason) == (DeliveryState.UNDELIVERED, f"endpoint_{how}")
+    assert (lost.attempts[-1].status, lost.due_at) == (500, None)
+    assert take(world) == []
+
+
+def test_what_is_resent_while_its_last_attempt_is_under_way_waits_for_it(world: World) -> None:
+    world.scope.add_endpoint(endpoint_of(world))
+    for number in range(2):
+        tell(world, number)
+    gone, held = take(world)
+    finish(world, gone, GONE)
+    world.scope.change_endpoint(EndpointId("we_1"))
+
+    again = world.scope.resend(held.id)
+
+    assert again.state is DeliveryState.PENDING
+    assert take(world, TWO) == []
+    finish(world, held, BUSY)
+    world.clock.advance(5)
+    (later,) = take(world, TWO)
+    assert (later.id, later.attempt.number) == (held.id, 2)
+
+
 def test_410_ends_the_delivery_of_a_url_and_of_no_other(world: World) -> None:
     tell(world, 1, url=HOOK)
     tell(world, 2, url=HOOK)
@@ -441,10 +534,35 @@ def test_an_endpoint_that_fails_for_five_days_is_disabled(world: World) -> None:
     since = world.clock.wall
     for day in range(5):
         tell(world, day)
-        finish_next(world, BUSY)
+        for dispatch in take(world):
+            finish(world, dispatch, BUSY)
         assert world.scope.endpoint(EndpointId("we_1")).failing_since == since
         world.clock.advance(86400)
+    waiting = take(world)
     assert world.scope.endpoint(EndpointId("we_1")).disabled_at is None
+
+    for dispatch in waiting:
+        finish(world, dispatch, BUSY)
+
+    assert world.scope.endpoint(EndpointId("we_1")).disabled_reason == "it has failed for 5 days"
+    assert take(world) == []
+
+
+def test_a_single_failure_after_a_long_silence_disables_nothing(world: World) -> None:
+    """Whoever was told nothing for weeks may have been mended meanwhile."""
+    world.scope.add_endpoint(endpoint_of(world))
+    tell(world, 1)
+    first = finish_next(world, BUSY)
+    world.clock.advance(5)
+    finish_next(world, BUSY)
+    world.backend.change(f"update webhook_deliveries set state = 'undelivered' where id = '{first.id}'")
+    world.clock.advance(20 * 86400)
+    tell(world, 2)
+    for _ in range(2):
+        finish_next(world, BUSY)
+        assert world.scope.endpoint(EndpointId("we_1")).disabled_at is None
+        world.clock.advance(6)
+    world.clock.advance(300)
 
     finish_next(world, BUSY)
 

@@ -80,7 +80,7 @@ def test_signatures_are_those_of_standard_webhooks(secret: bytes, body: bytes) -
 
 def test_each_valid_secret_signs() -> None:
     until = NOW + timedelta(hours=24)
-    secrets = Secrets(secret=secret_of("11" * 32), old=secret_of("22" * 32), old_until=until)
+    secrets = Secrets(secret=secret_of("22" * 32)).rotated(secret_of("11" * 32), old_until=until, now=NOW)
 
     both = signed_headers("wh_1", "t", b"{}", secrets.valid(NOW), NOW)["webhook-signature"].split(" ")
     one = signed_headers("wh_1", "t", b"{}", secrets.valid(until), NOW)["webhook-signature"].split(" ")

@@ -43,7 +43,7 @@ def _serial() -> sa.Column[Any]:
 
 
 def _secrets() -> list[sa.Column[Any]]:
-    return [_text("secret"), _text("old_secret", is_null=True), _instant("old_secret_until")]
+    return [_text("secret"), _text("old_secrets")]
 
 
 def _endpoints() -> None:
@@ -60,6 +60,7 @@ def _endpoints() -> None:
         sa.UniqueConstraint("id"),
     )
     op.create_index("webhook_endpoints_by_tenant", "webhook_endpoints", ["tenant", "serial"])
+    _partial_index("webhook_endpoints", "webhook_endpoints_by_deletion", "deleted_at")
 
 
 def _tenant_secrets() -> None:
@@ -108,7 +109,7 @@ def _deliveries() -> None:
         sa.UniqueConstraint("id"),
         sqlite_autoincrement=True,
     )
-    _partial_index("webhook_deliveries_by_session", ["session"], "session IS NOT NULL")
+    _partial_index("webhook_deliveries", "webhook_deliveries_by_session", "session")
     for name, columns in (
         ("webhook_deliveries_by_tenant", ["tenant", "serial"]),
         ("webhook_deliveries_by_endpoint", ["endpoint_id", "state"]),
@@ -119,5 +120,6 @@ def _deliveries() -> None:
         op.create_index(name, "webhook_deliveries", columns)
 
 
-def _partial_index(name: str, columns: list[str], where: str) -> None:
-    op.create_index(name, "webhook_deliveries", columns, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
+def _partial_index(table: str, name: str, column: str) -> None:
+    filled = sa.text(f"{column} IS NOT NULL")
+    op.create_index(name, table, [column], sqlite_where=filled, postgresql_where=filled)
