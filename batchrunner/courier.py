@@ -26,12 +26,16 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-# Longer than one attempt may take, so that nobody else takes what is still under way.
+# Of one attempt.
+TIMEOUT_S = 15.0
+# Nobody else takes what is still under way: what is not begun in the rest of it is not begun.
 LEASE_S = 30.0
+_BEGIN_S = LEASE_S - TIMEOUT_S - 3.0
 LOOK_S = 0.25
 # While answers come in, those of so long are recorded at one go.
 _GATHER_S = 0.01
 _IN_FLIGHT_MAX = 1024
+_BODY_BYTES_MAX = 64 << 20
 
 
 @dataclass(slots=True)
@@ -76,6 +80,7 @@ class Courier:
         self._each_max = each_max
         self._threads = threads
         self._busy: Counter[str] = Counter()
+        self._body_bytes = 0
         self._under_way: set[asyncio.Task[None]] = set()
         self._ended: list[Recorded] = []
         self._changed = asyncio.Event()
@@ -108,6 +113,7 @@ class Courier:
         """Record what ended and take what is due, at one go: each commit waits for the disk."""
         if self._is_stopping:
             return
+        taken_at_s = self._clock.monotonic_s()
         try:
             taken = await self._take()
         except BatchrunnerError as error:
@@ -116,7 +122,8 @@ class Courier:
         self._is_in_trouble = False
         for dispatch in taken:
             self._busy[dispatch.receiver] += 1
-            task = asyncio.create_task(self._deliver(dispatch))
+            self._body_bytes += len(dispatch.body)
+            task = asyncio.create_task(self._deliver(dispatch, begin_by_s=taken_at_s + _BEGIN_S))
             self._under_way.add(task)
             task.add_done_callback(self._under_way.discard)
 
@@ -147,15 +154,14 @@ class Courier:
     # -- one delivery ------------------------------------------------------------------------------------------------
 
     async def _take(self) -> list[Dispatch]:
-        in_flight = self._busy.total()
-        # When very much is under way, some receivers hang: the rest of the room is for those that have nothing yet.
+        bytes_left = _BODY_BYTES_MAX - self._body_bytes
         wanted = Appointments(
             session=self._session,
             lease_s=LEASE_S,
             each_max=self._each_max,
-            room=_IN_FLIGHT_MAX - in_flight,
+            room=_IN_FLIGHT_MAX - self._busy.total() if bytes_left > 0 else 0,
             busy=dict(+self._busy),
-            only_idle=in_flight > _IN_FLIGHT_MAX // 2,
+            bytes_max=bytes_left,
         )
         recorded = list(self._ended)
         taken = await self._call(lambda: self._store.claim_deliveries(wanted, recorded))
@@ -164,14 +170,19 @@ class Courier:
             crash.point("webhook.claimed")
         return taken
 
-    async def _deliver(self, dispatch: Dispatch) -> None:
-        """Post once, and leave what came of it to be recorded."""
+    async def _deliver(self, dispatch: Dispatch, *, begin_by_s: float) -> None:
+        """Post once, and leave what came of it to be recorded. Whoever was held up until it is too late to begin leaves
+        it to the next.
+        """
         posted = Posted(error=PostError.UNKNOWN)
         try:
             secrets = dispatch.secrets
             if secrets is None:
                 fresh = secret_of(self._rng.token_hex(SECRET_BYTES))
                 secrets = await self._call(lambda: self._store.scope(dispatch.tenant).signing_secrets(fresh))
+            if self._clock.monotonic_s() >= begin_by_s:
+                logger.warning("%s was held up", dispatch.id, extra={"action": "webhook_late"})
+                return
             now = self._clock.now()
             headers = headers_of(dispatch, secrets.valid(now), now)
             posted = await self._poster.post(dispatch.url, dispatch.body, headers)
@@ -183,6 +194,7 @@ class Courier:
             logger.exception("delivery failed", extra={"action": "delivery_failed", "delivery_id": dispatch.id})
         finally:
             self._busy[dispatch.receiver] -= 1
+            self._body_bytes -= len(dispatch.body)
         self._tell(dispatch, posted)
         self._ended.append(judge(dispatch, posted, self._clock.now(), chance=self._rng.uniform()))
         self._changed.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -192,7 +193,7 @@ class Dispatch:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Appointments:
     """What a courier can take: its hold on a delivery lasts `lease_s`; at most `each_max` of one receiver, those in
-    `busy` included, and `room` in all. Of receivers in `busy` nothing is taken where `only_idle`.
+    `busy` included, `room` in all, and bodies of `bytes_max` together, but one always.
     """
 
     session: SessionId
@@ -200,7 +201,7 @@ class Appointments:
     each_max: int
     room: int
     busy: dict[str, int] = field(default_factory=dict)
-    only_idle: bool = False
+    bytes_max: int = sys.maxsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

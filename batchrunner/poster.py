@@ -17,12 +17,13 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from batchrunner.addresses import AddressRules, url_problem
+from batchrunner.courier import TIMEOUT_S
 from batchrunner.deliveries import Posted, PostError
 from batchrunner.ports import Clock
 from batchrunner.verdict import parse_retry_after
 
-TIMEOUT_S = 15.0
-_LOOKUP_THREADS = 32
+# Made when they are needed: as many names may hang at a time before others wait.
+_LOOKUP_THREADS = 256
 # What an answer says does not matter; a receiver that is still writing it should not find its connection gone.
 _ANSWER_BYTES = 1 << 14
 _ANSWER_S = 0.5

@@ -115,6 +115,11 @@ def receiver_of(tenant: TenantId, url: str) -> str:
     return f"{tenant} {parts.scheme}://{parts.netloc}"
 
 
+def tenant_of(receiver: str) -> str:
+    """Name the tenant of what `receiver_of` gave; a URL has no space."""
+    return receiver.rpartition(" ")[0]
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 
 import msgspec
@@ -39,7 +40,7 @@ from batchrunner.models import SessionId, TenantId
 from batchrunner.store.moments import Moment
 from batchrunner.store.queries_webhooks import disable_endpoint, endpoint_of_tenant, signing_secrets
 from batchrunner.store.tables import webhook_deliveries, webhook_endpoints, webhook_events
-from batchrunner.webhooks import is_failing_too_long
+from batchrunner.webhooks import is_failing_too_long, tenant_of
 
 _ATTEMPTS_KEPT = 50
 _DROPPED_MAX = 1000
@@ -78,22 +79,31 @@ def receivers_due(conn: Connection, moment: Moment) -> list[str]:
 
 
 def turns_of(receivers: Sequence[str], wanted: Appointments) -> list[tuple[str, int]]:
-    """Share out the room: those with the least under way first, none above its part."""
+    """Share out the room: those with the least under way first, and nobody more than is left for others. Whoever hangs
+    thus finds an end, be it a receiver or a tenant with many, and who comes later finds room.
+    """
+    tenants: Counter[str] = Counter()
+    for receiver, count in wanted.busy.items():
+        tenants[tenant_of(receiver)] += count
     room, turns = wanted.room, []
-    for receiver in sorted(receivers, key=lambda each: wanted.busy.get(each, 0)):
-        held = wanted.busy.get(receiver, 0)
-        if wanted.only_idle and held:
-            continue
-        count = min(room, 1 if wanted.only_idle else wanted.each_max - held)
+    for receiver in sorted(receivers, key=lambda each: (tenants[tenant_of(each)], wanted.busy.get(each, 0))):
+        held, tenant = wanted.busy.get(receiver, 0), tenant_of(receiver)
+        rest = _half(room - tenants[tenant])
+        count = min(room, wanted.each_max - held, _half(rest - held))
         if count > 0:
             turns.append((receiver, count))
+            tenants[tenant] += count
             room -= count
     return turns
 
 
+def _half(count: int) -> int:
+    return (count + 1) // 2
+
+
 def take(conn: Connection, wanted: Appointments, turns: Sequence[tuple[str, int]], moment: Moment) -> list[Dispatch]:
     """Take deliveries; guards, by epoch and lease, that each is in one hand, and that the attempt is on record."""
-    found = [row for receiver, count in turns for row in _front(conn, receiver, count, moment)]
+    found = _fitting((row for each in turns for row in _front(conn, *each, moment)), wanted.bytes_max)
     own: dict[TenantId, Secrets | None] = {}
     taken = [_dispatch(conn, row, own, moment) for row in found]
     values = [
@@ -112,6 +122,17 @@ def take(conn: Connection, wanted: Appointments, turns: Sequence[tuple[str, int]
     if values:
         conn.execute(update(_rows).where(_c.id == bindparam("d_id")), values)
     return taken
+
+
+def _fitting(rows: Iterator[RowMapping], bytes_max: int) -> list[RowMapping]:
+    """Give rows for as long as there is room for their bodies, and the first one always."""
+    found: list[RowMapping] = []
+    for row in rows:
+        bytes_max -= len(row["body"])
+        if found and bytes_max < 0:
+            break
+        found.append(row)
+    return found
 
 
 _ENDPOINT = ("secret", "old_secrets")

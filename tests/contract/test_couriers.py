@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 import pytest
 
 from batchrunner.clock import SystemClock, SystemRng
-from batchrunner.courier import Courier
+from batchrunner.courier import LEASE_S, TIMEOUT_S, Courier
 from batchrunner.deliveries import Delivery, DeliveryState, EndReason, EventId, EventType, Posted, PostError
 from batchrunner.models import SessionId
 from batchrunner.store.sqlite import SqliteStore
@@ -226,6 +226,44 @@ async def test_two_couriers_make_one_attempt_at_a_time(world: World) -> None:
     taken = Counter(post.headers["webhook-id"] for post in poster.posts)
     assert len(taken) == 60
     assert taken.total() == sum(each.attempt_count for each in world.scope.deliveries(limit=100))
+
+
+async def test_a_process_that_was_stopped_after_its_claim_sends_no_more(world: World) -> None:
+    """Its hold may end while it sends, and then somebody else sends, too."""
+    poster = ScriptedPoster(world.clock.now, lambda _number, _url: Posted(status=200))
+    courier = courier_of(world, poster)
+    tell(world)
+    await courier._turn()
+    world.clock.advance(LEASE_S - TIMEOUT_S)
+    await asyncio.gather(*courier._under_way)
+    await courier._record()
+    assert (poster.posts, only(world).state) == ([], DeliveryState.PENDING)
+
+    world.clock.advance(TIMEOUT_S)
+    await turn(courier)
+
+    assert (only(world).state, only(world).attempt_count) == (DeliveryState.DELIVERED, 1)
+    assert [each.error for each in only(world).attempts] == [PostError.UNKNOWN, None]
+
+
+async def test_bodies_in_memory_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchrunner.courier._BODY_BYTES_MAX", 5000)
+    under_way: list[int] = []
+
+    def answer(_number: int, _url: str) -> Posted:
+        under_way.append(poster.under_way.total())
+        return Posted(status=200)
+
+    poster = ScriptedPoster(world.clock.now, answer)
+    for number in range(20):
+        tell(world, number)
+    size_bytes = len(world.scope.events(after=0, limit=1)[0].body)
+    courier = courier_of(world, poster, each_max=100)
+    while world.store.delivery_counts()[DeliveryState.PENDING]:
+        await turn(courier)
+
+    assert max(under_way) == max(1, 5000 // size_bytes) < 20
+    assert len(poster.posts) == 20
 
 
 async def test_a_store_that_is_away_loses_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

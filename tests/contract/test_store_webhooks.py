@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
 
@@ -30,7 +31,7 @@ from batchrunner.deliveries import (
 from batchrunner.errors import NotFound, QuotaExceeded, TransitionRefused
 from batchrunner.holdings import Replay
 from batchrunner.lifecycle import TERMINAL, BatchEvent, BatchStatus
-from batchrunner.models import BatchId, SessionId
+from batchrunner.models import BatchId, SessionId, TenantId
 from batchrunner.webhooks import judge, sample_event
 from tests.contract.worlds import ANA, BEN, ONE, TWO, World, bring_to
 
@@ -227,21 +228,50 @@ def test_each_receiver_gets_its_part_and_no_more(world: World) -> None:
         tell(world, 10 + number, url="https://fast.example/y")
 
     first = take(world, each=4, busy={"ana https://slow.example": 4})
-    second = take(world, each=4, room=3, busy={"ana https://fast.example": 2})
+    second = take(world, each=4, room=12, busy={"ana https://fast.example": 2})
 
     assert {each.receiver for each in first} == {"ana https://fast.example"}
     assert len(first) == 4
     assert [each.receiver for each in second] == ["ana https://slow.example"] * 3
 
 
-def test_when_much_is_under_way_only_idle_receivers_are_served(world: World) -> None:
+def test_whoever_hangs_leaves_as_much_free_as_it_takes(world: World) -> None:
+    """Receivers that hang fill no courier: not of one tenant, and not of several."""
+    busy: dict[str, int] = {}
+    for tenant in (ANA, TenantId("a b"), BEN):
+        for number in range(10):
+            event = sample_event(EventType.COMPLETED, tenant, EventId(f"evt_{tenant}_{number}"), world.clock.wall)
+            scope = world.store.scope(tenant)
+            for copy in range(2):
+                scope.announce(replace(event, id=EventId(f"{event.id}_{copy}")), url=f"https://{number}.example/")
+        found = Counter(each.receiver for each in take(world, each=2, room=30 - sum(busy.values()), busy=busy))
+        busy |= found
+        held = [count for receiver, count in busy.items() if receiver.startswith(f"{tenant} ")]
+        assert len(held) >= 3
+        assert 3 <= sum(held) <= 1 + 30 - sum(busy.values())
+
+    assert take(world, each=2, room=0, busy=busy) == []
+
+
+def test_one_that_is_idle_goes_before_those_that_are_busy(world: World) -> None:
     for number in range(3):
         tell(world, number, url="https://slow.example/x")
         tell(world, 10 + number, url="https://fast.example/y")
 
-    taken = take(world, busy={"ana https://slow.example": 1}, only_idle=True)
+    taken = take(world, room=5, busy={"ana https://slow.example": 1})
 
     assert [each.receiver for each in taken] == ["ana https://fast.example"]
+
+
+def test_a_courier_holds_no_more_bytes_than_it_has_room_for(world: World) -> None:
+    for number in range(4):
+        tell(world, number, url=HOOK)
+    size_bytes = len(world.scope.events(after=0, limit=1)[0].body)
+
+    first = take(world, bytes_max=2 * size_bytes)
+    second = take(world, bytes_max=1)
+
+    assert [len(first), len(second)] == [2, 1], "one goes always"
 
 
 def test_the_longest_due_goes_first(world: World) -> None:
