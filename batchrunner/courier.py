@@ -171,8 +171,8 @@ class Courier:
         return taken
 
     async def _deliver(self, dispatch: Dispatch, *, begin_by_s: float) -> None:
-        """Post once, and leave what came of it to be recorded. Whoever was held up until it is too late to begin leaves
-        it to the next.
+        """Post once, and leave what came of it to be recorded. Without the Store, or when it is too late to begin, that
+        is left to whoever takes it next.
         """
         posted = Posted(error=PostError.UNKNOWN)
         try:
@@ -189,6 +189,7 @@ class Courier:
             crash.point("webhook.posted")
         except BatchrunnerError as error:
             self._note_trouble(error)
+            return
         except Exception:
             # A delivery that we cannot make is not retried forever: its attempts run out like any other's.
             logger.exception("delivery failed", extra={"action": "delivery_failed", "delivery_id": dispatch.id})

@@ -228,6 +228,26 @@ async def test_two_couriers_make_one_attempt_at_a_time(world: World) -> None:
     assert taken.total() == sum(each.attempt_count for each in world.scope.deliveries(limit=100))
 
 
+async def test_an_attempt_that_could_not_be_signed_is_none(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from batchrunner.errors import StoreUnavailable
+
+    poster = ScriptedPoster(world.clock.now, lambda _number, _url: Posted(status=200))
+    courier = courier_of(world, poster)
+    tell(world)
+
+    def gone(_self: object, _fresh: str) -> None:
+        raise StoreUnavailable("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(world.scope), "signing_secrets", gone)
+        await turn(courier)
+    assert (poster.posts, only(world).state) == ([], DeliveryState.PENDING)
+    world.clock.advance(LEASE_S)
+    await turn(courier)
+
+    assert (only(world).state, only(world).attempt_count) == (DeliveryState.DELIVERED, 1)
+
+
 async def test_a_process_that_was_stopped_after_its_claim_sends_no_more(world: World) -> None:
     """Its hold may end while it sends, and then somebody else sends, too."""
     poster = ScriptedPoster(world.clock.now, lambda _number, _url: Posted(status=200))

@@ -106,6 +106,20 @@ async def test_no_connection_to_a_url_that_is_no_receivers(url: str, connects: l
     assert (names.asked, connects) == ([], [])
 
 
+@pytest.mark.parametrize("address", REFUSED)
+async def test_sockets_refuse_addresses_that_nothing_before_them_refused(
+    address: str, connects: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connector asks no resolver for an address: the last check stands where sockets are made."""
+    monkeypatch.setattr("batchrunner.poster.url_problem", lambda _url, _rules: None)
+    asked = Names()
+
+    got = await posted(literal(address), asked)
+
+    assert got.error is PostError.ADDRESS_REFUSED
+    assert connects == []
+
+
 def test_there_are_vectors_enough() -> None:
     vectors = [*REFUSED, *REFUSED_URLS]
 
