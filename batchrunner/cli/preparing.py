@@ -49,7 +49,6 @@ class RunRequest:
     limit: int | None
     is_fresh: bool
     is_json: bool
-    webhook_url: str | None = None
 
     @property
     def is_streaming(self) -> bool:

@@ -125,7 +125,6 @@ def run(input_path: Path, output_path: Path, **options: object) -> None:
         on_unknown=str(options["on_unknown"]),
         retry_failed=_text(options["retry_failed"]),
         limit=options["limit"] if isinstance(options["limit"], int) else None,
-        webhook_url=_text(options["webhook_url"]),
         is_fresh=bool(options["fresh"]),
         is_json=bool(options["is_json"]),
     )
@@ -143,6 +142,7 @@ def run(input_path: Path, output_path: Path, **options: object) -> None:
             "tpm": options["tpm"],
             "max_tries": options["max_tries"],
             "request_timeout_s": options["request_timeout"],
+            "webhook_url": options["webhook_url"],
         }
     )
     if not has_upstream(settings):
@@ -150,7 +150,7 @@ def run(input_path: Path, output_path: Path, **options: object) -> None:
             "no upstream is named",
             hint="Give -u URL or set OPENAI_BASE_URL; without a server, try `batchrunner simulate`.",
         )
-    _check_webhook(request.webhook_url, settings)
+    _check_webhook(settings)
     from batchrunner.tuning import tune_process
     from batchrunner.upstream import join_url
 
@@ -162,16 +162,17 @@ def run(input_path: Path, output_path: Path, **options: object) -> None:
     sys.exit(int(code or ExitCode.OK))
 
 
-def _check_webhook(url: str | None, settings: Settings) -> None:
+def _check_webhook(settings: Settings) -> None:
     """Find out before the run what would keep its end from being told."""
-    if url is None:
+    if settings.webhook_url is None:
         return
     from batchrunner.addresses import AddressRules, parse_networks, url_problem
     from batchrunner.cli.local_secret import local_secret
 
     rules = AddressRules(is_loopback_allowed=True, networks=parse_networks(settings.webhook_networks))
-    if why := url_problem(url, rules):
-        raise UsageError(f"--webhook-url {url}: {why}")
+    if why := url_problem(settings.webhook_url, rules):
+        # The URL is not repeated: it may hold a password.
+        raise UsageError(f"--webhook-url: {why}")
     local_secret()
 
 

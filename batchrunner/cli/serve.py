@@ -94,7 +94,8 @@ def _check_webhooks(settings: Settings, *, is_local: bool) -> None:
 
     rules = AddressRules(is_loopback_allowed=is_local, networks=parse_networks(settings.webhook_networks))
     if settings.webhook_url is not None and (why := url_problem(settings.webhook_url, rules)):
-        raise UsageError(f"webhook_url {settings.webhook_url}: {why}")
+        # The URL is not repeated: it may hold a password.
+        raise UsageError(f"webhook_url: {why}")
 
 
 def _announce(host: Host, settings: Settings, folder: Path, worker_count: int, *, port: int) -> None:

@@ -220,11 +220,37 @@ async def test_the_sdks_variable_signs_the_end_of_a_run(tmp_path: Path) -> None:
     assert verified(receiver.got[0], secret).type == "batch.completed"
 
 
+async def test_the_setting_names_who_is_told_of_a_run(tmp_path: Path) -> None:
+    async with receiving() as receiver, Simulator(SimulatorSettings(latency="1ms")) as simulator:
+        *words, _flag, _url = run_words(tmp_path, simulator, "")
+        await called(tmp_path, *words, BATCHRUNNER_WEBHOOK_URL=f"{receiver.base}/setting")
+
+    assert [each.path for each in receiver.got] == ["/setting"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("WEBHOOK_URL", "https://u:secret@hooks.example/"),
+        ("WEBHOOK_URL", "http://10.1.1.1/"),
+        ("WEBHOOK_NETWORKS", "x"),
+    ],
+)
+async def test_a_server_that_could_send_nothing_does_not_begin(tmp_path: Path, name: str, value: str) -> None:
+    words = ("serve", "-u", "http://127.0.0.1:9/v1", "--data", "served", "--port", "0")
+    code, _, err = await called(tmp_path, *words, **{f"BATCHRUNNER_{name}": value})
+
+    assert code == 2
+    assert name.lower() in err
+    assert "secret" not in err
+
+
 @pytest.mark.parametrize("url", ["ftp://x/", "http://", "https://user:pass@x/", "nowhere"])
 async def test_a_url_that_is_no_receivers_is_refused_before_anything_is_sent(tmp_path: Path, url: str) -> None:
     async with Simulator(SimulatorSettings()) as simulator:
         code, _, err = await called(tmp_path, *run_words(tmp_path, simulator, url))
 
     assert code == 2
-    assert "--webhook-url" in err
+    assert "--webhook-url: it " in err
+    assert "pass" not in err
     assert not (tmp_path / "out.jsonl.run").exists()
