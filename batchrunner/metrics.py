@@ -45,6 +45,9 @@ METRICS = (
     Metric("batchrunner_free_bytes", "gauge", None, "space left where results are written"),
     Metric("batchrunner_http_requests_total", "counter", "status", "requests that the API answered, by status"),
     Metric("batchrunner_http_latency_seconds", "histogram", None, "time that the API took for a request"),
+    Metric("batchrunner_webhook_attempts_total", "counter", "outcome", "notifications sent, by what came of it"),
+    Metric("batchrunner_webhook_latency_seconds", "histogram", None, "time of a notification that was answered"),
+    Metric("batchrunner_webhook_deliveries", "gauge", "state", "notifications of the last 30 days"),
     Metric("batchrunner_journal_damage_total", "counter", None, "registered byte ranges that failed their checksum"),
 )
 

@@ -45,6 +45,7 @@ from batchrunner.models import (
     TenantId,
     Watch,
 )
+from batchrunner.outbox import Outbox, TenantOutbox
 from batchrunner.upkeep import KeyRing, Upkeep
 
 
@@ -175,7 +176,7 @@ class Renewer(Protocol):
         """Let go of the connection."""
 
 
-class TenantScope(Protocol):
+class TenantScope(TenantOutbox, Protocol):
     """The only way to a tenant's rows. Ids of other tenants are answered like missing ones."""
 
     def add_file(self, file: File, *, replay: Replay | None = None) -> File:
@@ -298,9 +299,7 @@ class TenantScope(Protocol):
         """Undo `pause`, with reasons only one of these; also puts parked tasks of the batch back in the queue."""
 
     def adjust(self, batch_id: BatchId, *, hold_at: int | None, order: Order) -> None:
-        """Set what may change between tries: let only the first `hold_at` requests run, None for all; lay the output
-        file in `order`, if it is not sealed yet.
-        """
+        """Let only the first `hold_at` requests run, None for all; lay out files that are not sealed yet in `order`."""
 
     def extents(self, batch_id: BatchId, *, after: int = 0, limit: int = 1000) -> list[Extent]:
         """Registered extents that hold a sequence number above `after`, in sequence order (numbers begin at 1)."""
@@ -309,7 +308,7 @@ class TenantScope(Protocol):
         """All shards of the batch by first_line."""
 
 
-class Store(KeyRing, Upkeep, Protocol):
+class Store(KeyRing, Upkeep, Outbox, Protocol):
     """Batches, tasks, extents and sessions. No row per line. All times of leases are the Store's own.
 
     Guarded methods take a TaskRef and first update that task's row where id and epoch match; where none does they raise

@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +23,8 @@ from batchrunner.api.http import ApiParts
 from batchrunner.api.routes import build_app, make_runner
 from batchrunner.api.vitals import Vitals
 from batchrunner.app import Adapters, arm_crash_point, open_adapters
+from batchrunner.courier import Courier
+from batchrunner.delivering import address_rules, carrying, open_poster
 from batchrunner.errors import BatchrunnerError, DiskFull
 from batchrunner.housekeeping import clear, drop_unfinished
 from batchrunner.log_line import LogLine
@@ -40,6 +43,8 @@ _ORPHAN_GRACE_S = 1.0
 # How long a request that is cut off gets to take it in, and to undo what it began.
 _CUT_S = 0.5
 _UNDO_S = 5.0
+# A notification that does not end is sent again by the next process.
+_LAST_POSTS_S = 2.0
 
 
 class ApiProcess:
@@ -52,6 +57,8 @@ class ApiProcess:
         self.vitals = Vitals(is_local=greeting.is_local)
         self._adapters = adapters
         self._settings = settings
+        self._folder = Path(greeting.folder)
+        self._rules = address_rules(settings, is_open=is_open)
         self._fds = greeting.listening_fds
         self._executor = ThreadPoolExecutor(settings.api_threads, thread_name_prefix="api")
         self._parts = ApiParts(
@@ -63,6 +70,7 @@ class ApiProcess:
             is_open=is_open,
             executor=self._executor,
             vitals=self.vitals,
+            addresses=self._rules,
         )
         self._grace_s = settings.drain_grace_s
         self._limit: asyncio.Timeout | None = None
@@ -79,7 +87,17 @@ class ApiProcess:
 
     async def run(self) -> None:
         """Listen and answer until `stop`."""
-        runner = make_runner(build_app(self._parts), shutdown_s=_CUT_S)
+        poster = open_poster(self._adapters, self._rules)
+        try:
+            session = carrying(self._adapters, self._folder, self._settings, poster, threads=self._executor)
+            async with session as courier:
+                self.vitals.posts = courier.posts
+                await self._serve(courier, replace(self._parts, poster=poster))
+        finally:
+            await poster.close()
+
+    async def _serve(self, courier: Courier, parts: ApiParts) -> None:
+        runner = make_runner(build_app(parts), shutdown_s=_CUT_S)
         await runner.setup()
         assert runner.server is not None
         # A request may read a file or two while it is answered.
@@ -92,7 +110,9 @@ class ApiProcess:
         try:
             async with asyncio.TaskGroup() as group:
                 loops = [group.create_task(self._keep_house()), group.create_task(self._look_around())]
+                group.create_task(courier.run())
                 await self.vitals.closing.wait()
+                courier.stop(grace_s=min(self._grace_s, _LAST_POSTS_S))
                 for each in loops:
                     each.cancel()
         finally:

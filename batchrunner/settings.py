@@ -111,6 +111,13 @@ class Settings:
         None, "where a server keeps its state; unset means $XDG_DATA_HOME/batchrunner, else ~/.local/share/batchrunner"
     )
     api_threads: int = _knob(16, "threads of a server's API for whatever blocks: database, files, validation")
+    webhook_url: str | None = _knob(
+        None, "who is told the end of a run, and of batches that name no webhook_url themselves"
+    )
+    webhook_networks: tuple[str, ...] = _knob(
+        (), "address ranges beside public ones where webhooks may go, http included, such as 10.0.0.0/8"
+    )
+    webhook_concurrency: int = _knob(32, "notifications under way to one receiver at a time")
     reserve_bytes: int = _knob(4 * MIB, "space held back so that statuses can be written on a full disk")
 
 
@@ -260,6 +267,7 @@ _AT_LEAST = {
     "custom_id_chars_max": 1,
     "memory_bytes_max": MIB,
     "api_threads": 1,
+    "webhook_concurrency": 1,
     "port": 0,
     "lease_s": 4.0,
     "request_timeout_s": 0.001,

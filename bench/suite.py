@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from bench import end_to_end, fairness, found_window, kills, memory, scaling, server, starting, validation
+from bench import end_to_end, fairness, found_window, kills, memory, notified, scaling, server, starting, validation
 from bench.results import Figure
 
 Bench = Callable[[bool], list[Figure]]
@@ -66,6 +66,10 @@ def _kills(is_quick: bool) -> list[Figure]:  # noqa: FBT001
     return kills.measure() + kills.measure(workers=2)
 
 
+def _webhooks(is_quick: bool) -> list[Figure]:  # noqa: FBT001
+    return notified.measure(batches=100, slow_s=1.0) if is_quick else notified.measure()
+
+
 BENCHES: Mapping[str, Bench] = MappingProxyType(
     {
         "end_to_end": _end_to_end,
@@ -76,6 +80,7 @@ BENCHES: Mapping[str, Bench] = MappingProxyType(
         "window": _window,
         "server": _server,
         "fairness": _fairness,
+        "webhooks": _webhooks,
     }
 )
 # Counts of lines and requests, which no noise of the machine changes.

@@ -125,6 +125,8 @@ def _value(name: str, default: object) -> str:
     match default:
         case None:
             return "unset"
+        case ():
+            return "none"
         case tuple():
             return f"all {len(default)}, see below"
         case float():

@@ -27,7 +27,7 @@ REAL_TIME = re.compile(r"batchrunner\.(clock|simulate)(\..*)?")
 ENTRY_POINTS = re.compile(r"batchrunner(\.__main__|\.cli|\.store\.migrations\..*)?")
 EDGES = re.compile(
     r"(clock|tuning|session_locks|simulate|store|blobs|upstream\w*|poster|client|processes|supervisor|app|hosting|serving|api"
-    r"|dashboard|cli)?|__main__"
+    r"|delivering|webhook_client|dashboard|cli)?|__main__"
 )
 
 TIME_AND_CHANCE = re.compile(

@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from batchrunner.api.batch_object import BatchList, ExtendedBatch, batch_object, strict_object
 from batchrunner.api.creating import INLINE_BYTES_MAX, BatchRequest, create, read_request
 from batchrunner.api.envelope import Refusal, no_such_batch
 from batchrunner.api.http import Answer, Call, Route, json_answer
 from batchrunner.api.retrying import RetryRequest, read_retry, retry
+from batchrunner.batch_object import BatchList, ExtendedBatch, batch_object, strict_object
 from batchrunner.errors import NotFound, TransitionRefused
 from batchrunner.holdings import KeyScope
 from batchrunner.lifecycle import TERMINAL, BatchEvent, BatchStatus, allows

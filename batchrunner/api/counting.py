@@ -11,8 +11,8 @@ from typing import Literal
 
 import msgspec
 
-from batchrunner.api.batch_object import told_problems
 from batchrunner.api.envelope import Refusal
+from batchrunner.batch_object import told_problems
 from batchrunner.choosing import lines_of
 from batchrunner.errors import NotFound
 from batchrunner.frames import read_payload

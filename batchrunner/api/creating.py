@@ -11,7 +11,8 @@ from msgspec import Meta, Raw
 from batchrunner.api.envelope import Refusal, invalid_value, missing_parameter
 from batchrunner.api.file_object import BATCH, ExpiresAfter
 from batchrunner.api.files import BlobSink, new_file
-from batchrunner.api.http import ApiParts, Call
+from batchrunner.api.http import Call
+from batchrunner.api.webhooks import Url, check_url
 from batchrunner.errors import NotFound, UsageError
 from batchrunner.holdings import NO_LIMITS, KeyLimits
 from batchrunner.models import (
@@ -35,7 +36,6 @@ WINDOW_S_MIN, WINDOW_S_MAX = 60.0, 14 * 86400.0
 PRIORITY_MAX = 100
 # Larger sets of requests are for a file: a body is held in memory and read at one go.
 INLINE_BYTES_MAX = 8 * MIB
-_URL_CHARS_MAX = 2048
 
 Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
@@ -46,7 +46,6 @@ Priority = Annotated[int, Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)]
 # What is kept and shown again has to end somewhere; no id is as long, and no window.
 Name = Annotated[str, Meta(max_length=512)]
 Window = Annotated[str, Meta(max_length=32)]
-WebhookUrl = Annotated[str, Meta(max_length=_URL_CHARS_MAX)]
 
 
 class StrictBatchRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +80,7 @@ class BatchRequest(msgspec.Struct, frozen=True, kw_only=True):
     on_unknown: OnUnknown = OnUnknown.RETRY
     order: Order = Order.INPUT
     priority: Priority = 0
-    webhook_url: WebhookUrl | None = None
+    webhook_url: Url | None = None
 
 
 async def read_request(call: Call) -> BatchRequest:
@@ -102,7 +101,7 @@ async def read_request(call: Call) -> BatchRequest:
         raise invalid_value("endpoint", _echoed(wanted.endpoint), supported)
     window_s(wanted.completion_window, is_strict=call.is_strict)
     check_priority(call, wanted.priority)
-    check_webhook_url(call.parts, wanted.webhook_url)
+    check_url(call.parts, wanted.webhook_url, param="webhook_url")
     return wanted
 
 
@@ -132,20 +131,6 @@ def check_priority(call: Call, priority: int) -> None:
             status=403,
             param="priority",
             code="priority_above_limit",
-        )
-
-
-def check_webhook_url(parts: ApiParts, url: str | None) -> None:
-    """Raises: Refusal when it is no address that may ever be called; where it leads is checked at each delivery."""
-    if url is None:
-        return
-    schemes = ("https://", "http://") if parts.is_open else ("https://",)
-    is_plain = url.isascii() and url.isprintable() and " " not in url and "\\" not in url
-    if not is_plain or not any(url.lower().startswith(each) and len(url) > len(each) for each in schemes):
-        raise Refusal(
-            f"Invalid 'webhook_url': expected an address that begins with {' or '.join(schemes)}.",
-            param="webhook_url",
-            code="invalid_url",
         )
 
 
@@ -240,7 +225,7 @@ def _new_batch(call: Call, batch_id: BatchId, wanted: BatchRequest, file: File |
         priority=wanted.priority,
         metadata=dict(wanted.metadata or {}),
         output_expires_after_s=_output_life_s(call, wanted),
-        webhook_url=wanted.webhook_url,
+        webhook_url=wanted.webhook_url or call.parts.settings.webhook_url,
     )
 
 

@@ -80,7 +80,7 @@ async def _changes(call: Call, feed: Feed, known: Seen) -> AsyncIterator[bytes]:
         if now_s - checked_at_s >= CACHED_S:
             # A batch may be followed for days: a key that was revoked meanwhile hears no more of it.
             checked_at_s = now_s
-            if not await call.blocking(_is_admitted, call):
+            if not await call.blocking(is_admitted, call):
                 return
         if seen is known:
             yield _HEARTBEAT
@@ -91,7 +91,8 @@ async def _changes(call: Call, feed: Feed, known: Seen) -> AsyncIterator[bytes]:
         known = seen
 
 
-def _is_admitted(call: Call) -> bool:
+def is_admitted(call: Call) -> bool:
+    """Tell whether the key of a call that lasts is still valid. Blocks."""
     return call.key is None or call.parts.store.find_key(call.key.digest) is not None
 
 

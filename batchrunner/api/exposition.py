@@ -29,6 +29,9 @@ class Counts:
     latencies: Latencies = field(default_factory=Latencies)
     batches: Mapping[BatchStatus, int] = field(default_factory=dict)
     free_bytes: int | None = None
+    posted: Mapping[str, int] = field(default_factory=dict)
+    post_latencies: Latencies = field(default_factory=Latencies)
+    deliveries: Mapping[str, int] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, list[Sample]]:
         """Give counters and gauges by name."""
@@ -49,6 +52,8 @@ class Counts:
             "batchrunner_batches": [(status.value, count) for status, count in self.batches.items()],
             "batchrunner_free_bytes": [] if self.free_bytes is None else [("", self.free_bytes)],
             "batchrunner_http_requests_total": [(str(each), count) for each, count in sorted(self.answered.items())],
+            "batchrunner_webhook_attempts_total": sorted(self.posted.items()),
+            "batchrunner_webhook_deliveries": sorted(self.deliveries.items()),
             "batchrunner_journal_damage_total": [("", tally.damages)],
         }
 
@@ -57,6 +62,7 @@ class Counts:
         return {
             "batchrunner_latency_seconds": self.pulse.counts().latencies,
             "batchrunner_http_latency_seconds": self.latencies,
+            "batchrunner_webhook_latency_seconds": self.post_latencies,
         }
 
 

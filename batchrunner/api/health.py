@@ -121,7 +121,11 @@ async def metrics(call: Call) -> Answer:
         check_open_door(call.request)
     vitals = call.parts.vitals
     counts = Counts(
-        pulse=vitals.pulse, answered=dict(vitals.answered), latencies=Latencies(list(vitals.latencies.counts))
+        pulse=vitals.pulse,
+        answered=dict(vitals.answered),
+        latencies=Latencies(list(vitals.latencies.counts)),
+        posted=dict(vitals.posts.outcomes),
+        post_latencies=Latencies(list(vitals.posts.latencies.counts)),
     )
     return Answer(body=await call.blocking(_exposed, call, counts), content_type=TEXT)
 
@@ -131,6 +135,8 @@ def _exposed(call: Call, counts: Counts) -> bytes:
     try:
         counts = replace(counts, free_bytes=call.parts.blobs.free_bytes())
         counts = replace(counts, batches=call.parts.store.unfinished_counts())
+        found = call.parts.store.delivery_counts()
+        counts = replace(counts, deliveries={str(state): count for state, count in found.items()})
     except BatchrunnerError as error:
         logger.warning("metrics are not complete: %s", error, extra={"action": "metrics_partial", "code": error.code})
     return expose(counts)

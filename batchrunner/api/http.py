@@ -20,6 +20,7 @@ import orjson
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from batchrunner.addresses import AddressRules
 from batchrunner.api.counting import Counts
 from batchrunner.api.envelope import SERVER_ERROR, Refusal, body_too_large
 from batchrunner.api.typed import StructT, read_json, read_parameters
@@ -27,6 +28,7 @@ from batchrunner.api.vitals import Vitals
 from batchrunner.api.watching import Watching
 from batchrunner.holdings import ApiKey, KeyScope, Replay
 from batchrunner.models import TenantId
+from batchrunner.outbox import Poster
 from batchrunner.ports import Blobs, Clock, Rng, Store, TenantScope
 from batchrunner.settings import MIB, Settings
 
@@ -100,7 +102,8 @@ class ApiParts:
 
     `reading` names the blobs that must not be deleted now, `heavy` lets one long job at a time into the executor,
     `vitals` tell how the server does and whether it is about to end, `watching` holds the batches that are followed,
-    `counts` the failures that were counted, `held` how much of bodies is in memory.
+    `counts` the failures that were counted, `held` how much of bodies is in memory. `addresses` says where webhooks may
+    go, `poster` sends one.
     """
 
     store: Store
@@ -116,6 +119,8 @@ class ApiParts:
     watching: Watching = field(default_factory=Watching)
     counts: Counts = field(default_factory=Counts)
     held: Held = field(default_factory=Held)
+    addresses: AddressRules = field(default_factory=AddressRules)
+    poster: Poster | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

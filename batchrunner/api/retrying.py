@@ -11,10 +11,11 @@ import msgspec
 from msgspec import Meta
 
 from batchrunner.api.chain import chosen_numbers, healed_ids
-from batchrunner.api.creating import Metadata, Priority, WebhookUrl, Window, check_priority, check_webhook_url, window_s
+from batchrunner.api.creating import Metadata, Priority, Window, check_priority, window_s
 from batchrunner.api.envelope import Refusal
 from batchrunner.api.files import OWNER
 from batchrunner.api.http import Call
+from batchrunner.api.webhooks import Url, check_url
 from batchrunner.choosing import failed_ids, lines_of, write_chosen
 from batchrunner.errors import NotFound, TransitionRefused
 from batchrunner.holdings import NO_LIMITS
@@ -38,7 +39,7 @@ class RetryRequest(msgspec.Struct, frozen=True, kw_only=True):
     completion_window: Window | None = None
     priority: Priority | None = None
     metadata: Metadata | None = None
-    webhook_url: WebhookUrl | None = None
+    webhook_url: Url | None = None
 
 
 async def read_retry(call: Call) -> RetryRequest:
@@ -48,7 +49,7 @@ async def read_retry(call: Call) -> RetryRequest:
         window_s(wanted.completion_window, is_strict=call.is_strict)
     if wanted.priority is not None:
         check_priority(call, wanted.priority)
-    check_webhook_url(call.parts, wanted.webhook_url)
+    check_url(call.parts, wanted.webhook_url, param="webhook_url")
     return wanted
 
 

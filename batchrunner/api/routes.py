@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from batchrunner.api import batches, events, failures, files, health, results, uploads
+from batchrunner.api import batches, deliveries, events, failures, files, health, results, uploads, webhooks
 from batchrunner.api.dispatch import Dispatcher
 from batchrunner.api.door import IDLE_S
 from batchrunner.api.http import ApiParts, Route
@@ -21,6 +21,8 @@ _TABLE: tuple[Route, ...] = (
     *results.ROUTES,
     *failures.ROUTES,
     *events.ROUTES,
+    *webhooks.ROUTES,
+    *deliveries.ROUTES,
     *health.ROUTES,
 )
 ROUTES: tuple[Route, ...] = (*_TABLE, *reference_routes(_TABLE))

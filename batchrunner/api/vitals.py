@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from batchrunner.courier import Posts
 from batchrunner.metrics import Latencies
 from batchrunner.orders import Pulse
 
@@ -27,6 +28,7 @@ class Vitals:
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     answered: Counter[int] = field(default_factory=Counter)
     latencies: Latencies = field(default_factory=Latencies)
+    posts: Posts = field(default_factory=Posts)
 
     busy: set[object] = field(default_factory=set)
     under_way: int = 0

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from batchrunner.api.batch_object import ExtendedBatch
+from batchrunner.batch_object import ExtendedBatch
 from batchrunner.errors import BatchrunnerError, NotFound
 from batchrunner.models import BatchId
 from batchrunner.ports import Clock

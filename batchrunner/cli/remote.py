@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import click
 
@@ -19,6 +19,8 @@ from batchrunner.clock import SystemClock, SystemRng
 from batchrunner.errors import OwnError
 from batchrunner.ports import Clock
 
+_Client = TypeVar("_Client", bound=BatchClient)
+
 _LOOK_S, _LOOK_MAX_S = 0.2, 5.0
 _LINE_EVERY_S = 30.0
 _PROBLEMS_SHOWN = 10
@@ -28,11 +30,22 @@ def with_server(
     server: Server, work: Callable[[BatchClient, Clock], Awaitable[ExitCode]], *, on_interrupt: Callable[[], object]
 ) -> NoReturn:
     """Do some work on a server and end the process with what it gives; Ctrl-C says what goes on without us."""
+    with_client(BatchClient, server, work, on_interrupt=on_interrupt)
+
+
+def with_client(
+    kind: type[_Client],
+    server: Server,
+    work: Callable[[_Client, Clock], Awaitable[ExitCode]],
+    *,
+    on_interrupt: Callable[[], object],
+) -> NoReturn:
+    """Do some work on a server, as `with_server`, through a client that can do more."""
 
     async def connected() -> ExitCode:
         clock = SystemClock()
         key = os.environ.get("BATCHRUNNER_API_KEY") or None
-        async with BatchClient(server.base_url, key, clock=clock, rng=SystemRng(), tell=say) as client:
+        async with kind(server.base_url, key, clock=clock, rng=SystemRng(), tell=say) as client:
             return await work(client, clock)
 
     try:

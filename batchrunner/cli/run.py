@@ -11,7 +11,7 @@ import click
 from batchrunner.cli.configuring import load_settings, read_api_keys
 from batchrunner.cli.exits import ExitCode
 from batchrunner.errors import UsageError
-from batchrunner.settings import has_upstream, parse_duration, targets_of
+from batchrunner.settings import Settings, has_upstream, parse_duration, targets_of
 
 _WINDOW_LEAST_S, _WINDOW_MOST_S = 60.0, 14 * 86400.0
 _PACKED = (".gz", ".zst")
@@ -95,6 +95,9 @@ _PACKED = (".gz", ".zst")
     type=click.Path(path_type=Path),
     help="Where the run's state lives. [OUTPUT.run]",
 )
+@click.option(
+    "--webhook-url", metavar="URL", help="Who is told how the run ended; signed, see `webhooks secret --local`."
+)
 @click.option("--fresh", is_flag=True, help="Start over; the old state folder is kept under another name.")
 @click.option(
     "--json", "is_json", is_flag=True, help="Print one JSON object at the end instead of a panel and a summary."
@@ -139,6 +142,7 @@ def run(input_path: Path, output_path: Path, **options: object) -> None:
             "tpm": options["tpm"],
             "max_tries": options["max_tries"],
             "request_timeout_s": options["request_timeout"],
+            "webhook_url": options["webhook_url"],
         }
     )
     if not has_upstream(settings):
@@ -146,6 +150,7 @@ def run(input_path: Path, output_path: Path, **options: object) -> None:
             "no upstream is named",
             hint="Give -u URL or set OPENAI_BASE_URL; without a server, try `batchrunner simulate`.",
         )
+    _check_webhook(settings)
     from batchrunner.tuning import tune_process
     from batchrunner.upstream import join_url
 
@@ -155,6 +160,20 @@ def run(input_path: Path, output_path: Path, **options: object) -> None:
     with asyncio.Runner(loop_factory=tune_process()) as loop:
         code = loop.run(run_to_end(request, settings, read_api_keys(settings)))
     sys.exit(int(code or ExitCode.OK))
+
+
+def _check_webhook(settings: Settings) -> None:
+    """Find out before the run what would keep its end from being told."""
+    if settings.webhook_url is None:
+        return
+    from batchrunner.addresses import AddressRules, parse_networks, url_problem
+    from batchrunner.cli.local_secret import local_secret
+
+    rules = AddressRules(is_loopback_allowed=True, networks=parse_networks(settings.webhook_networks))
+    if why := url_problem(settings.webhook_url, rules):
+        # The URL is not repeated: it may hold a password.
+        raise UsageError(f"--webhook-url: {why}")
+    local_secret()
 
 
 def _text(value: object) -> str | None:

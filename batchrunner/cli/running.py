@@ -46,6 +46,7 @@ async def run_to_end(request: RunRequest, settings: Settings, api_keys: Mapping[
         if prepared.record.finished_exit_code is not None and request.retry_failed is None:
             is_untouched = export.is_untouched(prepared)
             if is_untouched and not request.is_streaming:
+                await _tell(prepared, BatchId(prepared.record.batches[-1]), settings)
                 return _already_done(request, prepared)
             if not is_untouched:
                 say("the files of this finished run are missing or changed; writing them again")
@@ -107,6 +108,8 @@ class _Run:
                 error=self._stop.error,
             )
             summary = await asyncio.to_thread(export.finish, self._request, self._prepared, runner, scope, outcome)
+        if batch.status in TERMINAL:
+            await _tell(self._prepared, batch.id, self._settings)
         report(summary, batch=batch, reason=self._stop.reason, is_json=self._request.is_json)
         if self._stop.error is not None and summary.exit_code == self._stop.code and not self._request.is_json:
             raise self._stop.error
@@ -236,6 +239,13 @@ class _Run:
         elif batch.hold_at is not None and batch.status is BatchStatus.IN_PROGRESS and _is_held(batch):
             self._stop = _Stop(ExitCode.STOPPED, f"stopped after --limit {batch.hold_at}")
         return self._stop.code is not None
+
+
+async def _tell(prepared: Prepared, batch_id: BatchId, settings: Settings) -> None:
+    if settings.webhook_url is not None:
+        from batchrunner.cli.telling import tell_end
+
+        await tell_end(prepared.folder.path, batch_id, settings.webhook_url, settings)
 
 
 def _find(scope: TenantScope, batch_id: BatchId) -> Batch | None:

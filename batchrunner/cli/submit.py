@@ -41,6 +41,7 @@ _ENDPOINTS = (("messages", "/v1/chat/completions"), ("input", "/v1/embeddings"),
 @click.option("--on-unknown", type=click.Choice(["retry", "fail"]), help="What a lost answer does. [retry]")
 @click.option("--order", type=click.Choice(["input", "completion"]), help="Order of the lines in the output. [input]")
 @click.option("--priority", type=click.IntRange(-100, 100), metavar="N", help="Higher goes first. [0]")
+@click.option("--webhook-url", metavar="URL", help="Whom the server tells how the batch ended, see docs/webhooks.md.")
 @click.option("--wait", "is_waiting", is_flag=True, help="Stay until the batch has ended; Ctrl-C leaves it running.")
 @click.option("--json", "is_json", is_flag=True, help="Print the batch as one JSON object instead of its id.")
 @server_option

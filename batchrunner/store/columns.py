@@ -60,6 +60,6 @@ def word_of(members: type[StrEnum], name: str) -> Enum:
         native_enum=False,
         create_constraint=True,
         validate_strings=True,
-        length=16,
+        length=max(16, *(len(member.value) for member in members)),
         values_callable=lambda each: [member.value for member in each],
     )

@@ -1,12 +1,10 @@
-"""Statements on batches and the outbox; `move` is the only one that writes a status."""
+"""Statements on batches; `move` is the only one that writes a status."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 
-import msgspec
 from sqlalchemy import Connection, RowMapping, bindparam, exists, func, insert, literal, or_, select, true, update
 
 from batchrunner.errors import NameTaken, NotFound, OwnError, QuotaExceeded, TransitionRefused
@@ -17,7 +15,10 @@ from batchrunner.store.moments import Moment
 from batchrunner.store.queries_blobs import UNFINISHED, drop_blob, need_blob
 from batchrunner.store.queries_files import add_file, file_of_tenant, require_bytes
 from batchrunner.store.queries_idempotency import note_made
-from batchrunner.store.tables import batches, extents, files, outbox, tasks
+from batchrunner.store.queries_webhooks import announce, is_wanted
+from batchrunner.store.rows import batch_of
+from batchrunner.store.tables import batches, extents, files, tasks
+from batchrunner.webhooks import event_of
 
 _BATCH = select(batches).where(batches.c.id == bindparam("b_id"))
 _BATCH_OF_TENANT = _BATCH.where(batches.c.tenant == bindparam("b_tenant"))
@@ -223,7 +224,7 @@ def move(conn: Connection, batch: RowMapping, event: BatchEvent, moment: Moment)
     """Move a batch by compare-and-set on the status and version of `batch`; None when somebody else was first.
 
     What belongs to the new status comes in the same transaction: the seal task of finalizing and cancelling; the end
-    of all tasks and the outbox row of a terminal one. `ended_by` is written once, by the first event that has one.
+    of all tasks and the event of a terminal one. `ended_by` is written once, by the first event that has one.
     """
     seen = batch["status"]
     target = next_status(seen, event)
@@ -242,7 +243,8 @@ def move(conn: Connection, batch: RowMapping, event: BatchEvent, moment: Moment)
         add_task(conn, batch["id"], TaskKind.SEAL)
     if target in TERMINAL:
         _end_tasks(conn, batch["id"])
-        _announce(conn, batch["id"], target, moment)
+    if target in TERMINAL or event is BatchEvent.INPUT_ACCEPTED:
+        _announce(conn, batch["id"], moment)
     return target
 
 
@@ -266,19 +268,17 @@ def _end_tasks(conn: Connection, batch_id: BatchId) -> None:
     )
 
 
-def _announce(conn: Connection, batch_id: BatchId, status: BatchStatus, moment: Moment) -> None:
-    """Write the event of an end; its id follows from batch and status, so that it cannot be announced twice."""
-    event_id = "evt_" + hashlib.sha256(f"{batch_id}:{status}".encode()).hexdigest()[:32]
-    event = f"batch.{status}"
-    body = {
-        "id": event_id,
-        "object": "event",
-        "type": event,
-        "created_at": int(moment.wall.timestamp()),
-        "data": {"id": batch_id},
-    }
-    row = {"id": event_id, "batch_id": batch_id, "event": event, "body": msgspec.json.encode(body).decode()}
-    conn.execute(insert(outbox).values(row | {"created_at": moment.wall}))
+def _announce(conn: Connection, batch_id: BatchId, moment: Moment) -> None:
+    """Write the event of the status that was just reached, and whom to tell; that it began is told only to those who
+    asked for it.
+    """
+    batch = batch_of(conn.execute(_BATCH, {"b_id": batch_id}).mappings().one())
+    event = event_of(batch, moment.wall)
+    assert event is not None
+    if batch.status in TERMINAL:
+        announce(conn, event, moment, url=batch.webhook_url)
+    elif is_wanted(conn, batch.tenant, event.type):
+        announce(conn, event, moment, url=None)
 
 
 def send(conn: Connection, tenant: TenantId, batch_id: BatchId, event: BatchEvent, moment: Moment) -> bool:

@@ -12,11 +12,13 @@ from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import BatchId, TaskKind
 from batchrunner.store.moments import Moment
 from batchrunner.store.queries_blobs import UNFINISHED, drop_assets, drop_forgotten
+from batchrunner.store.queries_deliveries import drop_old as drop_old_deliveries
 from batchrunner.store.queries_idempotency import drop_old
 from batchrunner.store.queries_uploads import expire_uploads
 from batchrunner.store.tables import batches, claims, extents, files, tasks
 
 _JOURNAL_KEPT_FOR = timedelta(hours=24)
+_DELIVERIES_KEPT_FOR = timedelta(days=30)
 # Other writers wait while rows go: a thousand lines are a handful of them.
 _BATCHES_MAX = 20
 _LINES_MAX = 5_000_000
@@ -33,6 +35,7 @@ def expire(conn: Connection, moment: Moment, *, is_wall_trusted: bool) -> Expire
     ended = expire_uploads(conn, moment)
     dropped = drop_old(conn, moment)
     drop_forgotten(conn, moment)
+    drop_old_deliveries(conn, moment, kept_for=_DELIVERIES_KEPT_FOR)
     _end_journals(conn, moment)
     return Expired(files=hidden, uploads=ended, replays=dropped, journals=_ended_journals(conn))
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from contextlib import AbstractContextManager
-from typing import Protocol
-
-from sqlalchemy import Connection
 
 from batchrunner.holdings import (
     NO_LIMITS,
@@ -19,7 +15,7 @@ from batchrunner.holdings import (
     UploadPart,
 )
 from batchrunner.lifecycle import BatchEvent
-from batchrunner.models import Batch, BatchId, Extent, File, FileId, NewBatch, Order, Shard, TenantId
+from batchrunner.models import Batch, BatchId, Extent, File, FileId, NewBatch, Order, Shard
 from batchrunner.store import (
     queries_batches,
     queries_blobs,
@@ -28,29 +24,12 @@ from batchrunner.store import (
     queries_live,
     queries_uploads,
 )
-from batchrunner.store.moments import Moment
 from batchrunner.store.rows import batch_of, extent_of, file_of, part_of, shard_of
+from batchrunner.store.tenant_outbox import SqlTenantOutbox
 
 
-class Transactions(Protocol):
-    """What a scope asks of its store."""
-
-    def writing(self) -> AbstractContextManager[Connection]:
-        """Open a transaction that may write."""
-
-    def reading(self) -> AbstractContextManager[Connection]:
-        """Open a connection for reading."""
-
-    def moment(self) -> Moment:
-        """Read the clocks."""
-
-
-class SqlTenantScope:
+class SqlTenantScope(SqlTenantOutbox):
     """TenantScope over the statements of this package."""
-
-    def __init__(self, store: Transactions, tenant: TenantId) -> None:
-        self._store = store
-        self._tenant = tenant
 
     def add_file(self, file: File, *, replay: Replay | None = None) -> File:
         """See TenantScope."""
@@ -260,13 +239,3 @@ class SqlTenantScope:
         with self._store.reading() as conn:
             queries_batches.batch_of_tenant(conn, self._tenant, batch_id)
             return [shard_of(row) for row in queries_batches.shards_of_batch(conn, batch_id)]
-
-    def _require_own(self, tenant: TenantId, name: str) -> None:
-        if tenant != self._tenant:
-            raise ValueError(f"{name} is not of the tenant {self._tenant}")
-
-    def _made(self, conn: Connection, replay: Replay | None, object_id: str, moment: Moment) -> str:
-        """Give the id of what a request made: that of an earlier one with the same key, or this one's."""
-        if replay is None:
-            return object_id
-        return queries_idempotency.note_made(conn, self._tenant, replay, object_id, moment) or object_id

@@ -10,6 +10,7 @@ from datetime import datetime
 from sqlalchemy import Connection
 
 from batchrunner.appetite import HUNGRY, Appetite
+from batchrunner.deliveries import Appointments, DeliveryState, Dispatch, Recorded
 from batchrunner.holdings import ApiKey, Expired, KeyId, LiveShare
 from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import (
@@ -33,6 +34,7 @@ from batchrunner.ports import Clock, Renewer
 from batchrunner.store import (
     queries_blobs,
     queries_claims,
+    queries_deliveries,
     queries_expiry,
     queries_keys,
     queries_live,
@@ -93,6 +95,7 @@ class SqlStore(ABC):
     def release_session(self, session: SessionId, *, died: bool) -> int:
         """See Store."""
         with self.writing() as conn:
+            queries_deliveries.give_back(conn, session)
             return queries_claims.release_session(conn, session, died=died)
 
     def claim(
@@ -219,6 +222,33 @@ class SqlStore(ABC):
         with self.writing() as conn:
             moment = self.moment()
             return queries_seal.sweep(conn, moment, expires=self._wall.is_trusted(moment))
+
+    def claim_deliveries(self, wanted: Appointments, recorded: Sequence[Recorded] = ()) -> list[Dispatch]:
+        """See Store."""
+        with self.reading() as conn:
+            receivers = queries_deliveries.receivers_due(conn, self.moment())
+        turns = queries_deliveries.turns_of(receivers, wanted)
+        if not turns and not recorded:
+            return []
+        with self.writing() as conn:
+            moment = self.moment()
+            queries_deliveries.record(conn, recorded, moment)
+            return queries_deliveries.take(conn, wanted, turns, moment)
+
+    def record_attempts(self, recorded: Sequence[Recorded]) -> None:
+        """See Store."""
+        with self.writing() as conn:
+            queries_deliveries.record(conn, recorded, self.moment())
+
+    def give_deliveries_back(self, session: SessionId) -> int:
+        """See Store."""
+        with self.writing() as conn:
+            return queries_deliveries.give_back(conn, session)
+
+    def delivery_counts(self) -> dict[DeliveryState, int]:
+        """See Store."""
+        with self.reading() as conn:
+            return queries_deliveries.counts_by_state(conn)
 
     def report_live(self, session: SessionId, shares: Sequence[LiveShare]) -> None:
         """See Store."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any
 
 from sqlalchemy import (
     BigInteger,
@@ -22,6 +23,7 @@ from sqlalchemy import (
     text,
 )
 
+from batchrunner.deliveries import DeliveryAttempt, DeliveryState, EventType, OldSecret
 from batchrunner.holdings import KeyLimits, KeyScope, LiveShare, UploadStatus
 from batchrunner.lifecycle import BatchStatus, EndedBy
 from batchrunner.models import LineProblem, OnInvalid, OnUnknown, Order, TaskKind, TaskState
@@ -60,6 +62,15 @@ def _number(name: str, *, default: int = 0) -> Column[int]:
 
 def _tokens() -> list[Column[int]]:
     return [_number(name) for name in ("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")]
+
+
+def _secrets() -> list[Column[Any]]:
+    return [
+        Column("secret", Text, nullable=False, comment="signs, so it is kept as it is"),
+        Column(
+            "old_secrets", Packed(tuple[OldSecret, ...]), nullable=False, comment="sign as well, each until its time"
+        ),
+    ]
 
 
 files = Table(
@@ -260,19 +271,6 @@ sessions = Table(
     comment="Workers that hold or may hold leases.",
 )
 
-outbox = Table(
-    "outbox",
-    schema,
-    Column("id", Text, primary_key=True, comment="hash of batch and status: the same end is told under one id"),
-    Column("batch_id", Text, ForeignKey("batches.id"), nullable=False),
-    Column("event", Text, nullable=False),
-    Column("body", Text, nullable=False),
-    Column("created_at", Instant, nullable=False),
-    Column("state", Text, nullable=False, server_default=text("'pending'")),
-    Index("outbox_by_state", "state", "created_at"),
-    comment="Ends of batches to tell, written by the move itself.",
-)
-
 uploads = Table(
     "uploads",
     schema,
@@ -347,4 +345,93 @@ blobs = Table(
     Column("owner", Text, nullable=False),
     Index("blobs_by_state", "state", "created_at"),
     comment="Names in Blobs before a row needs them (pending), while one does (live), and until they are deleted.",
+)
+
+webhook_endpoints = Table(
+    "webhook_endpoints",
+    schema,
+    Column("serial", RowNumber, primary_key=True, autoincrement=True, comment="order of creation"),
+    Column("id", Text, nullable=False, unique=True),
+    Column("tenant", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("event_types", Packed(tuple[EventType, ...]), nullable=False),
+    *_secrets(),
+    Column("created_at", Instant, nullable=False),
+    Column("updated_at", Instant, nullable=False),
+    Column("failing_since", Instant, comment="the first failure since the last success"),
+    Column("disabled_at", Instant, comment="is told nothing since"),
+    Column("disabled_reason", Text),
+    Column("deleted_at", Instant, comment="hidden since, without secrets; the row stays a month, as a place in lists"),
+    Index("webhook_endpoints_by_tenant", "tenant", "serial"),
+    Index(
+        "webhook_endpoints_by_deletion",
+        "deleted_at",
+        sqlite_where=text("deleted_at IS NOT NULL"),
+        postgresql_where=text("deleted_at IS NOT NULL"),
+    ),
+    comment="Receivers that a tenant registered.",
+)
+
+webhook_secrets = Table(
+    "webhook_secrets",
+    schema,
+    Column("tenant", Text, primary_key=True),
+    *_secrets(),
+    comment="What signs for the URLs of a tenant's batches.",
+)
+
+webhook_events = Table(
+    "webhook_events",
+    schema,
+    Column("serial", RowNumber, primary_key=True, autoincrement=True, comment="order in which they became true"),
+    Column("id", Text, nullable=False, unique=True, comment="hash of batch and status: an end is told under one id"),
+    Column("tenant", Text, nullable=False),
+    Column("batch_id", Text, nullable=False),
+    Column("type", word_of(EventType, "webhook_event_type"), nullable=False),
+    Column("body", Text, nullable=False),
+    Column("created_at", Instant, nullable=False),
+    Index("webhook_events_by_tenant", "tenant", "serial"),
+    Index("webhook_events_by_age", "created_at"),
+    sqlite_autoincrement=True,
+    comment="What happened to batches, written by the move itself.",
+)
+
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    schema,
+    Column("serial", RowNumber, primary_key=True, autoincrement=True, comment="order of creation"),
+    Column("id", Text, nullable=False, unique=True, comment="hash of event and target"),
+    Column("event_id", Text, ForeignKey("webhook_events.id"), nullable=False),
+    Column("tenant", Text, nullable=False),
+    Column("batch_id", Text, nullable=False),
+    Column("type", word_of(EventType, "webhook_delivery_type"), nullable=False),
+    Column("endpoint_id", Text, ForeignKey("webhook_endpoints.id"), comment="null: the batch's own URL"),
+    Column("url", Text, nullable=False, comment="of an endpoint that it had when this was made or last tried"),
+    Column("receiver", Text, nullable=False, comment="whom it reaches: these take turns"),
+    Column("state", word_of(DeliveryState, "webhook_delivery_state"), nullable=False, comment="pending > one of both"),
+    Column("reason", Text, comment="why it was given up"),
+    Column("due_at", Instant, comment="of a pending one"),
+    _number("attempt_count"),
+    Column("first_at", Instant, comment="of the attempts that are counted"),
+    Column("attempts", Packed(tuple[DeliveryAttempt, ...]), nullable=False),
+    _number("epoch"),
+    Column("session", Text, comment="the courier that holds it"),
+    Column("lease_until", Float, comment="boot seconds of boot_id"),
+    Column("boot_id", Text),
+    Column("created_at", Instant, nullable=False),
+    Column("ended_at", Instant),
+    Index("webhook_deliveries_to_claim", "state", "receiver", "due_at", "serial"),
+    Index(
+        "webhook_deliveries_by_session",
+        "session",
+        sqlite_where=text("session IS NOT NULL"),
+        postgresql_where=text("session IS NOT NULL"),
+    ),
+    Index("webhook_deliveries_by_tenant", "tenant", "serial"),
+    Index("webhook_deliveries_by_endpoint", "endpoint_id", "state"),
+    Index("webhook_deliveries_by_end", "ended_at"),
+    Index("webhook_deliveries_by_event", "event_id"),
+    sqlite_autoincrement=True,
+    comment="One event to one receiver, made with the event, held by one courier at a time.",
 )

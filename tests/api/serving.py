@@ -15,6 +15,7 @@ import orjson
 from multidict import CIMultiDictProxy
 from yarl import URL
 
+from batchrunner.addresses import AddressRules
 from batchrunner.api.auth import digest_of
 from batchrunner.api.http import ApiParts, Route
 from batchrunner.api.routes import ROUTES, build_app, make_runner
@@ -24,6 +25,7 @@ from batchrunner.clock import SystemClock, SystemRng
 from batchrunner.holdings import NO_LIMITS, ApiKey, KeyId, KeyLimits, KeyScope
 from batchrunner.models import LOCAL_TENANT, TenantId
 from batchrunner.ports import Clock, TenantScope
+from batchrunner.poster import AiohttpPoster
 from batchrunner.settings import Settings
 from batchrunner.store.sqlite import SqliteStore
 
@@ -159,6 +161,8 @@ async def serving(
     clock = clock or SystemClock()
     store = SqliteStore.open(folder / "state.db", clock)
     executor = ThreadPoolExecutor(8)
+    rules = AddressRules(is_loopback_allowed=is_open)
+    poster = AiohttpPoster(rules, clock)
     parts = ApiParts(
         store=store,
         blobs=LocalBlobs(folder / "blobs"),
@@ -168,6 +172,8 @@ async def serving(
         is_open=is_open,
         executor=executor,
         vitals=Vitals(is_local=is_local),
+        addresses=rules,
+        poster=poster,
     )
     runner = make_runner(build_app(parts, routes), shutdown_s=1.0)
     await runner.setup()
@@ -179,5 +185,6 @@ async def serving(
             yield Served(port=port, folder=folder, parts=parts, session=session, clock=clock)
     finally:
         await runner.cleanup()
+        await poster.close()
         executor.shutdown()
         store.close()

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from batchrunner.api.http import Answer, Call, Route
+from batchrunner.deliveries import Posted
 from batchrunner.holdings import KeyScope, UpstreamLive
 from batchrunner.metrics import METRICS, Tally
 from batchrunner.orders import Pulse
@@ -123,6 +124,7 @@ async def test_every_metric_of_the_table_is_there_and_counts(api: Served) -> Non
     tally.failures["429"] = 3
     for _ in range(4):
         tally.latencies.add(0.25)
+    api.parts.vitals.posts.add(Posted(status=204, elapsed_s=0.1))
     upstreams = (
         UpstreamLive(name="box", window=5, bound_by="growing", in_flight=3),
         UpstreamLive(name="cloud", window=3, bound_by="failures", in_flight=1, is_down=True),
@@ -139,6 +141,9 @@ async def test_every_metric_of_the_table_is_there_and_counts(api: Served) -> Non
     for metric in METRICS:
         assert (f"{metric.name}_count" if metric.kind == "histogram" else metric.name) in names, metric.name
     assert found["batchrunner_attempts_total",] == 9
+    assert found["batchrunner_webhook_attempts_total", "delivered"] == 1
+    assert found["batchrunner_webhook_latency_seconds_count",] == 1
+    assert found["batchrunner_webhook_deliveries", "pending"] == 0
     assert found["batchrunner_lines_total", "succeeded"] == 5
     assert found["batchrunner_lines_total", "failed"] == 1
     assert found["batchrunner_failures_total", "429"] == 3

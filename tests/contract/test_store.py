@@ -1356,7 +1356,7 @@ def test_publish_shows_files_counts_and_status_at_once(world: World) -> None:
     assert world.scope.file(FileId("out")) == file_of("out")
     dump = world.backend.dump()
     assert dump.count('"type":"batch.expired"') == 1
-    assert f'"created_at":{int(world.clock.wall.timestamp())},"data":{{"id":"b1"}}' in dump
+    assert f'"created_at":{int(world.clock.wall.timestamp())},"data":{{"id":"b1",' in dump
 
 
 def test_publish_repeated_gives_the_same_batch(world: World) -> None:

@@ -20,6 +20,8 @@ REPEATS_MAX = WINDOW + 256
 ELSEWHERE = {"salvage.copied", "seal.salvage_copied", "seal.repaired", "split.committed", "give_back.committed"}
 # What only a server does.
 ELSEWHERE |= {"clear.journal_deleted", "clear.blobs_deleted"}
+# What only a run with a receiver does.
+ELSEWHERE |= {"webhook.claimed", "webhook.posted", "webhook.recorded"}
 # Before the batch has lines nothing can have been sent; from the seal on nothing may be sent any more.
 SENDS_NOTHING_TWICE = ("run_record.", "batch.", "validate.", "seal.", "export.")
 

@@ -13,7 +13,17 @@ LINES = 300
 WINDOW = 16
 REPEATS_PER_KILL = WINDOW + 256
 # What a server does not come to in an undisturbed batch.
-ELSEWHERE = ("run_record.", "batch.created", "export.", "salvage.", "seal.salvage", "seal.repaired", "split.", "give_")
+ELSEWHERE = (
+    "run_record.",
+    "batch.created",
+    "export.",
+    "salvage.",
+    "seal.salvage",
+    "seal.repaired",
+    "split.",
+    "give_",
+    "webhook.",
+)
 SWEEP = ("clear.journal_deleted", "clear.blobs_deleted")
 POINTS = [point for point in crash.POINTS if not point.startswith(ELSEWHERE) and point not in SWEEP]
 # One of each step in every run of the tests, the rest in the long lane.

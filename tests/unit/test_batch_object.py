@@ -8,8 +8,7 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 import pytest
 
-from batchrunner.api.batch_object import STATUSES, batch_object, strict_object, told_problems
-from batchrunner.api.progress import progress_of
+from batchrunner.batch_object import STATUSES, batch_object, strict_object, told_problems
 from batchrunner.holdings import LiveShare
 from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import (
@@ -23,6 +22,7 @@ from batchrunner.models import (
     Order,
     Usage,
 )
+from batchrunner.progress import progress_of
 
 START = datetime(2026, 11, 21, 12, 0, 0, 900_000, UTC)
 # Source: the Batch object as the OpenAI API prints it.

@@ -31,7 +31,7 @@ def adapters(tmp_path: Path) -> Iterator[Adapters]:
 
 def process_of(adapters: Adapters, *sockets: socket.socket, **settings: float) -> ApiProcess:
     greeting = Greeting(
-        folder="unused",
+        folder=str(adapters.store._path.parent),
         settings=Settings(reserve_bytes=RESERVE, **settings),  # type: ignore[arg-type]
         listening_fds=tuple(each.detach() for each in sockets),
         is_local=True,

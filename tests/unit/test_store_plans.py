@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ import pytest
 from sqlalchemy import event
 
 from batchrunner.clock import SystemClock
+from batchrunner.deliveries import Appointments, EventId, EventType
 from batchrunner.holdings import KeyLimits
-from batchrunner.models import LOCAL_TENANT, BatchId, FileId
+from batchrunner.models import LOCAL_TENANT, BatchId, FileId, SessionId
 from batchrunner.ports import TenantScope
 from batchrunner.store.sqlite import SqliteStore
+from batchrunner.webhooks import sample_event
 from tests.contract.worlds import file_of
-from tests.unit.test_store_sqlite import new_batch
+from tests.unit.test_store_sqlite import WRITTEN_BY_0001, new_batch
 
 
 @pytest.fixture
@@ -35,7 +39,7 @@ def plans(store: SqliteStore, ask: Callable[[], object]) -> list[str]:
     sent: list[tuple[str, Any]] = []
 
     def remember(_conn: Any, _cursor: Any, statement: str, parameters: Any, _context: Any, _many: Any) -> None:
-        if statement.startswith(("SELECT", "UPDATE", "DELETE")):
+        if statement.startswith(("SELECT", "UPDATE", "DELETE", "WITH")):
             sent.append((statement, parameters))
 
     engines = (store._writer._engine, store._readers)
@@ -94,3 +98,38 @@ def test_expiry_reads_what_is_due_and_nothing_else(
     assert [
         step for step in found if step.startswith("SCAN") and "CONSTANT" not in step and "subquery" not in step
     ] == []
+
+
+def test_deliveries_are_found_from_indexes(store: SqliteStore) -> None:
+    scope = store.scope(LOCAL_TENANT)
+    event = sample_event(EventType.COMPLETED, LOCAL_TENANT, EventId("evt_1"), SystemClock().now())
+    scope.announce(event, url="https://hooks.example/")
+    wanted = Appointments(session=SessionId("s"), lease_s=30, each_max=8, room=8)
+
+    claimed = plans(store, lambda: store.claim_deliveries(wanted))
+    listed = plans(store, lambda: scope.deliveries(limit=3, after=scope.deliveries(limit=1)[0].id))
+    heard = plans(store, lambda: scope.events(after=0, limit=3))
+
+    assert any("webhook_deliveries_to_claim (state=? AND receiver>?)" in step for step in claimed), claimed
+    assert any("webhook_deliveries_to_claim (state=? AND receiver=? AND due_at<?)" in step for step in claimed), claimed
+    assert any("webhook_deliveries_by_tenant (tenant=? AND serial<?)" in step for step in listed), listed
+    assert any("webhook_events_by_tenant (tenant=? AND serial>?)" in step for step in heard), heard
+    walks = [step for step in (*claimed, *listed, *heard) if step.startswith("SCAN") and "walk" not in step]
+    assert [step for step in walks if "CONSTANT" not in step and "subquery" not in step] == []
+
+
+def test_a_migrated_database_has_the_columns_and_indexes_of_a_new_one(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.db", tmp_path / "new.db"
+    connection = sqlite3.connect(old)
+    connection.executescript(WRITTEN_BY_0001.read_text())
+    connection.close()
+    for path in (old, new):
+        SqliteStore.open(path, SystemClock()).close()
+
+    def shape(path: Path) -> dict[str, list[object]]:
+        with contextlib.closing(sqlite3.connect(path)) as opened:
+            names = [row[0] for row in opened.execute("SELECT name FROM sqlite_master WHERE name LIKE 'webhook%'")]
+            return {name: opened.execute(f"PRAGMA table_xinfo({name})").fetchall() for name in sorted(names)}
+
+    assert shape(old) == shape(new)
+    assert len(shape(new)) > 4

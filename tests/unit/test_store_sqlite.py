@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
+from alembic.config import Config
 from sqlalchemy import create_engine, event, inspect, update
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 
@@ -19,7 +21,7 @@ from batchrunner.clock import SystemClock
 from batchrunner.errors import DiskFull, FolderUnsuitable, OwnError, SchemaNewer, StoreUnavailable
 from batchrunner.lifecycle import TRANSITIONS, BatchEvent, BatchStatus
 from batchrunner.models import LOCAL_TENANT, Batch, BatchId, NewBatch, SessionId, TaskKind, TaskState
-from batchrunner.store import schema, sqlite
+from batchrunner.store import migrations, schema, sqlite
 from batchrunner.store.migrations import upgrade
 from batchrunner.store.moments import Moment
 from batchrunner.store.queries_batches import batch_of_tenant, move
@@ -82,7 +84,7 @@ def test_reader_cannot_write(path: Path) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("version", ["0003", "9999", "later"])
+@pytest.mark.parametrize("version", ["0004", "9999", "later"])
 def test_file_of_a_newer_version_is_refused_untouched(path: Path, version: str) -> None:
     SqliteStore.open(path, SystemClock()).close()
     connection = sqlite3.connect(path)
@@ -430,10 +432,14 @@ def rows_of(path: Path, columns: dict[str, list[str]]) -> dict[str, list[Any]]:
     return found
 
 
+# Besides the version, only the ends of batches that nobody was ever told.
+GONE = "'alembic_version', 'outbox'"
+
+
 def test_database_of_the_first_schema_is_migrated_with_every_row(path: Path) -> None:
     connection = sqlite3.connect(path)
     connection.executescript(WRITTEN_BY_0001.read_text())
-    tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name != 'alembic_version'")
+    tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT IN (" + GONE + ")")
     columns = {
         name: [column[1] for column in connection.execute(f"PRAGMA table_info({name})")]
         for (name,) in tables.fetchall()
@@ -503,3 +509,44 @@ def test_as_many_threads_read_at_once_as_there_are(tmp_path: Path) -> None:
         for _ in range(40):
             assert stack.enter_context(store.reading()).exec_driver_sql("select 1").scalar_one() == 1
     store.close()
+
+
+def written_by_0002(path: Path) -> None:
+    """Make a database as the second schema left it: an end in its outbox, and a batch that has a webhook_url."""
+    connection = sqlite3.connect(path)
+    connection.executescript(WRITTEN_BY_0001.read_text())
+    connection.close()
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.begin() as opened:
+        config.attributes["connection"] = opened
+        command.upgrade(config, "0002")
+    engine.dispose()
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE batches SET webhook_url = 'https://hooks.example/'")
+    told = "SELECT 'evt_1', id, 'batch.failed', '{}', 1 FROM batches"
+    connection.execute(f"INSERT INTO outbox (id, batch_id, event, body, created_at) {told}")
+    connection.commit()
+    assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0002",)]
+    connection.close()
+
+
+def test_batch_of_the_second_schema_tells_its_end(path: Path) -> None:
+    written_by_0002(path)
+    tables = ("files", "batches", "claims", "tasks", "extents", "blobs")
+    connection = sqlite3.connect(path)
+    columns = {name: [row[1] for row in connection.execute(f"PRAGMA table_info({name})")] for name in tables}
+    connection.close()
+    before = rows_of(path, columns)
+
+    store = SqliteStore.open(path, SystemClock())
+    assert rows_of(path, columns) == before
+    scope = store.scope(LOCAL_TENANT)
+    (batch,) = scope.batches(limit=10)
+    assert scope.deliveries(limit=10) == [], "ends of the past are not told any more"
+    scope.send(batch.id, BatchEvent.GAVE_UP)
+    (delivery,) = scope.deliveries(limit=10)
+    store.close()
+
+    assert (delivery.batch_id, delivery.url, delivery.type) == (batch.id, "https://hooks.example/", "batch.failed")

@@ -12,11 +12,11 @@ from typing import Literal
 
 import msgspec
 
-from batchrunner.api.progress import Progress, code_of, progress_of
 from batchrunner.errors import OwnError
 from batchrunner.holdings import LiveShare
 from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import Batch, LineProblem, OnInvalid, OnUnknown, Order, Usage
+from batchrunner.progress import Progress, code_of, progress_of
 
 # Every status of ours by its word on the wire.
 STATUSES: Mapping[BatchStatus, str] = MappingProxyType(
