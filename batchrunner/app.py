@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import signal
@@ -21,9 +20,9 @@ from typing import Protocol, Self
 import msgspec
 
 from batchrunner import crash
-from batchrunner.blobs.local import LocalBlobs
+from batchrunner.blobs.folder import FolderBlobs, open_blobs
 from batchrunner.clock import SystemClock, SystemRng
-from batchrunner.errors import BatchrunnerError, NotFound, UsageError
+from batchrunner.errors import BatchrunnerError, BlobsUnavailable, NotFound, UsageError
 from batchrunner.fanout import Fanout
 from batchrunner.journal import Journal
 from batchrunner.limits import Cooldown, FirstContact, Gate, Outage, ReadBudget, TokenBucket
@@ -32,6 +31,7 @@ from batchrunner.models import LOCAL_TENANT, BatchId, SessionId
 from batchrunner.pace import Window
 from batchrunner.pipeline import Pipeline
 from batchrunner.ports import Store, Upstream
+from batchrunner.sessions import SessionLocks
 from batchrunner.settings import Settings
 from batchrunner.store.schema import VERSION as SCHEMA
 from batchrunner.store.schema import version_of_file as schema_of_file
@@ -53,24 +53,25 @@ class Adapters:
     """What several sessions of one process share."""
 
     store: SqliteStore
-    blobs: LocalBlobs
+    blobs: FolderBlobs
     clock: SystemClock
     rng: SystemRng
 
 
-def open_adapters(folder: Path) -> Adapters:
+def open_adapters(folder: Path, settings: Settings | None = None) -> Adapters:
     """Open the store and the blobs of a data folder, making what is missing.
 
     Raises:
         FolderUnsuitable: the folder lies on a network file system.
         SchemaNewer: a newer version wrote it.
+        UsageError: the settings lead to no blobs.
     """
     clock, rng = SystemClock(), SystemRng()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sessions").mkdir(exist_ok=True)
     return Adapters(
+        blobs=open_blobs(folder, settings or Settings(), clock, rng),
         store=SqliteStore.open(folder / "state.db", clock),
-        blobs=LocalBlobs(folder / "blobs"),
         clock=clock,
         rng=rng,
     )
@@ -82,9 +83,9 @@ def schema_versions(folder: Path) -> tuple[str | None, str]:
     return (schema_of_file(path) if path.exists() else None), SCHEMA
 
 
-def was_anything_sent(folder: Path, batch_ids: Sequence[str]) -> bool:
+def was_anything_sent(folder: Path, settings: Settings, batch_ids: Sequence[str]) -> bool:
     """Tell whether any of a run's batches ever left validation: before that no line is handed out. Blocks."""
-    adapters = open_adapters(folder)
+    adapters = open_adapters(folder, settings)
     try:
         scope = adapters.store.scope(LOCAL_TENANT)
         return any(scope.batch(BatchId(each)).in_progress_at is not None for each in batch_ids)
@@ -106,53 +107,6 @@ class LogLine(logging.Formatter):
         return f"{super().format(told)}: {error.code}: {error.message}"
 
 
-class SessionLocks:
-    """Liveness on a host: each session holds a lock on a file of its own for life, and whoever gets that lock knows
-    it dead.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder / "sessions"
-        self._held: dict[SessionId, int] = {}
-
-    def hold(self, session: SessionId) -> None:
-        """Lock the session's file until `let_go` or the end of the process."""
-        handle = os.open(self._folder / session, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._held[session] = handle
-
-    def let_go(self, session: SessionId) -> None:
-        """Give the lock up and remove the file."""
-        (self._folder / session).unlink(missing_ok=True)
-        os.close(self._held.pop(session))
-
-    def dead_sessions(self) -> list[SessionId]:
-        """The sessions whose process is gone."""
-        dead = []
-        for path in self._folder.iterdir():
-            session = SessionId(path.name)
-            if session not in self._held and self._is_dead(path):
-                dead.append(session)
-        return dead
-
-    def bury(self, session: SessionId) -> None:
-        """Forget a dead session whose leases have been released."""
-        (self._folder / session).unlink(missing_ok=True)
-
-    def _is_dead(self, path: Path) -> bool:
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        finally:
-            os.close(handle)
-        return True
-
-
 def reap(adapters: Adapters, locks: SessionLocks, *, is_witnessed: bool = True) -> int:
     """End the leases of sessions whose process is gone; gives their number. Blocks.
 
@@ -164,6 +118,15 @@ def reap(adapters: Adapters, locks: SessionLocks, *, is_witnessed: bool = True) 
         count += adapters.store.release_session(session, died=is_witnessed)
         locks.bury(session)
     return count
+
+
+def begin_anew(adapters: Adapters, folder: Path) -> None:
+    """Free what a run or server that was killed as a whole held of the folder; nobody else works on it now. Blocks."""
+    reap(adapters, SessionLocks(folder), is_witnessed=False)
+    try:
+        adapters.blobs.drop_unfinished(older_than_s=0)
+    except BlobsUnavailable as error:
+        logger.warning("unfinished uploads stay: %s", error, extra={"action": "uploads_stay"})
 
 
 @contextlib.asynccontextmanager
@@ -357,8 +320,8 @@ class Runner:
         self._adapters: Adapters | None = None
 
     async def __aenter__(self) -> Self:
-        self._adapters = await asyncio.to_thread(open_adapters, self.folder)
-        await asyncio.to_thread(reap, self._adapters, SessionLocks(self.folder), is_witnessed=False)
+        self._adapters = await asyncio.to_thread(open_adapters, self.folder, self.settings)
+        await asyncio.to_thread(begin_anew, self._adapters, self.folder)
         return self
 
     async def __aexit__(
@@ -436,7 +399,7 @@ class _PipePacer:
 
 
 async def _work(greeting: _Greeting, stdin: asyncio.StreamReader) -> None:
-    adapters = open_adapters(Path(greeting.folder))
+    adapters = open_adapters(Path(greeting.folder), greeting.settings)
     workers: list[Worker] = []
     pacer = _PipePacer(lambda: workers[0], adapters.clock)
     session = worker_session(

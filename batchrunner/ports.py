@@ -46,7 +46,7 @@ from batchrunner.models import (
     TenantId,
     Watch,
 )
-from batchrunner.upkeep import KeyRing, Upkeep
+from batchrunner.upkeep import BlobUpkeep, KeyRing, Upkeep
 
 
 class Clock(Protocol):
@@ -96,12 +96,17 @@ class Appender(Protocol):
         """Let go of it; adds no durability. May be called twice."""
 
 
-class Blobs(Protocol):
+class Blobs(BlobUpkeep, Protocol):
     """Named immutable bytes, and segments that grow. Names are relative slash paths of [A-Za-z0-9._-] parts.
+
+    Where `has_frozen_segments`, the first `sync` fixes a segment's bytes: nothing may be appended behind it, and one
+    that failed has to be repeated on the same Appender, for the bytes may be on their way still.
 
     Raises in every method: BlobsUnavailable when the folder or bucket does not answer, NotFound when a name that is
     read is not there, NameTaken when a name that is written exists already, DiskFull when there is no space.
     """
+
+    has_frozen_segments: bool
 
     def create_segment(self, name: str) -> Appender:
         """Open a new segment; its name is durable before the first `sync` returns."""

@@ -195,7 +195,7 @@ async def _api_process() -> None:
     first = await stdin.readline()
     if not first:
         return
-    adapters = await asyncio.to_thread(open_adapters, Path(greeting.folder))
+    adapters = await asyncio.to_thread(open_adapters, Path(greeting.folder), greeting.settings)
     is_open = greeting.is_local and not await asyncio.to_thread(adapters.store.has_keys)
     process = ApiProcess(adapters, greeting, is_open=is_open)
     _follow(process, adapters.clock, first)

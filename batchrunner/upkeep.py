@@ -1,4 +1,4 @@
-"""The parts of the Store port that only a server needs: its keys, and what it drops when its time is over."""
+"""The parts of the Store and Blobs ports that serve no line: keys, and what is dropped when its time is over."""
 
 from __future__ import annotations
 
@@ -70,3 +70,15 @@ class Upkeep(Protocol):
 
     def forget_blobs(self, names: Collection[str]) -> None:
         """Say that these blobs, which `freeable_blobs` named, are deleted."""
+
+
+class BlobUpkeep(Protocol):
+    """What became of uploads that nobody finished, and downloads that pass the server by. Raises as Blobs does."""
+
+    def drop_unfinished(self, *, older_than_s: float) -> int:
+        """Drop the parts of blobs whose writers began longer ago and neither committed nor aborted; gives their
+        number. With 0 those of all writers: only for who knows that there are none.
+        """
+
+    def download_url(self, name: str, *, expires_s: float, filename: str) -> str | None:
+        """Give an address at which anybody can fetch the blob for a while; None where there is no such thing."""

@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
+from batchrunner.blobs.names import checked, is_name
 from batchrunner.errors import BlobsUnavailable, DiskFull, NameTaken, NotFound, OwnError
 
 if sys.platform == "darwin":
     import fcntl
 
-_NAME = re.compile(r"(?!\.\.?(?:/|$))[A-Za-z0-9._-]+(?:/(?!\.\.?(?:/|$))[A-Za-z0-9._-]+)*")
 # EFBIG comes from a limit on the size of files, which is as good as full: another segment may still fit.
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP})
@@ -30,6 +29,8 @@ _RESERVE = "reserve~"
 
 class LocalBlobs:
     """Blobs below `root`, which is made if it is missing. Several processes may share it; any thread may call."""
+
+    has_frozen_segments = False
 
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
@@ -146,6 +147,16 @@ class LocalBlobs:
         except OSError as error:
             _translate(error, _RESERVE)
 
+    def drop_unfinished(self, *, older_than_s: float) -> int:
+        """See Blobs. Bytes of a writer that died lie under a name that is no blob's, and do no harm."""
+        del older_than_s
+        return 0
+
+    def download_url(self, name: str, *, expires_s: float, filename: str) -> str | None:
+        """See Blobs."""
+        del name, expires_s, filename
+        return None
+
     def adopt(self, name: str, path: Path) -> None:
         """Make `name` a link to a user's own file, so that it is read in place; an earlier adoption is replaced.
 
@@ -175,9 +186,7 @@ class LocalBlobs:
         return self._path(name)
 
     def _path(self, name: str) -> Path:
-        if not _NAME.fullmatch(name):
-            raise OwnError(f"{name!r} is not a blob's name")
-        return self._root / name
+        return self._root / checked(name)
 
     def _make_folder(self, folder: Path) -> None:
         """Have the folder, with its name and those of the folders above it, up to the root, on the disk."""
@@ -204,7 +213,7 @@ class LocalBlobs:
         for name in names:
             if name.endswith("/") and (name.startswith(prefix) or prefix.startswith(name)):
                 yield from self._walk(name, prefix)
-            elif name.startswith(prefix) and _NAME.fullmatch(name):
+            elif name.startswith(prefix) and is_name(name):
                 yield name
 
 

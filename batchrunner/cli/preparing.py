@@ -27,6 +27,7 @@ from batchrunner.cli.run_folder import (
     unpacked,
 )
 from batchrunner.errors import UsageError
+from batchrunner.settings import Settings
 
 _READ_BYTES = 1 << 20
 _PACKED = (".gz", ".zst")
@@ -78,7 +79,7 @@ class Prepared:
         return self.errors_path if str(self.output_path) == "-" else self.output_path
 
 
-def prepare(request: RunRequest) -> Prepared:
+def prepare(request: RunRequest, settings: Settings) -> Prepared:
     """Lock the folder, find the input, compare identities. Blocks; the caller unlocks the folder.
 
     Raises:
@@ -92,7 +93,7 @@ def prepare(request: RunRequest) -> Prepared:
             kept = folder.set_aside()
             if kept is not None:
                 say(f"starting over; the old state is kept in {kept}")
-        return _prepare_locked(request, folder)
+        return _prepare_locked(request, folder, settings)
     except BaseException:
         folder.unlock()
         raise
@@ -106,7 +107,7 @@ def _require_input(request: RunRequest) -> None:
         raise UsageError(f"INPUT {path} {said}", hint="Check the path.")
 
 
-def _prepare_locked(request: RunRequest, folder: RunFolder) -> Prepared:
+def _prepare_locked(request: RunRequest, folder: RunFolder, settings: Settings) -> Prepared:
     output, errors = _paths(request, folder)
     old = folder.load()
     source, hashed, mark = _source(request, folder, old)
@@ -122,7 +123,7 @@ def _prepare_locked(request: RunRequest, folder: RunFolder) -> Prepared:
         on_invalid=request.on_invalid,
         on_unknown=request.on_unknown,
     )
-    record = _same_or_new(folder, old, new)
+    record = _same_or_new(folder, settings, old, new)
     if not record.batches and not request.is_fresh:
         for path, what in ((output, "OUTPUT"), (errors, "the errors file")):
             if not (request.is_streaming and what == "OUTPUT"):
@@ -138,7 +139,7 @@ def _prepare_locked(request: RunRequest, folder: RunFolder) -> Prepared:
     )
 
 
-def _same_or_new(folder: RunFolder, old: RunRecord | None, new: RunRecord) -> RunRecord:
+def _same_or_new(folder: RunFolder, settings: Settings, old: RunRecord | None, new: RunRecord) -> RunRecord:
     """Go on with the old record if it is of the same run; start anew if nothing was ever sent; else refuse.
 
     Raises:
@@ -147,7 +148,7 @@ def _same_or_new(folder: RunFolder, old: RunRecord | None, new: RunRecord) -> Ru
     if old is None or not old.batches:
         return new
     if differences(old, new):
-        if was_anything_sent(folder.path, old.batches):
+        if was_anything_sent(folder.path, settings, old.batches):
             check_same_run(old, new)
         say("nothing was sent before; starting with the input as it is now")
         folder.clear()

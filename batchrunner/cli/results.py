@@ -123,8 +123,10 @@ def open_run(path: Path) -> Iterator[OpenRun]:
     if not (folder.path / "state.db").is_file():
         raise NotFound(f"{folder.path / 'state.db'} is not there: this run has not started")
     from batchrunner.app import open_adapters
+    from batchrunner.cli.configuring import load_settings
 
-    adapters = open_adapters(folder.path)
+    settings, _ = load_settings({})
+    adapters = open_adapters(folder.path, settings)
     try:
         yield OpenRun(folder, record, adapters.blobs, adapters.store.scope(LOCAL_TENANT))
     finally:

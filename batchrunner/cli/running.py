@@ -38,7 +38,7 @@ async def run_to_end(request: RunRequest, settings: Settings, api_key: str | Non
         BatchrunnerError: whatever keeps the run from starting or going on; its state is kept.
     """
     arm_crash_point()
-    prepared = await asyncio.to_thread(prepare, request)
+    prepared = await asyncio.to_thread(prepare, request, settings)
     try:
         if prepared.record.finished_exit_code is not None and request.retry_failed is None:
             is_untouched = export.is_untouched(prepared)

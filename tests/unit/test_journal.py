@@ -63,6 +63,8 @@ WAIT_S = 20.0
 class Disk(Blobs):
     """Blobs in memory. `plan` is asked before each operation and may answer with a fault."""
 
+    has_frozen_segments = False
+
     def __init__(self, plan: Callable[[str], str | None] = lambda operation: None) -> None:
         self.written: dict[str, bytearray] = {}
         self.synced: dict[str, int] = {}
@@ -111,6 +113,12 @@ class Disk(Blobs):
 
     def release_reserve(self) -> None:
         raise AssertionError("a journal keeps no reserve")
+
+    def drop_unfinished(self, *, older_than_s: float) -> int:
+        raise AssertionError(f"a journal drops nothing: {older_than_s}")
+
+    def download_url(self, name: str, *, expires_s: float, filename: str) -> str | None:
+        raise AssertionError(f"a journal is not downloaded: {name}")
 
     def crash(self) -> None:
         """Lose what was not synced."""

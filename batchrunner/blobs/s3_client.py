@@ -1,0 +1,227 @@
+"""Requests to an S3 service: the client that settings describe, which failures are tried again, and what they mean in
+our words. boto3 is imported when the first client is made.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from batchrunner.errors import BatchrunnerError, BlobsUnavailable, DiskFull, NotFound, UsageError
+from batchrunner.settings import Settings
+
+if TYPE_CHECKING:
+    from types_boto3_s3 import S3Client
+    from types_boto3_s3.type_defs import CopySourceTypeDef
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+# Source: the rules for bucket names of Amazon S3; a prefix is whatever may follow, without empty parts.
+_ADDRESS = re.compile(r"s3://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,62})(?P<key>(?:/[^/\x00-\x1f]+)*)/?")
+_TRIES = 5
+_FIRST_WAIT_S, _WAIT_MAX_S = 0.2, 5.0
+# Source: the error codes of Amazon S3, and those of MinIO for a full disk.
+_MISSING = frozenset({"NoSuchKey", "NoSuchUpload", "404", "NotFound"})
+_FULL = frozenset({"XMinioStorageFull", "InsufficientStorage", "QuotaExceeded", "StorageFull", "507"})
+_PASSING = frozenset({"RequestTimeout", "BadDigest", "XAmzContentSHA256Mismatch", "SlowDown", "OperationAborted"})
+_CREDENTIALS_HINT = (
+    "Give boto3 credentials that may list, read, write and delete there: AWS_ACCESS_KEY_ID and"
+    " AWS_SECRET_ACCESS_KEY, a profile, or a role. `batchrunner doctor` tries them out."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class S3Address:
+    """A place in a bucket: a key, or the prefix of many, without slashes at its ends."""
+
+    bucket: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.key}"
+
+    def below(self, part: str) -> S3Address:
+        """Give the address of what lies in this one as in a folder."""
+        return S3Address(self.bucket, f"{self.key}/{part}" if self.key else part)
+
+
+def is_s3(text: str) -> bool:
+    """Tell whether somebody meant an S3 address."""
+    return text.startswith("s3:")
+
+
+def parse_address(text: str) -> S3Address:
+    """Read `s3://BUCKET/KEY`.
+
+    Raises:
+        UsageError: it is no such address.
+    """
+    match = _ADDRESS.fullmatch(text)
+    if match is None:
+        raise UsageError(f"{text!r} is no address of the kind s3://BUCKET/PREFIX")
+    return S3Address(match["bucket"], match["key"].removeprefix("/"))
+
+
+class S3Requests:
+    """One process's way to a bucket: a client whose requests are bounded in time and tried again. Any thread may
+    call.
+    """
+
+    def __init__(self, settings: Settings, bucket: str, *, tries: int = _TRIES) -> None:
+        self.bucket = bucket
+        self.client = _make_client(settings)
+        self._tries = tries
+        # What every request that makes an object has to say.
+        self.encryption: dict[str, Any] = {}
+        if settings.s3_sse is not None:
+            self.encryption["ServerSideEncryption"] = settings.s3_sse
+        if settings.s3_sse_kms_key_id is not None:
+            self.encryption["SSEKMSKeyId"] = settings.s3_sse_kms_key_id
+
+    def call(self, name: str, function: Callable[[], _T]) -> _T:
+        """Do a request about `name`, again while the service is down, slow or busy: full jitter, a few times.
+
+        Raises:
+            NotFound, DiskFull, BlobsUnavailable: as the answer means.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        attempts = Retrying(
+            stop=stop_after_attempt(self._tries),
+            wait=wait_random_exponential(multiplier=_FIRST_WAIT_S, max=_WAIT_MAX_S),
+            retry=retry_if_exception(_is_passing),
+            before_sleep=_note,
+            reraise=True,
+        )
+        try:
+            return attempts(function)
+        except ClientError as error:
+            _translate(error, f"s3://{self.bucket}/{name}")
+        except BotoCoreError as error:
+            hint = None if _is_passing(error) else _CREDENTIALS_HINT
+            raise BlobsUnavailable(f"s3://{self.bucket}/{name}: {error}", hint=hint) from error
+
+    def size_bytes(self, key: str) -> int | None:
+        """Give an object's size, None without one."""
+        try:
+            return self.call(key, lambda: self.client.head_object(Bucket=self.bucket, Key=key))["ContentLength"]
+        except NotFound:
+            return None
+
+    def put(self, key: str, content: bytes, digest: str) -> None:
+        """Make an object in one request; repeated, it is the same object."""
+        self.call(
+            key,
+            lambda: self.client.put_object(
+                Bucket=self.bucket,
+                Key=key,
+                Body=content,
+                ContentMD5=digest,
+                **self.encryption,
+            ),
+        )
+
+    def move(self, key: str, target: str) -> None:
+        """Give an object another key, inside the service."""
+        from boto3.s3.transfer import TransferConfig
+
+        source: CopySourceTypeDef = {"Bucket": self.bucket, "Key": key}
+        config = TransferConfig(use_threads=False)
+        self.call(
+            key, lambda: self.client.copy(source, self.bucket, target, ExtraArgs=self.encryption or None, Config=config)
+        )
+        self.call(key, lambda: self.client.delete_object(Bucket=self.bucket, Key=key))
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self.client.close()
+
+
+def _make_client(settings: Settings) -> S3Client:
+    try:
+        import boto3
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+    except ImportError as error:
+        raise UsageError(
+            "s3:// needs boto3, which is not installed", hint="pip install 'batchrunner[s3]' brings it."
+        ) from error
+    addressing: Any = {"addressing_style": settings.s3_addressing}
+    config = Config(
+        connect_timeout=min(settings.connect_timeout_s, settings.s3_timeout_s),
+        read_timeout=settings.s3_timeout_s,
+        # Tries are counted in one place, so that their time is bounded.
+        retries={"total_max_attempts": 1},
+        max_pool_connections=settings.s3_threads + 2,
+        s3=addressing,
+        # Checksums in trailers are unknown to many services; Content-MD5 is sent instead, which all of them check.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    try:
+        return boto3.client(
+            "s3",
+            endpoint_url=settings.s3_endpoint_url,
+            region_name=settings.s3_region,
+            verify=settings.s3_ca_bundle,
+            config=config,
+        )
+    except (BotoCoreError, ValueError) as error:
+        raise UsageError(f"no S3 client can be made: {error}", hint=_CREDENTIALS_HINT) from error
+
+
+def _note(state: RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome is not None else None
+    logger.info("S3 is asked again: %s", error, extra={"action": "s3_retried"})
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Whether the same request may succeed in a moment."""
+    from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, IncompleteReadError  # noqa: A004
+
+    if isinstance(error, HTTPClientError | ConnectionError | IncompleteReadError):
+        return True
+    if not isinstance(error, ClientError):
+        return False
+    status, code = status_of(error), code_of(error)
+    return (status >= 500 and status not in (501, 507) and code not in _FULL) or status == 429 or code in _PASSING
+
+
+def status_of(error: BaseException) -> int:
+    """Give the HTTP status of an answer, 0 without one."""
+    answer = getattr(error, "response", None) or {}
+    return int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def code_of(error: BaseException) -> str:
+    """Give the code of an answer, empty without one."""
+    answer = getattr(error, "response", None) or {}
+    return str(answer.get("Error", {}).get("Code", ""))
+
+
+def is_unknown_outcome(error: BatchrunnerError) -> bool:
+    """Whether the request that failed may have been done all the same."""
+    cause = error.__cause__
+    return cause is not None and (status_of(cause) in (0, 404) or status_of(cause) >= 500)
+
+
+def _translate(error: Exception, place: str) -> NoReturn:
+    """Raise our error for an answer of the service."""
+    status, code = status_of(error), code_of(error)
+    reason = f"{place}: {code or status}: {str(error).rpartition(': ')[2]}"
+    if code in _MISSING:
+        raise NotFound(f"{place} does not exist") from error
+    if status == 507 or code in _FULL:
+        raise DiskFull(reason, hint="Make space in the bucket; the run goes on by itself.") from error
+    if code == "NoSuchBucket":
+        raise BlobsUnavailable(reason, hint="Make the bucket, or correct its name.") from error
+    if status in (401, 403):
+        raise BlobsUnavailable(reason, hint=_CREDENTIALS_HINT) from error
+    raise BlobsUnavailable(reason) from error

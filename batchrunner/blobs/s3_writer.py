@@ -1,0 +1,198 @@
+"""An object on its way into a bucket: one request if it is small, else parts that are sent while more bytes come."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, TypeVar
+
+from batchrunner.blobs.names import checked
+from batchrunner.blobs.s3_client import S3Requests, is_unknown_outcome
+from batchrunner.errors import BatchrunnerError, BlobsUnavailable, NameTaken, NotFound
+
+if TYPE_CHECKING:
+    from types_boto3_s3.type_defs import CompletedPartTypeDef
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+# Parts on their way at a time; a third gathers meanwhile.
+_SENDING_MAX = 2
+# Source: Amazon S3, multipart upload limits.
+_PARTS_MAX = 10_000
+
+
+def digest(content: bytes) -> str:
+    """Give what Content-MD5 says of a body, which every service compares with what it got."""
+    return base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
+
+
+class _Part:
+    """One part: its bytes until the service has them, then its tag."""
+
+    __slots__ = ("content", "etag", "number", "sending")
+
+    def __init__(self, number: int, content: bytes) -> None:
+        self.number = number
+        self.content = content
+        self.etag = ""
+        self.sending: Future[str] | None = None
+
+
+class S3Writer:
+    """See BlobWriter. Holds three parts at most."""
+
+    def __init__(self, requests: S3Requests, threads: ThreadPoolExecutor, key: str, *, part_bytes: int) -> None:
+        self._requests = requests
+        self._client = requests.client
+        self._threads = threads
+        self._key = key
+        self._part_bytes = part_bytes
+        self._upload_id: str | None = None
+        self._held = bytearray()
+        self._size_bytes = 0
+        self._parts: list[_Part] = []
+        self._is_over = False
+
+    def write(self, chunk: bytes) -> None:
+        """See BlobWriter. A part that could not be sent is sent again before more is taken."""
+        if self._is_over:
+            raise BlobsUnavailable(f"{self._key} has ended")
+        while len(self._held) >= self._part_bytes:
+            self._send(bytes(self._held[: self._part_bytes]))
+            del self._held[: self._part_bytes]
+        self._held += chunk
+        self._size_bytes += len(chunk)
+
+    def commit(self, last_part: str | None = None) -> None:
+        """See BlobWriter."""
+        if self._is_over:
+            raise BlobsUnavailable(f"{self._key} has ended")
+        key = self._key
+        if last_part is not None:
+            checked(last_part)
+            key = f"{key.rpartition('/')[0]}/{last_part}" if "/" in key else last_part
+        if self._requests.size_bytes(key) is not None:
+            raise NameTaken(f"{key} exists already")
+        if self._upload_id is None and len(self._held) <= self._part_bytes:
+            self._requests.put(key, bytes(self._held), digest(bytes(self._held)))
+        else:
+            self._finish_upload()
+            if key != self._key:
+                self._requests.move(self._key, key)
+        self._verify(key)
+        self._is_over = True
+        self._held.clear()
+
+    def abort(self) -> None:
+        """See BlobWriter."""
+        self._is_over = True
+        self._held.clear()
+        # A part that lands behind the abort would stay.
+        wait([each.sending for each in self._parts if each.sending is not None and not each.sending.cancel()])
+        upload_id, self._upload_id = self._upload_id, None
+        if upload_id is None:
+            return
+        try:
+            self._requests.call(
+                self._key,
+                lambda: self._client.abort_multipart_upload(
+                    Bucket=self._requests.bucket, Key=self._key, UploadId=upload_id
+                ),
+            )
+        except BatchrunnerError as error:
+            logger.warning(
+                "the parts of %s are left to the sweep: %s", self._key, error, extra={"action": "parts_left"}
+            )
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def _send(self, content: bytes) -> None:
+        """Put a part on its way. When this raises it is not: earlier parts have to get there first."""
+        if self._upload_id is None:
+            self._upload_id = self._begin_upload()
+        unsent = [part for part in self._parts if not part.etag]
+        if len(unsent) >= _SENDING_MAX:
+            self._await_part(unsent[0])
+        if len(self._parts) >= _PARTS_MAX:
+            limit = _PARTS_MAX * self._part_bytes
+            raise BlobsUnavailable(
+                f"{self._key} is larger than {limit:,} bytes", hint="Raise s3_part_bytes, at most to 16 MiB."
+            )
+        part = _Part(len(self._parts) + 1, content)
+        self._parts.append(part)
+        part.sending = self._threads.submit(self._upload, part)
+
+    def _await_part(self, part: _Part) -> None:
+        """Return once the service has the part; one that failed before is sent again."""
+        if part.etag:
+            return
+        sending, part.sending = part.sending, None
+        part.etag = self._upload(part) if sending is None else sending.result()
+        part.content = b""
+
+    def _begin_upload(self) -> str:
+        answer = self._call(
+            lambda: self._client.create_multipart_upload(
+                Bucket=self._requests.bucket,
+                Key=self._key,
+                **self._requests.encryption,
+            ),
+        )
+        return answer["UploadId"]
+
+    def _upload(self, part: _Part) -> str:
+        upload_id = self._upload_id
+        assert upload_id is not None
+        check = digest(part.content)
+        answer = self._call(
+            lambda: self._client.upload_part(
+                Bucket=self._requests.bucket,
+                Key=self._key,
+                UploadId=upload_id,
+                PartNumber=part.number,
+                Body=part.content,
+                ContentMD5=check,
+            ),
+        )
+        return answer["ETag"]
+
+    def _finish_upload(self) -> None:
+        """Send what is left and have the parts joined; an object of the right size counts, whatever the answer was."""
+        while self._held:
+            self._send(bytes(self._held[: self._part_bytes]))
+            del self._held[: self._part_bytes]
+        for part in self._parts:
+            self._await_part(part)
+        upload_id = self._upload_id
+        assert upload_id is not None
+        parts: list[CompletedPartTypeDef] = [{"PartNumber": part.number, "ETag": part.etag} for part in self._parts]
+        try:
+            self._call(
+                lambda: self._client.complete_multipart_upload(
+                    Bucket=self._requests.bucket,
+                    Key=self._key,
+                    UploadId=upload_id,
+                    MultipartUpload={"Parts": parts},
+                ),
+            )
+        except BatchrunnerError as error:
+            if not is_unknown_outcome(error) or self._requests.size_bytes(self._key) != self._size_bytes:
+                raise
+            logger.info("%s is whole although: %s", self._key, error, extra={"action": "upload_was_joined"})
+        self._upload_id = None
+
+    def _call(self, function: Callable[[], _T]) -> _T:
+        try:
+            return self._requests.call(self._key, function)
+        except NotFound as error:
+            raise BlobsUnavailable(f"the upload of {self._key} is gone") from error.__cause__
+
+    def _verify(self, key: str) -> None:
+        found = self._requests.size_bytes(key)
+        if found != self._size_bytes:
+            raise BlobsUnavailable(f"{key} has {found} bytes in the bucket, {self._size_bytes} were written")
