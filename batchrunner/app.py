@@ -33,6 +33,7 @@ from batchrunner.pipeline import Pipeline
 from batchrunner.ports import Store, Upstream
 from batchrunner.sessions import SessionLocks
 from batchrunner.settings import Settings
+from batchrunner.shard_journal import Frozen
 from batchrunner.store.schema import VERSION as SCHEMA
 from batchrunner.store.schema import version_of_file as schema_of_file
 from batchrunner.store.sqlite import SqliteStore
@@ -46,6 +47,9 @@ logger = logging.getLogger(__name__)
 
 # A server whose workers die as soon as they start tries again after this time, and answers requests meanwhile.
 _WORKER_WAITS_S = 30.0
+# How often segments that are written in one request are looked at, and the results that may wait for that.
+_FROZEN_TICK_S = 0.1
+_FROZEN_BYTES_MAX = 16 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,12 +149,7 @@ async def worker_session(
     session = SessionId(adapters.rng.token_hex(8))
     locks.hold(session)
     await asyncio.to_thread(adapters.store.open_session, session, host=socket.gethostname(), pid=os.getpid())
-    journal = Journal(
-        adapters.blobs,
-        session,
-        on_durable=lambda: _call_soon(loop, worker.durable),
-        tick_s=settings.journal_tick_s,
-    )
+    journal = _journal(adapters, session, settings, on_durable=lambda: _call_soon(loop, worker.durable))
     gate = _gate(settings)
     upstream: Upstream
     if is_server and settings.base_url is None:
@@ -186,6 +185,29 @@ async def worker_session(
         await asyncio.to_thread(journal.close)
         await asyncio.to_thread(adapters.store.release_session, session, died=False)
         locks.let_go(session)
+
+
+def _journal(adapters: Adapters, session: SessionId, settings: Settings, *, on_durable: Callable[[], None]) -> Journal:
+    """Prepare to make results durable: in small groups, or where each is a request, in few and large ones."""
+    if not adapters.blobs.has_frozen_segments:
+        return Journal(adapters.blobs, session, on_durable=on_durable, tick_s=settings.journal_tick_s)
+    frozen = Frozen(
+        clock=adapters.clock,
+        segment_s=settings.segment_s,
+        segment_bytes=settings.segment_bytes,
+        writers=settings.s3_threads,
+    )
+    return Journal(
+        adapters.blobs,
+        session,
+        on_durable=on_durable,
+        tick_s=_FROZEN_TICK_S,
+        records_max=sys.maxsize,
+        bytes_max=_FROZEN_BYTES_MAX,
+        wake_records=sys.maxsize,
+        wake_bytes=sys.maxsize,
+        frozen=frozen,
+    )
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:

@@ -6,6 +6,7 @@ somebody else's business.
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ from batchrunner import crash
 from batchrunner.assets import Assets
 from batchrunner.errors import InputChanged, ReconciliationError
 from batchrunner.frames import Salvaged, lost_count, salvage
-from batchrunner.journal import Journal, ShardJournal, copy_salvaged
+from batchrunner.journal import Journal, copy_salvaged
 from batchrunner.limits import Breaker
 from batchrunner.lines import LineRules, is_blank, reparse
 from batchrunner.models import (
@@ -35,13 +36,18 @@ from batchrunner.models import (
 )
 from batchrunner.ports import Blobs
 from batchrunner.results import ResultLines
+from batchrunner.shard_journal import ShardJournal
 
 # Lines that a mark reserves ahead of the one handed out. A takeover counts every line up to the mark as possibly sent,
 # so a longer reservation makes that bound looser, a shorter one makes hand-out wait for the disk more often.
 _AHEAD_MIN, _AHEAD_MAX = 16, 256
+# The same where the mark is a row in the store, which takes longer: half of it is asked for while there is still some.
+_FAR_MIN, _FAR_MAX = 64, 512
 
 # A line that was open at this many deaths of its quarantined holder is given up.
 _POISON_DEATHS = 2
+
+_NEVER = sys.maxsize
 
 _UNKNOWN = "The worker died while this request was under way; it may have been processed and may be sent only once."
 _UNTOLD = "The run was stopped while this request was under way; it may have been processed and may be sent only once."
@@ -101,6 +107,11 @@ class ShardRun:
         self._begun_count = self._left_count
         self._untouched_count = self._left_count
         self._hold_at = claim.batch.hold_at
+        # Behind this line the next mark is asked for, so that hand-out need not wait for it.
+        self._early_mark = _NEVER
+        if not journal.keeps_marks:
+            # The first mark goes into the store with the claim; where there are intents they are marks enough.
+            journal.reserve(self._line_number + _FAR_MIN if self.intent_mark is None else _NEVER)
 
     @property
     def untouched_count(self) -> int:
@@ -190,9 +201,40 @@ class ShardRun:
                 self.on_need()
             return False
         if number > self.journal.durable_mark:
-            self.journal.reserve(number + min(_AHEAD_MAX, max(_AHEAD_MIN, 2 * self.in_flight_count)))
+            self._ask_mark(number)
             return False
+        if number > self._early_mark:
+            self._ask_mark(number)
         return True
+
+    def _ask_mark(self, number: int) -> None:
+        """Have a mark beyond this line made durable."""
+        journal = self.journal
+        if journal.keeps_marks:
+            journal.reserve(number + min(_AHEAD_MAX, max(_AHEAD_MIN, 2 * self.in_flight_count)))
+        elif self.intent_mark is None and journal.wanted_mark <= journal.durable_mark:
+            journal.reserve(number + min(_FAR_MAX, max(_FAR_MIN, 4 * self.in_flight_count)))
+            self.on_need()
+
+    def mark_to_register(self, window: int) -> int | None:
+        """Give the mark that must be in the store before more lines may go out, None where nobody waits for one."""
+        if self.intent_mark is None:
+            journal = self.journal
+            return None if journal.keeps_marks or journal.wanted_mark <= journal.durable_mark else journal.wanted_mark
+        if self.intent_wanted <= self.intent_mark:
+            return None
+        ahead = 0 if self.is_quarantined else max(0, window - self.in_flight_count - 1)
+        return min(self.intent_wanted + ahead, self.last_line)
+
+    def mark_registered(self, mark: int) -> None:
+        """Go on to the mark, which is in the store."""
+        journal = self.journal
+        if self.intent_mark is not None:
+            self.intent_mark = mark
+        if not journal.keeps_marks:
+            before = journal.durable_mark
+            journal.mark_registered(mark)
+            self._early_mark = _NEVER if mark >= self.last_line else (max(before, self._line_number) + mark) // 2
 
     def record(self, line_number: int, kind: RecordKind, payload: bytes, usage: Usage) -> None:
         """Journal the final result of a line; it is durable after the next group commit."""
@@ -388,6 +430,10 @@ def load(blobs: Blobs, journal: Journal, claim: Claim, rules: LineRules) -> Shar
     is_at_most_once = claim.batch.on_unknown is OnUnknown.FAIL
     found = salvage(blobs, claim, lines=lines, keep_failures=is_at_most_once)
     own = journal.open(claim.batch.id, claim.ref, first_mark=first_mark)
+    if not own.keeps_marks and shard.intent_mark >= shard.first_line:
+        # The store keeps one mark for all claims, and each of them registered it before it sent anything.
+        marks = {epoch: shard.intent_mark for epoch, _ in claim.earlier}
+        found = replace(found, marks=marks, mark=shard.intent_mark)
     run = ShardRun(claim, buffer, rules, own, set(found.registered))
     run.take_over(found, blobs)
     crash.point("salvage.copied")

@@ -224,8 +224,8 @@ class Worker:
                 await self._lead_out(run)
             elif run.is_finished:
                 await self._settle_if_durable(run)
-            elif run.intent_mark is not None and run.intent_wanted > run.intent_mark:
-                await self._register_intent(run)
+            elif run.mark_to_register(self.fanout.window) is not None:
+                await self._register_mark(run)
             else:
                 if run.is_held:
                     await self._split(run, keep_lines=0)
@@ -253,16 +253,17 @@ class Worker:
         crash.point("register.committed")
         self._registered(run, progress)
 
-    async def _register_intent(self, run: ShardRun) -> None:
-        ahead = 0 if run.is_quarantined else max(0, self.fanout.window - run.in_flight_count - 1)
-        mark = min(run.intent_wanted + ahead, run.last_line)
+    async def _register_mark(self, run: ShardRun) -> None:
+        """Register what is durable, and the mark that lines may wait for."""
+        mark = run.mark_to_register(self.fanout.window)
         await self._register(run, intent_mark=mark)
-        run.intent_mark = mark
-        self.fanout.wake()
+        if mark is not None:
+            run.mark_registered(mark)
+            self.fanout.wake()
 
     async def _settle_if_durable(self, run: ShardRun) -> None:
         if run.journal.waiting_records:
-            self._pipeline.journal.request_sync()
+            run.journal.request_sync()
             return
         crash.point("settle.before_commit")
         if await self._call(self._store.settle, run.claim.ref, run.progress()):
@@ -283,7 +284,7 @@ class Worker:
             await self._settle_if_durable(run)
             return
         if run.journal.waiting_records and self._pipeline.journal.trouble is None:
-            self._pipeline.journal.request_sync()
+            run.journal.request_sync()
             return
         await self._call(self._store.give_back, run.claim.ref, run.last_progress())
         crash.point("give_back.committed")
@@ -423,7 +424,7 @@ class Worker:
                 return
             # What was salvaged and may be sent again is on record before the first line goes out: a second death must
             # not hide the repeats of the first.
-            await self._register(run)
+            await self._register_mark(run)
         except Fenced:
             return
         except InputChanged as error:

@@ -34,7 +34,7 @@ from batchrunner.frames import (
     salvage,
     scan_tail,
 )
-from batchrunner.journal import Journal, ShardJournal, copy_salvaged
+from batchrunner.journal import Journal, copy_salvaged
 from batchrunner.models import (
     NO_USAGE,
     Batch,
@@ -51,6 +51,7 @@ from batchrunner.models import (
     Usage,
 )
 from batchrunner.ports import Blobs, BlobWriter
+from batchrunner.shard_journal import ShardJournal
 
 BATCH = BatchId("batch_1")
 TASK = TaskId(7)
