@@ -94,7 +94,7 @@ class Fanout:
         self._in_flight: set[Work] = set()
         self._is_closed = False
         self._contact_message = ""
-        self._sampler = Sampler(clock.monotonic_s())
+        self.sampler = Sampler(clock.monotonic_s())
 
     # -- what the worker calls ---------------------------------------------------------------------------------------
 
@@ -156,7 +156,7 @@ class Fanout:
 
     def take_sample(self) -> Sample:
         """Give what happened since the last sample, for the window's controller."""
-        return self._sampler.take(self._clock.monotonic_s(), self.effective_window, self.short_of())
+        return self.sampler.take(self._clock.monotonic_s(), self.effective_window, self.short_of())
 
     def short_of(self) -> Bound:
         """What keeps the window from being full, if anything does."""
@@ -214,7 +214,7 @@ class Fanout:
 
     def _tick(self, group: asyncio.TaskGroup) -> None:
         now_s = self._clock.monotonic_s()
-        self._sampler.note_in_flight(now_s, len(self._in_flight))
+        self.sampler.note_in_flight(now_s, len(self._in_flight))
         self.memory.share()
         if self._is_closed:
             return
@@ -366,7 +366,7 @@ class Fanout:
 
     def _accept(self, work: Work, attempt: Attempt, facts: ReplyFacts) -> None:
         run, line, usage, tally = work.run, work.line, facts.usage, self.tally
-        self._sampler.note_answer(attempt.elapsed_s)
+        self.sampler.note_answer(attempt.elapsed_s)
         run.breaker.note(None, line.line_number)
         self.memory.note_reply(len(attempt.body))
         payload = run.results.answered(
@@ -417,18 +417,18 @@ class Fanout:
             gate.outage.note_failure(now_s, len(self._in_flight) + 1)
             gate.first_contact.note_failure(now_s)
             self._contact_message = attempt.message or f"status {attempt.status}"
-            self._sampler.broken += 1
+            self.sampler.broken += 1
         elif error is not None:
-            self._sampler.broken += 1
+            self.sampler.broken += 1
         elif attempt.status in REFUSALS:
-            self._sampler.refused += 1
+            self.sampler.refused += 1
             self._refused_places += 1
             if attempt.retry_after_s is not None:
                 in_flight = len(self._in_flight) + 1
                 asked_s = min(attempt.retry_after_s, self._policy.retry_after_max_s)
                 gate.cooldown.ask(now_s, asked_s, in_flight=in_flight, uniform=self._rng.uniform())
         else:
-            self._sampler.note_answer(attempt.elapsed_s)
+            self.sampler.note_answer(attempt.elapsed_s)
             work.run.breaker.note(suspicion(attempt), work.line.line_number)
 
     def _retry(self, work: Work, attempt: Attempt, verdict: RetryAfter, now_s: float) -> None:

@@ -395,11 +395,11 @@ class ShardJournal:
             self.let_go()
 
     def _next_segment(self) -> None:
-        """Begin anew behind a frozen segment; what came while it was tried again and again has waited long enough."""
+        """Begin anew behind a frozen segment; what was kept back while it was tried again has waited long enough."""
         self.let_go()
         self._segment = replace(self._segment, number=self._segment.number + 1)
         self._length = 0
-        if self._queue.parts:
+        if self._queue.parts and self not in self._backlog.dirty:
             self._is_urgent = True
             self._backlog.stir(self)
             self._backlog.hurry()

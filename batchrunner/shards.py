@@ -42,7 +42,7 @@ from batchrunner.shard_journal import ShardJournal
 # so a longer reservation makes that bound looser, a shorter one makes hand-out wait for the disk more often.
 _AHEAD_MIN, _AHEAD_MAX = 16, 256
 # The same where the mark is a row in the store, which takes longer: half of it is asked for while there is still some.
-_FAR_MIN, _FAR_MAX = 64, 512
+_FAR_MIN, _FAR_MAX = 64, 1024
 
 # A line that was open at this many deaths of its quarantined holder is given up.
 _POISON_DEATHS = 2
@@ -216,11 +216,17 @@ class ShardRun:
             journal.reserve(number + min(_FAR_MAX, max(_FAR_MIN, 4 * self.in_flight_count)))
             self.on_need()
 
-    def mark_to_register(self, window: int) -> int | None:
-        """Give the mark that must be in the store before more lines may go out, None where nobody waits for one."""
+    def mark_to_register(self, window: int, *, lines_ahead: int) -> int | None:
+        """Give the mark that must be in the store before more lines may go out, None where nobody waits for one.
+
+        It covers as few unsent lines as it can where each may be sent once only, else as many as hand-out needs while
+        the store is asked.
+        """
         if self.intent_mark is None:
             journal = self.journal
-            return None if journal.keeps_marks or journal.wanted_mark <= journal.durable_mark else journal.wanted_mark
+            if journal.keeps_marks or journal.wanted_mark <= journal.durable_mark:
+                return None
+            return max(journal.wanted_mark, self._line_number + min(_FAR_MAX, lines_ahead))
         if self.intent_wanted <= self.intent_mark:
             return None
         ahead = 0 if self.is_quarantined else max(0, window - self.in_flight_count - 1)

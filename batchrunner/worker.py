@@ -224,13 +224,12 @@ class Worker:
                 await self._lead_out(run)
             elif run.is_finished:
                 await self._settle_if_durable(run)
-            elif run.mark_to_register(self.fanout.window) is not None:
-                await self._register_mark(run)
             else:
                 if run.is_held:
                     await self._split(run, keep_lines=0)
-                if self._clock.monotonic_s() - run.registered_at_s >= self._settings.register_s:
-                    await self._register(run)
+                mark = self._mark_of(run)
+                if mark is not None or self._clock.monotonic_s() - run.registered_at_s >= self._settings.register_s:
+                    await self._register(run, intent_mark=mark)
         except Fenced:
             logger.warning(
                 "shard lost to a newer holder", extra={"action": "shard_fenced", "task_id": run.shard.task_id}
@@ -252,14 +251,13 @@ class Worker:
         await self._call(self._store.register, run.claim.ref, progress)
         crash.point("register.committed")
         self._registered(run, progress)
-
-    async def _register_mark(self, run: ShardRun) -> None:
-        """Register what is durable, and the mark that lines may wait for."""
-        mark = run.mark_to_register(self.fanout.window)
-        await self._register(run, intent_mark=mark)
-        if mark is not None:
-            run.mark_registered(mark)
+        if intent_mark is not None:
+            run.mark_registered(intent_mark)
             self.fanout.wake()
+
+    def _mark_of(self, run: ShardRun) -> int | None:
+        window = self.fanout.window
+        return run.mark_to_register(window, lines_ahead=self.fanout.sampler.lines_ahead(window))
 
     async def _settle_if_durable(self, run: ShardRun) -> None:
         if run.journal.waiting_records:
@@ -424,7 +422,7 @@ class Worker:
                 return
             # What was salvaged and may be sent again is on record before the first line goes out: a second death must
             # not hide the repeats of the first.
-            await self._register_mark(run)
+            await self._register(run, intent_mark=self._mark_of(run))
         except Fenced:
             return
         except InputChanged as error:
