@@ -12,18 +12,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from batchrunner.blobs.names import checked, is_name
-from batchrunner.blobs.s3_client import S3Address, S3Requests, status_of
+from batchrunner.blobs.s3_client import S3Address, S3Requests
 from batchrunner.blobs.s3_writer import S3Writer, digest
 from batchrunner.errors import BlobsUnavailable, NameTaken, NotFound
 from batchrunner.ports import Clock
 from batchrunner.settings import Settings
 
 if TYPE_CHECKING:
-    from types_boto3_s3.type_defs import (
-        ListMultipartUploadsOutputTypeDef,
-        ListObjectsV2OutputTypeDef,
-        MultipartUploadTypeDef,
-    )
+    from types_boto3_s3.type_defs import ListObjectsV2OutputTypeDef
 
 logger = logging.getLogger(__name__)
 
@@ -55,23 +51,7 @@ class S3Blobs:
 
     def read(self, name: str, start: int, end: int) -> bytes:
         """See Blobs."""
-        key = self._key(name)
-        return self._requests.call(key, lambda: self._read(key, start, end)) if end > start else b""
-
-    def _read(self, key: str, start: int, end: int) -> bytes:
-        from botocore.exceptions import ClientError, IncompleteReadError
-
-        try:
-            answer = self._client.get_object(Bucket=self._address.bucket, Key=key, Range=f"bytes={start}-{end - 1}")
-        except ClientError as error:
-            if status_of(error) == 416:
-                return b""
-            raise
-        with answer["Body"] as body:
-            content: bytes = body.read()
-        if len(content) != answer["ContentLength"] or len(content) > end - start:
-            raise IncompleteReadError(actual_bytes=len(content), expected_bytes=answer["ContentLength"])
-        return content
+        return self._requests.read(self._key(name), start, end)
 
     def size_bytes(self, name: str) -> int:
         """See Blobs."""
@@ -100,11 +80,7 @@ class S3Blobs:
 
     def delete(self, name: str) -> None:
         """See Blobs."""
-        key = self._key(name)
-        try:
-            self._requests.call(key, lambda: self._client.delete_object(Bucket=self._address.bucket, Key=key))
-        except NotFound:
-            return
+        self._requests.delete(self._key(name))
 
     def free_bytes(self) -> int | None:
         """See Blobs."""
@@ -119,31 +95,12 @@ class S3Blobs:
     def drop_unfinished(self, *, older_than_s: float) -> int:
         """See Blobs."""
         before = self._clock.now() - timedelta(seconds=older_than_s)
-        stale = [each for each in self._uploads() if each["Initiated"] <= before or older_than_s <= 0]
+        uploads = self._requests.uploads(self._within)
+        stale = [each for each in uploads if older_than_s <= 0 or each["Initiated"] <= before]
         for each in stale:
-            key = each["Key"]
-            logger.info("unfinished upload of %s is dropped", key, extra={"action": "upload_dropped"})
-            try:
-                self._requests.call(key, partial(self._drop_upload, key, each["UploadId"]))
-            except NotFound:
-                logger.info("the upload of %s had ended", key, extra={"action": "upload_gone"})
+            logger.info("unfinished upload of %s is dropped", each["Key"], extra={"action": "upload_dropped"})
+            self._requests.drop_upload(each["Key"], each["UploadId"])
         return len(stale)
-
-    def _drop_upload(self, key: str, upload_id: str) -> None:
-        self._client.abort_multipart_upload(Bucket=self._address.bucket, Key=key, UploadId=upload_id)
-
-    def _uploads(self) -> Iterator[MultipartUploadTypeDef]:
-        markers: dict[str, Any] | None = {}
-        while markers is not None:
-            page = self._requests.call(self._within, partial(self._uploads_page, markers))
-            yield from (each for each in page.get("Uploads", []) if each["Key"].startswith(self._within))
-            is_last = not page.get("IsTruncated")
-            markers = (
-                None if is_last else {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
-            )
-
-    def _uploads_page(self, markers: dict[str, Any]) -> ListMultipartUploadsOutputTypeDef:
-        return self._client.list_multipart_uploads(Bucket=self._address.bucket, Prefix=self._within, **markers)
 
     def download_url(self, name: str, *, expires_s: float, filename: str) -> str | None:
         """See Blobs."""

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
@@ -17,7 +18,12 @@ from batchrunner.settings import Settings
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
-    from types_boto3_s3.type_defs import CopySourceTypeDef
+    from types_boto3_s3.type_defs import (
+        CopySourceTypeDef,
+        HeadObjectOutputTypeDef,
+        ListMultipartUploadsOutputTypeDef,
+        MultipartUploadTypeDef,
+    )
 
 logger = logging.getLogger(__name__)
 
@@ -108,12 +114,70 @@ class S3Requests:
             hint = None if _is_passing(error) else _CREDENTIALS_HINT
             raise BlobsUnavailable(f"s3://{self.bucket}/{name}: {error}", hint=hint) from error
 
-    def size_bytes(self, key: str) -> int | None:
-        """Give an object's size, None without one."""
+    def head(self, key: str) -> HeadObjectOutputTypeDef | None:
+        """Look at an object, None if there is none."""
         try:
-            return self.call(key, lambda: self.client.head_object(Bucket=self.bucket, Key=key))["ContentLength"]
+            return self.call(key, lambda: self.client.head_object(Bucket=self.bucket, Key=key))
         except NotFound:
             return None
+
+    def size_bytes(self, key: str) -> int | None:
+        """Give an object's size, None without one."""
+        found = self.head(key)
+        return None if found is None else found["ContentLength"]
+
+    def read(self, key: str, start: int, end: int) -> bytes:
+        """Read bytes [start, end); fewer come back only where the object ends."""
+        return self.call(key, lambda: self._read_once(key, start, end)) if end > start else b""
+
+    def _read_once(self, key: str, start: int, end: int) -> bytes:
+        from botocore.exceptions import ClientError, IncompleteReadError
+
+        try:
+            answer = self.client.get_object(Bucket=self.bucket, Key=key, Range=f"bytes={start}-{end - 1}")
+        except ClientError as error:
+            if status_of(error) == 416:
+                return b""
+            raise
+        with answer["Body"] as body:
+            content: bytes = body.read()
+        if len(content) != answer["ContentLength"] or len(content) > end - start:
+            raise IncompleteReadError(actual_bytes=len(content), expected_bytes=answer["ContentLength"])
+        return content
+
+    def delete(self, key: str) -> None:
+        """Remove an object; a missing one is no error."""
+        try:
+            self.call(key, lambda: self.client.delete_object(Bucket=self.bucket, Key=key))
+        except NotFound:
+            return
+
+    def uploads(self, prefix: str) -> Iterator[MultipartUploadTypeDef]:
+        """Give the unfinished uploads of keys that begin so."""
+        markers: dict[str, Any] | None = {}
+        while markers is not None:
+            page = self.call(prefix, partial(self._uploads_page, prefix, markers))
+            yield from (each for each in page.get("Uploads", []) if each["Key"].startswith(prefix))
+            is_last = not page.get("IsTruncated")
+            markers = (
+                None if is_last else {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+            )
+
+    def _uploads_page(self, prefix: str, markers: dict[str, Any]) -> ListMultipartUploadsOutputTypeDef:
+        return self.client.list_multipart_uploads(Bucket=self.bucket, Prefix=prefix, **markers)
+
+    def drop_upload(self, key: str, upload_id: str) -> None:
+        """Have the parts of an upload removed; one that has ended is no error."""
+        try:
+            self.call(key, lambda: self.client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload_id))
+        except NotFound:
+            logger.info("the upload of %s had ended", key, extra={"action": "upload_gone"})
+
+    def drop_uploads(self, key: str) -> None:
+        """Drop what writers of this one key left that were killed."""
+        for each in list(self.uploads(key)):
+            if each["Key"] == key:
+                self.drop_upload(key, each["UploadId"])
 
     def put(self, key: str, content: bytes, digest: str) -> None:
         """Make an object in one request; repeated, it is the same object."""

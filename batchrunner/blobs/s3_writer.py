@@ -14,7 +14,7 @@ from batchrunner.blobs.s3_client import S3Requests, is_unknown_outcome
 from batchrunner.errors import BatchrunnerError, BlobsUnavailable, NameTaken, NotFound
 
 if TYPE_CHECKING:
-    from types_boto3_s3.type_defs import CompletedPartTypeDef
+    from types_boto3_s3.type_defs import CompletedPartTypeDef, HeadObjectOutputTypeDef
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +44,24 @@ class _Part:
 
 
 class S3Writer:
-    """See BlobWriter. Holds three parts at most."""
+    """See BlobWriter. Holds three parts at most. One that `is_replacing` takes the place of an object of that key."""
 
-    def __init__(self, requests: S3Requests, threads: ThreadPoolExecutor, key: str, *, part_bytes: int) -> None:
+    def __init__(
+        self,
+        requests: S3Requests,
+        threads: ThreadPoolExecutor,
+        key: str,
+        *,
+        part_bytes: int,
+        is_replacing: bool = False,
+    ) -> None:
         self._requests = requests
         self._client = requests.client
         self._threads = threads
         self._key = key
         self._part_bytes = part_bytes
+        self._is_replacing = is_replacing
+        self._before: HeadObjectOutputTypeDef | None = None
         self._upload_id: str | None = None
         self._held = bytearray()
         self._size_bytes = 0
@@ -76,7 +86,8 @@ class S3Writer:
         if last_part is not None:
             checked(last_part)
             key = f"{key.rpartition('/')[0]}/{last_part}" if "/" in key else last_part
-        if self._requests.size_bytes(key) is not None:
+        self._before = self._requests.head(key)
+        if self._before is not None and not self._is_replacing:
             raise NameTaken(f"{key} exists already")
         if self._upload_id is None and len(self._held) <= self._part_bytes:
             self._requests.put(key, bytes(self._held), digest(bytes(self._held)))
@@ -98,12 +109,7 @@ class S3Writer:
         if upload_id is None:
             return
         try:
-            self._requests.call(
-                self._key,
-                lambda: self._client.abort_multipart_upload(
-                    Bucket=self._requests.bucket, Key=self._key, UploadId=upload_id
-                ),
-            )
+            self._requests.drop_upload(self._key, upload_id)
         except BatchrunnerError as error:
             logger.warning(
                 "the parts of %s are left to the sweep: %s", self._key, error, extra={"action": "parts_left"}
@@ -181,10 +187,17 @@ class S3Writer:
                 ),
             )
         except BatchrunnerError as error:
-            if not is_unknown_outcome(error) or self._requests.size_bytes(self._key) != self._size_bytes:
+            if not is_unknown_outcome(error) or not self._is_there():
                 raise
             logger.info("%s is whole although: %s", self._key, error, extra={"action": "upload_was_joined"})
         self._upload_id = None
+
+    def _is_there(self) -> bool:
+        """Whether the object is the one that was to be, and not one that it was to replace."""
+        found, before = self._requests.head(self._key), self._before
+        if found is None or found["ContentLength"] != self._size_bytes:
+            return False
+        return before is None or (found["ETag"], found["LastModified"]) != (before["ETag"], before["LastModified"])
 
     def _call(self, function: Callable[[], _T]) -> _T:
         try:
