@@ -50,7 +50,7 @@ def open_blobs(folder: Path, settings: Settings, clock: Clock, rng: Rng) -> Fold
                 extra={"action": "blobs_stay"},
             )
             return local
-    from batchrunner.blobs.s3_client import parse_address
+    from batchrunner.blobs.s3_address import parse_address
     from batchrunner.blobs.s3_home import HomedBlobs
 
     if not note.exists():

@@ -12,7 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from batchrunner.blobs.names import checked, is_name
-from batchrunner.blobs.s3_client import S3Address, S3Requests
+from batchrunner.blobs.s3_address import S3Address
+from batchrunner.blobs.s3_client import S3Requests
 from batchrunner.blobs.s3_writer import S3Writer, digest
 from batchrunner.errors import BlobsUnavailable, NameTaken, NotFound
 from batchrunner.ports import Clock

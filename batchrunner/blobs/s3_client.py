@@ -5,9 +5,7 @@ our words. boto3 is imported when the first client is made.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -29,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-# Source: the rules for bucket names of Amazon S3; a prefix is whatever may follow, without empty parts.
-_ADDRESS = re.compile(r"s3://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]{1,62})(?P<key>(?:/[^/\x00-\x1f]+)*)/?")
 _TRIES = 5
 _FIRST_WAIT_S, _WAIT_MAX_S = 0.2, 5.0
 # Source: the error codes of Amazon S3, and those of MinIO for a full disk.
@@ -41,38 +37,6 @@ _CREDENTIALS_HINT = (
     "Give boto3 credentials that may list, read, write and delete there: AWS_ACCESS_KEY_ID and"
     " AWS_SECRET_ACCESS_KEY, a profile, or a role. `batchrunner doctor` tries them out."
 )
-
-
-@dataclass(frozen=True, slots=True)
-class S3Address:
-    """A place in a bucket: a key, or the prefix of many, without slashes at its ends."""
-
-    bucket: str
-    key: str
-
-    def __str__(self) -> str:
-        return f"s3://{self.bucket}/{self.key}"
-
-    def below(self, part: str) -> S3Address:
-        """Give the address of what lies in this one as in a folder."""
-        return S3Address(self.bucket, f"{self.key}/{part}" if self.key else part)
-
-
-def is_s3(text: str) -> bool:
-    """Tell whether somebody meant an S3 address."""
-    return text.startswith("s3:")
-
-
-def parse_address(text: str) -> S3Address:
-    """Read `s3://BUCKET/KEY`.
-
-    Raises:
-        UsageError: it is no such address.
-    """
-    match = _ADDRESS.fullmatch(text)
-    if match is None:
-        raise UsageError(f"{text!r} is no address of the kind s3://BUCKET/PREFIX")
-    return S3Address(match["bucket"], match["key"].removeprefix("/"))
 
 
 class S3Requests:

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from batchrunner.blobs.s3_client import S3Address, S3Requests
+from batchrunner.blobs.s3_address import S3Address
+from batchrunner.blobs.s3_client import S3Requests
 from batchrunner.blobs.s3_writer import S3Writer
 from batchrunner.errors import BlobsUnavailable, InputChanged
 from batchrunner.settings import Settings

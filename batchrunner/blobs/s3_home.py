@@ -8,7 +8,7 @@ from pathlib import Path
 
 from batchrunner.blobs.local import LocalBlobs
 from batchrunner.blobs.s3 import S3Blobs
-from batchrunner.blobs.s3_client import S3Address
+from batchrunner.blobs.s3_address import S3Address
 from batchrunner.ports import Clock
 from batchrunner.settings import Settings
 

@@ -63,6 +63,7 @@ class S3Writer:
         self._is_replacing = is_replacing
         self._before: HeadObjectOutputTypeDef | None = None
         self._upload_id: str | None = None
+        self._begun_count = 0
         self._held = bytearray()
         self._size_bytes = 0
         self._parts: list[_Part] = []
@@ -96,6 +97,7 @@ class S3Writer:
             if key != self._key:
                 self._requests.move(self._key, key)
         self._verify(key)
+        self._drop_strays()
         self._is_over = True
         self._held.clear()
 
@@ -106,14 +108,14 @@ class S3Writer:
         # A part that lands behind the abort would stay.
         wait([each.sending for each in self._parts if each.sending is not None and not each.sending.cancel()])
         upload_id, self._upload_id = self._upload_id, None
-        if upload_id is None:
-            return
-        try:
-            self._requests.drop_upload(self._key, upload_id)
-        except BatchrunnerError as error:
-            logger.warning(
-                "the parts of %s are left to the sweep: %s", self._key, error, extra={"action": "parts_left"}
-            )
+        if upload_id is not None:
+            try:
+                self._requests.drop_upload(self._key, upload_id)
+            except BatchrunnerError as error:
+                logger.warning(
+                    "the parts of %s are left to the sweep: %s", self._key, error, extra={"action": "parts_left"}
+                )
+        self._drop_strays()
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
@@ -142,14 +144,23 @@ class S3Writer:
         part.content = b""
 
     def _begin_upload(self) -> str:
-        answer = self._call(
-            lambda: self._client.create_multipart_upload(
-                Bucket=self._requests.bucket,
-                Key=self._key,
-                **self._requests.encryption,
-            ),
-        )
-        return answer["UploadId"]
+        def begin() -> str:
+            self._begun_count += 1
+            answer = self._client.create_multipart_upload(
+                Bucket=self._requests.bucket, Key=self._key, **self._requests.encryption
+            )
+            return answer["UploadId"]
+
+        return self._call(begin)
+
+    def _drop_strays(self) -> None:
+        """Drop uploads that were begun with an answer that never came."""
+        if self._begun_count <= 1:
+            return
+        try:
+            self._requests.drop_uploads(self._key)
+        except BatchrunnerError as error:
+            logger.warning("parts of %s may stay: %s", self._key, error, extra={"action": "parts_left"})
 
     def _upload(self, part: _Part) -> str:
         upload_id = self._upload_id

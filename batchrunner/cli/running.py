@@ -240,7 +240,7 @@ def _already_done(request: RunRequest, prepared: Prepared) -> ExitCode:
     if request.is_json and prepared.record.summary is not None:
         click.echo(prepared.record.summary)
     else:
-        say(f"already done: {prepared.output_path} ({MEANINGS[code]}); --fresh starts over")
+        say(f"already done: {prepared.places.shown(prepared.output_path)} ({MEANINGS[code]}); --fresh starts over")
     return code
 
 

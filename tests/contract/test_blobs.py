@@ -10,7 +10,7 @@ import pytest
 
 from batchrunner.blobs.local import LocalBlobs
 from batchrunner.blobs.s3 import S3Blobs
-from batchrunner.blobs.s3_client import S3Address
+from batchrunner.blobs.s3_address import S3Address
 from batchrunner.clock import SystemClock
 from batchrunner.errors import BlobsUnavailable, NameTaken, NotFound, OwnError
 from batchrunner.ports import Blobs
