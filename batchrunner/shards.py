@@ -107,11 +107,17 @@ class ShardRun:
         self._begun_count = self._left_count
         self._untouched_count = self._left_count
         self._hold_at = claim.batch.hold_at
-        # Behind this line the next mark is asked for, so that hand-out need not wait for it.
-        self._early_mark = _NEVER
-        if not journal.keeps_marks:
-            # The first mark goes into the store with the claim; where there are intents they are marks enough.
-            journal.reserve(self._line_number + _FAR_MIN if self.intent_mark is None else _NEVER)
+        self._early_mark = _NEVER  # Behind it the next mark is asked for, so that hand-out need not wait.
+        self._begin_marks()
+
+    def _begin_marks(self) -> None:
+        """Where marks are kept in the store the first goes there with the claim; intents are marks enough."""
+        if self.journal.keeps_marks:
+            return
+        if self.intent_mark is None:
+            self.journal.reserve(self._line_number + _FAR_MIN)
+        else:
+            self.journal.mark_registered(self.intent_mark)
 
     @property
     def untouched_count(self) -> int:

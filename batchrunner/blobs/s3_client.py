@@ -181,6 +181,8 @@ def _make_client(settings: Settings) -> S3Client:
         raise UsageError(
             "s3:// needs boto3, which is not installed", hint="pip install 'batchrunner[s3]' brings it."
         ) from error
+    # It tells where it found credentials each time, as news.
+    logging.getLogger("botocore.credentials").setLevel(logging.WARNING)
     addressing: Any = {"addressing_style": settings.s3_addressing}
     config = Config(
         connect_timeout=min(settings.connect_timeout_s, settings.s3_timeout_s),

@@ -118,10 +118,7 @@ def run(input_place: Path | S3Address, output_place: Path | S3Address, **options
     assert errors_place is None or isinstance(errors_place, Path | S3Address)
     output_path = _stand_in(output_place)
     errors_path = None if errors_place is None else _stand_in(errors_place)
-    if output_path.suffix in _PACKED:
-        raise UsageError(
-            f"OUTPUT {output_path}: packed output is not written", hint=f"Write {output_path.stem}, then pack it."
-        )
+    _refuse_packed(output_path)
     settings, _ = load_settings(
         {
             "base_url": options["base_url"],
@@ -163,6 +160,13 @@ def run(input_place: Path | S3Address, output_place: Path | S3Address, **options
     with asyncio.Runner(loop_factory=tune_process()) as loop:
         code = loop.run(run_to_end(request, settings, api_key_for(settings)))
     sys.exit(int(code or ExitCode.OK))
+
+
+def _refuse_packed(output_path: Path) -> None:
+    if output_path.suffix in _PACKED:
+        raise UsageError(
+            f"OUTPUT {output_path}: packed output is not written", hint=f"Write {output_path.stem}, then pack it."
+        )
 
 
 def _stand_in(place: Path | S3Address) -> Path:

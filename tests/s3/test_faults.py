@@ -150,6 +150,17 @@ def test_upload_that_never_joins_fails_and_its_abort_leaves_nothing(blobs: S3Blo
     assert not blobs.exists("files/a")
 
 
+def test_large_blob_whose_last_part_is_known_late_has_that_name_alone(blobs: S3Blobs) -> None:
+    writer = blobs.writer("assets/b/line_7")
+    writer.write(CONTENT)
+    writer.write(b"more")
+
+    writer.commit("asset_7.mp3")
+
+    assert list(blobs.list("")) == ["assets/b/asset_7.mp3"]
+    assert blobs.read("assets/b/asset_7.mp3", len(CONTENT) - 1, len(CONTENT) + 10) == CONTENT[-1:] + b"more"
+
+
 def test_full_bucket_is_a_full_disk(blobs: S3Blobs, proxy: Proxy) -> None:
     proxy.rule = lambda request: Fault.FULL if request.method in ("PUT", "POST") else None
     segment = blobs.create_segment("journal/a.seg")
