@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from batchrunner.blobs.s3_files import S3Files
 from batchrunner.clock import SystemClock
 from batchrunner.errors import BatchrunnerError, BlobsUnavailable, DiskFull
 from batchrunner.settings import MIB, Settings
+from tests.cli.calling import Called, call
 from tests.s3.proxy import Fault, Proxy, Request, proxied
 from tests.s3.services import BUCKET, Service, client_of
 
@@ -207,7 +209,9 @@ def test_service_that_is_gone_is_no_bug_and_no_missing_blob(blobs: S3Blobs, prox
         assert type(caught.value) is BlobsUnavailable
 
 
-def test_file_takes_the_place_of_an_object_and_is_fetched_again(settings: Settings, tmp_path, proxy: Proxy) -> None:
+def test_file_takes_the_place_of_an_object_and_is_fetched_again(
+    settings: Settings, tmp_path: Path, proxy: Proxy
+) -> None:
     (tmp_path / "a").write_bytes(CONTENT)
     (tmp_path / "b").write_bytes(CONTENT[::-1])
     address = S3Address(BUCKET, "own/out.jsonl")
@@ -233,3 +237,35 @@ def test_download_url_gives_the_bytes_to_anybody(blobs: S3Blobs) -> None:
     with urllib.request.urlopen(url) as answer:
         assert answer.read() == b"content"
         assert answer.headers["Content-Disposition"] == 'attachment; filename="output.jsonl"'
+
+
+def doctor(*arguments: str) -> Called:
+    return call("doctor", *arguments, "--json")
+
+
+@pytest.mark.slow
+def test_doctor_tries_out_the_bucket_and_leaves_nothing_there(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BATCHRUNNER_S3_ENDPOINT_URL", proxy.url)
+    monkeypatch.setenv("BATCHRUNNER_S3_ADDRESSING", "path")
+    monkeypatch.setattr(s3_client, "_WAIT_MAX_S", 0.01)
+
+    good = doctor("--blobs", f"s3://{BUCKET}/tried")
+    no_bucket = doctor("--blobs", "s3://no-such-bucket/tried")
+    no_address = doctor("--blobs", "s3:/batches")
+    proxy.rule = lambda request: Fault.BUSY if request.method == "PUT" else None
+    no_put = doctor("--blobs", f"s3://{BUCKET}/tried")
+
+    assert (good.code, failed(good)) == (0, {})
+    assert no_bucket.code == no_address.code == no_put.code == 1
+    assert "Make the bucket" in failed(no_bucket)["bucket list"]
+    assert "bucket" in failed(no_address)
+    assert "s3:PutObject" in failed(no_put)["bucket put"]
+    assert "Contents" not in client_of(proxy.url).list_objects_v2(Bucket=BUCKET, Prefix="tried/")
+
+
+def failed(called: Called) -> dict[str, str]:
+    """The hints of the checks that failed, by name."""
+    return {check["name"]: check["hint"] for check in called.json["checks"] if check["state"] == "fail"}
