@@ -50,6 +50,7 @@ _WORKER_WAITS_S = 30.0
 # How often segments that are written in one request are looked at, and the results that may wait for that.
 _FROZEN_TICK_S = 0.1
 _FROZEN_BYTES_MAX = 16 << 20
+_FROZEN_WRITERS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +196,7 @@ def _journal(adapters: Adapters, session: SessionId, settings: Settings, *, on_d
         clock=adapters.clock,
         segment_s=settings.segment_s,
         segment_bytes=settings.segment_bytes,
-        writers=settings.s3_threads,
+        writers=min(_FROZEN_WRITERS, settings.s3_threads),
     )
     return Journal(
         adapters.blobs,

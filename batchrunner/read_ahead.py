@@ -10,8 +10,8 @@ from typing import NamedTuple, Self
 
 from batchrunner.ports import Blobs
 
-_THREADS = 4
-_AHEAD_BYTES = 8 << 20
+_THREADS = 3
+_AHEAD_BYTES = 4 << 20
 
 
 class Range(NamedTuple):

@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,6 +34,7 @@ _T = TypeVar("_T")
 
 _LINE_BYTES_MAX = 1 << 20
 _LOOK_S = 2.0
+_UNFINISHED_S = 86400.0
 # What is under way when the parent is gone: nobody waits for this process any more, and a new one may start.
 _ORPHAN_GRACE_S = 1.0
 # How long a request that is cut off gets to take it in, and to undo what it began.
@@ -113,10 +115,15 @@ class ApiProcess:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def _keep_house(self) -> None:
-        """Sweep now and then."""
+        """Sweep now and then, and once a day what writers left that died."""
+        unfinished_at_s = self._adapters.clock.monotonic_s() + _UNFINISHED_S
         while True:
             try:
                 await self._sweep()
+                if self._adapters.clock.monotonic_s() >= unfinished_at_s:
+                    unfinished_at_s += _UNFINISHED_S
+                    drop = partial(self._adapters.blobs.drop_unfinished, older_than_s=_UNFINISHED_S)
+                    await self._called(drop)
             except BatchrunnerError as error:
                 logger.warning("the sweep failed: %s", error, extra={"action": "sweep_failed", "code": error.code})
             await self._adapters.clock.sleep(self._settings.sweep_s)

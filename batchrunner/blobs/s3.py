@@ -105,7 +105,8 @@ class S3Blobs:
 
     def download_url(self, name: str, *, expires_s: float, filename: str) -> str | None:
         """See Blobs."""
-        disposition = f'attachment; filename="{filename}"'
+        plain = "".join(each if each.isascii() and (each.isalnum() or each in "._- ") else "_" for each in filename)
+        disposition = f'attachment; filename="{plain}"'
         return self._client.generate_presigned_url(
             "get_object",
             Params={
@@ -135,24 +136,24 @@ class S3Appender:
     def __init__(self, requests: S3Requests, key: str) -> None:
         self._requests = requests
         self._key = key
-        self._content = bytearray()
+        self._chunks: list[bytes] = []
         self._is_closed = False
 
     def append(self, chunk: bytes) -> None:
         """See Appender. What comes behind a sync has the next one write all again; a journal does not do that."""
         self._check_open()
-        self._content += chunk
+        self._chunks.append(chunk)
 
     def sync(self) -> None:
         """See Appender."""
         self._check_open()
-        content = bytes(self._content)
+        content = b"".join(self._chunks)
         self._requests.put(self._key, content, digest(content))
 
     def close(self) -> None:
         """See Appender."""
         self._is_closed = True
-        self._content.clear()
+        self._chunks.clear()
 
     def _check_open(self) -> None:
         if self._is_closed:

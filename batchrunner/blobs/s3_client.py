@@ -190,6 +190,8 @@ def _make_client(settings: Settings) -> S3Client:
         # Tries are counted in one place, so that their time is bounded.
         retries={"total_max_attempts": 1},
         max_pool_connections=settings.s3_threads + 2,
+        # Without this, addresses for downloads would be signed as few services still understand.
+        signature_version="s3v4",
         s3=addressing,
         # Checksums in trailers are unknown to many services; Content-MD5 is sent instead, which all of them check.
         request_checksum_calculation="when_required",

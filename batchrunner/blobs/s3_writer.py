@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, TypeVar
@@ -64,7 +65,8 @@ class S3Writer:
         self._before: HeadObjectOutputTypeDef | None = None
         self._upload_id: str | None = None
         self._begun_count = 0
-        self._held = bytearray()
+        self._held: deque[bytes | memoryview] = deque()
+        self._held_bytes = 0
         self._size_bytes = 0
         self._parts: list[_Part] = []
         self._is_over = False
@@ -73,10 +75,10 @@ class S3Writer:
         """See BlobWriter. A part that could not be sent is sent again before more is taken."""
         if self._is_over:
             raise BlobsUnavailable(f"{self._key} has ended")
-        while len(self._held) >= self._part_bytes:
-            self._send(bytes(self._held[: self._part_bytes]))
-            del self._held[: self._part_bytes]
-        self._held += chunk
+        while self._held_bytes >= self._part_bytes:
+            self._send_part()
+        self._held.append(chunk)
+        self._held_bytes += len(chunk)
         self._size_bytes += len(chunk)
 
     def commit(self, last_part: str | None = None) -> None:
@@ -90,8 +92,9 @@ class S3Writer:
         self._before = self._requests.head(key)
         if self._before is not None and not self._is_replacing:
             raise NameTaken(f"{key} exists already")
-        if self._upload_id is None and len(self._held) <= self._part_bytes:
-            self._requests.put(key, bytes(self._held), digest(bytes(self._held)))
+        if self._upload_id is None and self._held_bytes <= self._part_bytes:
+            content = b"".join(self._held)
+            self._requests.put(key, content, digest(content))
         else:
             self._finish_upload()
             if key != self._key:
@@ -119,7 +122,7 @@ class S3Writer:
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
-    def _send(self, content: bytes) -> None:
+    def _send_part(self) -> None:
         """Put a part on its way. When this raises it is not: earlier parts have to get there first."""
         if self._upload_id is None:
             self._upload_id = self._begin_upload()
@@ -131,9 +134,24 @@ class S3Writer:
             raise BlobsUnavailable(
                 f"{self._key} is larger than {limit:,} bytes", hint="Raise s3_part_bytes, at most to 16 MiB."
             )
-        part = _Part(len(self._parts) + 1, content)
+        part = _Part(len(self._parts) + 1, self._cut())
         self._parts.append(part)
         part.sending = self._threads.submit(self._upload, part)
+
+    def _cut(self) -> bytes:
+        """Take a part's bytes off what is held, copied once; some services want all parts but the last alike."""
+        left = min(self._held_bytes, self._part_bytes)
+        self._held_bytes -= left
+        pieces: list[bytes | memoryview] = []
+        while left:
+            piece = self._held.popleft()
+            if len(piece) > left:
+                view = memoryview(piece)
+                piece = view[:left]
+                self._held.appendleft(view[left:])
+            pieces.append(piece)
+            left -= len(piece)
+        return b"".join(pieces)
 
     def _await_part(self, part: _Part) -> None:
         """Return once the service has the part; one that failed before is sent again."""
@@ -180,9 +198,8 @@ class S3Writer:
 
     def _finish_upload(self) -> None:
         """Send what is left and have the parts joined; an object of the right size counts, whatever the answer was."""
-        while self._held:
-            self._send(bytes(self._held[: self._part_bytes]))
-            del self._held[: self._part_bytes]
+        while self._held_bytes:
+            self._send_part()
         for part in self._parts:
             self._await_part(part)
         upload_id = self._upload_id
