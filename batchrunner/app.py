@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,22 +22,35 @@ import msgspec
 from batchrunner import crash
 from batchrunner.blobs.folder import FolderBlobs, open_blobs
 from batchrunner.clock import SystemClock, SystemRng
-from batchrunner.errors import BatchrunnerError, BlobsUnavailable, NotFound, UsageError
+from batchrunner.errors import NotFound, UsageError
 from batchrunner.fanout import Fanout
-from batchrunner.journal import Journal
+from batchrunner.holdings import UpstreamLive
+from batchrunner.housekeeping import drop_unfinished
+from batchrunner.journal import open_journal
 from batchrunner.limits import Cooldown, FirstContact, Gate, Outage, ReadBudget, TokenBucket
+from batchrunner.log_line import LogLine
 from batchrunner.metrics import Tally
 from batchrunner.models import LOCAL_TENANT, BatchId, SessionId
-from batchrunner.pace import Window
+from batchrunner.outlets import Outlet
 from batchrunner.pipeline import Pipeline
-from batchrunner.ports import Store, Upstream
-from batchrunner.sessions import SessionLocks
-from batchrunner.settings import Settings
-from batchrunner.shard_journal import Frozen
+from batchrunner.ports import Store
+from batchrunner.routing import router_of
+from batchrunner.session_locks import SessionLocks
+from batchrunner.settings import Settings, has_upstream, targets_of
 from batchrunner.store.schema import VERSION as SCHEMA
 from batchrunner.store.schema import version_of_file as schema_of_file
 from batchrunner.store.sqlite import SqliteStore
-from batchrunner.supervisor import Live, Report, Share, Supervisor, encode_message
+from batchrunner.supervisor import (
+    Activity,
+    Live,
+    Report,
+    Share,
+    Supervisor,
+    bound_of,
+    encode_message,
+    windows_of,
+)
+from batchrunner.targets import Target
 from batchrunner.tuning import freeze_start_up, tune_process
 from batchrunner.upstream import AiohttpUpstream
 from batchrunner.upstream_nowhere import NowhereUpstream
@@ -47,10 +60,8 @@ logger = logging.getLogger(__name__)
 
 # A server whose workers die as soon as they start tries again after this time, and answers requests meanwhile.
 _WORKER_WAITS_S = 30.0
-# How often segments that are written in one request are looked at, and the results that may wait for that.
-_FROZEN_TICK_S = 0.1
-_FROZEN_BYTES_MAX = 16 << 20
-_FROZEN_WRITERS = 4
+# Where workers keep every core busy, whoever asks the API must not wait for them.
+_WORKER_NICENESS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,18 +111,6 @@ def was_anything_sent(folder: Path, settings: Settings, batch_ids: Sequence[str]
         adapters.store.close()
 
 
-class LogLine(logging.Formatter):
-    """A log record as one line: an error of ours tells in its words, only one that nobody expects has its traceback."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """See logging.Formatter."""
-        error = record.exc_info[1] if record.exc_info else None
-        if not isinstance(error, BatchrunnerError):
-            return super().format(record)
-        told = logging.makeLogRecord(record.__dict__ | {"exc_info": None, "exc_text": None})
-        return f"{super().format(told)}: {error.code}: {error.message}"
-
-
 def reap(adapters: Adapters, locks: SessionLocks, *, is_witnessed: bool = True) -> int:
     """End the leases of sessions whose process is gone; gives their number. Blocks.
 
@@ -119,19 +118,19 @@ def reap(adapters: Adapters, locks: SessionLocks, *, is_witnessed: bool = True) 
     a whole tells nothing of them.
     """
     count = 0
-    for session in locks.dead_sessions():
+    dead = locks.dead_sessions()
+    for session in dead:
         count += adapters.store.release_session(session, died=is_witnessed)
         locks.bury(session)
+    if dead:
+        drop_unfinished(adapters.blobs)
     return count
 
 
 def begin_anew(adapters: Adapters, folder: Path) -> None:
     """Free what a run or server that was killed as a whole held of the folder; nobody else works on it now. Blocks."""
     reap(adapters, SessionLocks(folder), is_witnessed=False)
-    try:
-        adapters.blobs.drop_unfinished(older_than_s=0)
-    except BlobsUnavailable as error:
-        logger.warning("unfinished uploads stay: %s", error, extra={"action": "uploads_stay"})
+    drop_unfinished(adapters.blobs, is_alone=True)
 
 
 @contextlib.asynccontextmanager
@@ -140,33 +139,31 @@ async def worker_session(
     folder: Path,
     settings: Settings,
     *,
-    api_key: str | None,
+    api_keys: Mapping[str, str],
     pacer: Callable[[Fanout], None],
     is_server: bool = False,
 ) -> AsyncIterator[Worker]:
-    """Assemble one worker session; its lock, its connections and its leases end with the block."""
+    """Assemble one worker session; its lock, its connections and its leases end with the block. `api_keys` are those of
+    the upstreams by their names.
+    """
     loop = asyncio.get_running_loop()
     locks = SessionLocks(folder)
     session = SessionId(adapters.rng.token_hex(8))
     locks.hold(session)
     await asyncio.to_thread(adapters.store.open_session, session, host=socket.gethostname(), pid=os.getpid())
-    journal = _journal(adapters, session, settings, on_durable=lambda: _call_soon(loop, worker.durable))
-    gate = _gate(settings)
-    upstream: Upstream
-    if is_server and settings.base_url is None:
-        upstream = NowhereUpstream(adapters.clock)
-    else:
-        upstream = _upstream(adapters, settings, api_key, gate.reading)
+    durable = lambda: _call_soon(loop, worker.durable)  # noqa: E731 - the worker is made below
+    journal = open_journal(adapters.blobs, session, settings, adapters.clock, on_durable=durable)
+    outlets = _outlets(adapters, settings, api_keys, is_server=is_server)
     pipeline = Pipeline(
         store=adapters.store, blobs=adapters.blobs, journal=journal, clock=adapters.clock, settings=settings
     )
     fanout = Fanout(
-        upstream=upstream,
+        outlets=outlets,
         journal=journal,
         clock=adapters.clock,
         rng=adapters.rng,
         settings=settings,
-        gate=gate,
+        router=router_of(targets_of(settings)),
     )
     worker = Worker(
         session=session,
@@ -182,44 +179,42 @@ async def worker_session(
     try:
         yield worker
     finally:
-        await upstream.close()
+        for outlet in outlets:
+            await outlet.upstream.close()
         await asyncio.to_thread(journal.close)
         await asyncio.to_thread(adapters.store.release_session, session, died=False)
         locks.let_go(session)
-
-
-def _journal(adapters: Adapters, session: SessionId, settings: Settings, *, on_durable: Callable[[], None]) -> Journal:
-    """Prepare to make results durable: in small groups, or where each is a request, in few and large ones."""
-    if not adapters.blobs.has_frozen_segments:
-        return Journal(adapters.blobs, session, on_durable=on_durable, tick_s=settings.journal_tick_s)
-    frozen = Frozen(
-        clock=adapters.clock,
-        segment_s=settings.segment_s,
-        segment_bytes=settings.segment_bytes,
-        writers=min(_FROZEN_WRITERS, settings.s3_threads),
-    )
-    return Journal(
-        adapters.blobs,
-        session,
-        on_durable=on_durable,
-        tick_s=_FROZEN_TICK_S,
-        records_max=sys.maxsize,
-        bytes_max=_FROZEN_BYTES_MAX,
-        wake_records=sys.maxsize,
-        wake_bytes=sys.maxsize,
-        frozen=frozen,
-    )
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
     loop.call_soon_threadsafe(callback)
 
 
-def _upstream(adapters: Adapters, settings: Settings, api_key: str | None, budget: ReadBudget) -> AiohttpUpstream:
-    if settings.base_url is None:
-        raise UsageError("no upstream is named", hint="Give -u URL or set OPENAI_BASE_URL.")
+def _outlets(adapters: Adapters, settings: Settings, api_keys: Mapping[str, str], *, is_server: bool) -> list[Outlet]:
+    """Make the upstreams, in the order of their targets; one that was told none waits in a server."""
+    if not has_upstream(settings):
+        if not is_server:
+            raise UsageError("no upstream is named", hint="Give -u URL or set OPENAI_BASE_URL.")
+        (nowhere,) = targets_of(settings)
+        upstream = NowhereUpstream(adapters.clock)
+        return [Outlet(name=nowhere.name, upstream=upstream, gate=_gate(nowhere, ReadBudget()))]
+    reading = ReadBudget()
+    return [
+        Outlet(
+            name=target.name,
+            upstream=_upstream(adapters, settings, target, api_keys.get(target.name), reading),
+            gate=_gate(target, reading),
+            aliases=target.aliases,
+        )
+        for target in targets_of(settings)
+    ]
+
+
+def _upstream(
+    adapters: Adapters, settings: Settings, target: Target, api_key: str | None, budget: ReadBudget
+) -> AiohttpUpstream:
     return AiohttpUpstream(
-        settings.base_url,
+        target.base_url,
         clock=adapters.clock,
         api_key=api_key,
         total_timeout_s=settings.request_timeout_s,
@@ -231,13 +226,14 @@ def _upstream(adapters: Adapters, settings: Settings, api_key: str | None, budge
     )
 
 
-def _gate(settings: Settings) -> Gate:
+def _gate(target: Target, reading: ReadBudget) -> Gate:
     return Gate(
         cooldown=Cooldown(),
         outage=Outage(),
         first_contact=FirstContact(),
-        requests=TokenBucket(settings.rpm) if settings.rpm else None,
-        tokens=TokenBucket(settings.tpm) if settings.tpm else None,
+        requests=TokenBucket(target.rpm) if target.rpm else None,
+        tokens=TokenBucket(target.tpm) if target.tpm else None,
+        reading=reading,
     )
 
 
@@ -257,27 +253,30 @@ class Crew(Protocol):
 class LocalCrew:
     """One worker session on this process's own loop."""
 
-    def __init__(self, adapters: Adapters, folder: Path, settings: Settings, api_key: str | None) -> None:
+    def __init__(self, adapters: Adapters, folder: Path, settings: Settings, api_keys: Mapping[str, str]) -> None:
         self._adapters = adapters
         self._folder = folder
         self._settings = settings
-        self._api_key = api_key
-        self._window = Window(pinned=settings.concurrency, size_max=settings.window_max)
+        self._api_keys = api_keys
+        self._windows = windows_of(settings)
         self._worker: Worker | None = None
         self._stop_grace_s: float | None = None
 
     async def run(self) -> None:
         """See Crew."""
-        session = worker_session(self._adapters, self._folder, self._settings, api_key=self._api_key, pacer=self._pace)
+        session = worker_session(
+            self._adapters, self._folder, self._settings, api_keys=self._api_keys, pacer=self._pace
+        )
         async with session as self._worker:
             if self._stop_grace_s is not None:
                 self._worker.stop(grace_s=self._stop_grace_s)
             await self._worker.run()
 
     def _pace(self, fanout: Fanout) -> None:
-        self._window.observe(fanout.take_sample())
-        fanout.window = self._window.size
-        fanout.bound_by = str(self._window.bound_by)
+        for pool, window in zip(fanout.pools, self._windows, strict=True):
+            window.observe(pool.take_sample())
+            pool.window = window.size
+            pool.bound_by = str(window.bound_by)
 
     def stop(self, *, grace_s: float) -> None:
         """See Crew."""
@@ -288,17 +287,30 @@ class LocalCrew:
     def live(self) -> Live:
         """See Crew."""
         worker = self._worker
+        window = sum(each.size for each in self._windows)
         if worker is None:
-            return Live(window=self._window.size, bound_by="starting", in_flight=0, waiting=0, tally=Tally())
+            return Live(window=window, bound_by="starting", in_flight=0, waiting=0, tally=Tally())
         fanout = worker.fanout
+        upstreams = tuple(
+            UpstreamLive(
+                name=pool.name,
+                window=window.size,
+                bound_by=str(window.bound_by),
+                in_flight=len(pool.in_flight),
+                waiting=fanout.waiting_for(pool),
+                is_down=pool.is_down,
+            )
+            for pool, window in zip(fanout.pools, self._windows, strict=True)
+        )
         return Live(
-            window=self._window.size,
-            bound_by=str(self._window.bound_by),
+            window=window,
+            bound_by=bound_of(upstreams),
             in_flight=fanout.in_flight_count,
             waiting=fanout.waiting_count,
             tally=fanout.tally,
             trouble=worker.trouble_text,
             lost=worker.lost_text,
+            upstreams=upstreams,
         )
 
 
@@ -306,7 +318,7 @@ def process_crew(
     adapters: Adapters,
     folder: Path,
     settings: Settings,
-    api_key: str | None,
+    api_keys: Mapping[str, str],
     worker_count: int,
     *,
     is_server: bool = False,
@@ -317,7 +329,7 @@ def process_crew(
     async def bury() -> None:
         await asyncio.to_thread(reap, adapters, locks)
 
-    greeting = _Greeting(folder=str(folder), settings=settings, api_key=api_key, is_server=is_server)
+    greeting = _Greeting(folder=str(folder), settings=settings, api_keys=dict(api_keys), is_server=is_server)
     return Supervisor(
         command=[sys.executable, "-m", "batchrunner.app"],
         greeting=msgspec.json.encode(greeting) + b"\n",
@@ -333,13 +345,13 @@ class Runner:
     """The assembled system over one data folder: what the command line and embedders hold.
 
     `async with Runner(settings, folder) as runner` opens the store and frees what dead sessions held; `crew` starts the
-    work.
+    work. `api_keys` are those of the upstreams by their names, which is `default` for the one that `base_url` names.
     """
 
-    def __init__(self, settings: Settings, folder: Path, *, api_key: str | None = None) -> None:
+    def __init__(self, settings: Settings, folder: Path, *, api_keys: Mapping[str, str] | None = None) -> None:
         self.settings = settings
         self.folder = folder
-        self._api_key = api_key
+        self._api_keys = api_keys or {}
         self._adapters: Adapters | None = None
 
     async def __aenter__(self) -> Self:
@@ -366,8 +378,8 @@ class Runner:
     def crew(self, worker_count: int) -> Crew:
         """Prepare the workers: one in this process, more in processes of their own."""
         if worker_count == 1:
-            return LocalCrew(self.adapters, self.folder, self.settings, self._api_key)
-        return process_crew(self.adapters, self.folder, self.settings, self._api_key, worker_count)
+            return LocalCrew(self.adapters, self.folder, self.settings, self._api_keys)
+        return process_crew(self.adapters, self.folder, self.settings, self._api_keys, worker_count)
 
 
 def arm_crash_point() -> None:
@@ -388,7 +400,7 @@ class _Greeting(msgspec.Struct, frozen=True, kw_only=True):
 
     folder: str
     settings: Settings
-    api_key: str | None
+    api_keys: dict[str, str]
     is_server: bool = False
 
 
@@ -402,9 +414,17 @@ class _PipePacer:
 
     def __call__(self, fanout: Fanout) -> None:
         worker = self._worker()
+        activities = tuple(
+            Activity(
+                sample=pool.take_sample(),
+                in_flight=len(pool.in_flight),
+                waiting=fanout.waiting_for(pool),
+                is_down=pool.is_down,
+            )
+            for pool in fanout.pools
+        )
         report = Report(
-            sample=fanout.take_sample(),
-            in_flight=fanout.in_flight_count,
+            activities=activities,
             waiting=fanout.waiting_count + fanout.untouched_count,
             tally=fanout.tally.to_wire(),
             trouble=worker.trouble_text,
@@ -416,9 +436,9 @@ class _PipePacer:
             # The supervisor is gone; the end of stdin says so as well and ends this process.
             worker.stop(grace_s=0.0)
         if self.share is not None:
-            fanout.window = self.share.window
-            fanout.bound_by = self.share.bound_by
-            fanout.gate.set_rates(self._clock.monotonic_s(), rpm=self.share.rpm, tpm=self.share.tpm)
+            for pool, part in zip(fanout.pools, self.share.parts, strict=True):
+                pool.window, pool.bound_by = part.window, part.bound_by
+                pool.gate.set_rates(self._clock.monotonic_s(), rpm=part.rpm, tpm=part.tpm)
 
 
 async def _work(greeting: _Greeting, stdin: asyncio.StreamReader) -> None:
@@ -429,13 +449,14 @@ async def _work(greeting: _Greeting, stdin: asyncio.StreamReader) -> None:
         adapters,
         Path(greeting.folder),
         greeting.settings,
-        api_key=greeting.api_key,
+        api_keys=greeting.api_keys,
         pacer=pacer,
         is_server=greeting.is_server,
     )
     async with session as worker:
         workers.append(worker)
-        worker.fanout.window = 0
+        for pool in worker.fanout.pools:
+            pool.window = 0
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)
         async with asyncio.TaskGroup() as group:
             listening = group.create_task(_obey(worker, pacer, stdin))
@@ -458,6 +479,8 @@ async def _worker_process() -> None:
     stdin = asyncio.StreamReader(limit=1 << 22)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
     greeting = msgspec.json.decode(await stdin.readline(), type=_Greeting)
+    if greeting.is_server:
+        os.nice(_WORKER_NICENESS)
     freeze_start_up()
     await _work(greeting, stdin)
 

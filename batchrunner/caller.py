@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from batchrunner.lanes import Work
+from collections.abc import Mapping
+
 from batchrunner.limits import DEATHS_ALONE, Outage
 from batchrunner.models import Attempt
 from batchrunner.ports import Upstream
+from batchrunner.routing import renamed
 from batchrunner.verdict import is_sign_of_life, is_unreached, nobody_there
+from batchrunner.work import Work
 
 
 class Caller:
-    """Calls the upstream for the lines of one process, and tells `outage` of every sign of life."""
+    """Calls one upstream for the lines of one process, and tells `outage` of every sign of life."""
 
-    __slots__ = ("_outage", "_upstream")
+    __slots__ = ("_aliases", "_outage", "_upstream")
 
-    def __init__(self, upstream: Upstream, outage: Outage) -> None:
+    def __init__(self, upstream: Upstream, outage: Outage, aliases: Mapping[str, str]) -> None:
         self._upstream = upstream
+        self._aliases = aliases
         self._outage = outage
 
     async def send(self, work: Work) -> Attempt:
@@ -30,8 +34,9 @@ class Caller:
             if not is_sign_of_life(answer):
                 return nobody_there(answer)
         key = f"{work.run.batch.id}-{line.line_number}-{work.generation}"
+        body = renamed(line.body, self._aliases) if work.model in self._aliases else line.body
         attempt = await self._upstream.send(
-            line.url, line.body, idempotency_key=key, is_at_most_once=work.run.is_at_most_once, owner=work
+            line.url, body, idempotency_key=key, is_at_most_once=work.run.is_at_most_once, owner=work
         )
         if is_sign_of_life(attempt):
             self._outage.note_answer(attempt.started_at_s)

@@ -38,6 +38,44 @@ class Caller(Protocol):
         """Give what the function gives."""
 
 
+class Steps:
+    """The blocking steps that a session runs: of each kind one of any batch, and in a server beside it one of a light
+    batch, which would otherwise wait until a huge one is read or written.
+    """
+
+    def __init__(self, *, is_server: bool) -> None:
+        self._is_server = is_server
+        self._any: dict[TaskKind, int] = {}
+        self._light: dict[TaskKind, int] = {}
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._any) + len(self._light)
+
+    def begin(self, claim: Claim) -> None:
+        """Note a step that begins."""
+        places = self._light if claim.kind in self._any else self._any
+        places[claim.kind] = claim.ref.task_id
+
+    def end(self, claim: Claim) -> None:
+        """Note that a step has ended."""
+        for places in (self._any, self._light):
+            if places.get(claim.kind) == claim.ref.task_id:
+                del places[claim.kind]
+
+    @property
+    def wanted(self) -> tuple[TaskKind, ...]:
+        """The kinds of which one more may begin; where one batch is all there is, they never meet."""
+        if not self._is_server:
+            return () if self._any else _STEPS
+        return tuple(kind for kind in _STEPS if kind not in self._light)
+
+    @property
+    def light(self) -> frozenset[TaskKind]:
+        """The kinds of which only a light one may begin."""
+        return frozenset(self._any)
+
+
 class Claiming:
     """The claims of one session."""
 
@@ -61,7 +99,6 @@ class Claiming:
         self._clock = clock
         self._settings = settings
         self._is_server = is_server
-        self._probe_every_s = PROBE_EVERY_S if is_server else None
         # Batches of which nothing more was found to claim; and whether there is news of work all the same.
         self._dry: frozenset[BatchId] = frozenset()
         self._has_news = True
@@ -80,7 +117,7 @@ class Claiming:
         """Ask again at once: something happened that may have made work."""
         self._has_news = True
 
-    async def next(self, runs: Collection[ShardRun], *, steps: Collection[TaskKind]) -> Claim | None:
+    async def next(self, runs: Collection[ShardRun], *, steps: Steps) -> Claim | None:
         """Take one task, None when there is none or none is wanted now."""
         if any(run.is_quarantined for run in runs):
             return None
@@ -89,9 +126,9 @@ class Claiming:
             self._idle_since_s = now_s
         wanting = frozenset(lane.batch.id for lane in self._fanout.lanes if self._wants_more(lane))
         self._dry &= wanting
-        kinds = self._kinds(steps)
+        kinds = (*steps.wanted, TaskKind.SHARD)
         is_idle = not runs and not steps
-        appetite = self._appetite(wanting)
+        appetite = self._appetite(wanting, steps)
         if not (self._has_news or wanting - self._dry):
             if now_s < self._look_at_s:
                 return None
@@ -109,11 +146,6 @@ class Claiming:
         await self._tell_hunger(is_hungry=claim is None and not steps and self._fanout.untouched_count == 0)
         return claim
 
-    def _kinds(self, steps: Collection[TaskKind]) -> tuple[TaskKind, ...]:
-        """One validating and one sealing step at a time; where one batch is all there is, they never meet."""
-        free = [kind for kind in _STEPS if kind not in steps] if self._is_server or not steps else []
-        return (*free, TaskKind.SHARD)
-
     def _wants_more(self, lane: Lane) -> bool:
         """Whether a batch's lines may run out before its next shard is here."""
         if lane.is_probing:
@@ -121,7 +153,7 @@ class Claiming:
         share = self._fanout.window // len(self._fanout.lanes)
         return lane.untouched_count < max(1, share) or all(run.is_touched for run in lane.held)
 
-    def _appetite(self, wanting: frozenset[BatchId]) -> Appetite:
+    def _appetite(self, wanting: frozenset[BatchId], steps: Steps) -> Appetite:
         lanes = self._fanout.lanes
         sated = {lane.batch.id for lane in lanes if lane.batch.id not in wanting}
         # Half of the memory is for answers.
@@ -129,11 +161,17 @@ class Claiming:
         if is_heavy:
             sated |= {lane.batch.id for lane in lanes if lane.untouched_count}
         has_room = not is_heavy and len(lanes) < BATCHES_MAX
-        return Appetite(sated=frozenset(sated), has_room=has_room, probe_every_s=self._probe_every_s)
+        return Appetite(
+            sated=frozenset(sated),
+            has_room=has_room,
+            probe_every_s=PROBE_EVERY_S if self._is_server else None,
+            light=steps.light,
+            takes_turns=self._is_server,
+        )
 
     def _look_every_s(self, now_s: float, *, is_full: bool) -> float:
-        is_eager = now_s - self._idle_since_s < _EAGER_S
-        return min(_LOOK_S, self._settings.poll_s) if is_eager and not is_full else self._settings.poll_s
+        is_eager = now_s - self._idle_since_s < _EAGER_S and (self._is_server or not is_full)
+        return min(_LOOK_S, self._settings.poll_s) if is_eager else self._settings.poll_s
 
     def _has_work(self, kinds: tuple[TaskKind, ...], appetite: Appetite, *, is_idle: bool) -> bool:
         if self._store.has_work(self._session, kinds=kinds, appetite=appetite):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import json
+import os
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -339,7 +340,9 @@ class BatchClient:
     def _gone(self, error: BaseException) -> ServerUnavailable:
         said = str(error) or type(error).__name__
         if isinstance(error, aiohttp.ClientConnectorError):
-            said = error.os_error.strerror or said
+            # asyncio puts the address again where the reason would stand.
+            number = error.os_error.errno or 0
+            said = os.strerror(number) if number > 0 else error.os_error.strerror or said
         if not self._was_answered:
             return ServerUnavailable(f"cannot connect to {self.base_url}: {said}")
         return ServerUnavailable(f"{self.base_url} does not answer any more: {said}")

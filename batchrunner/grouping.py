@@ -77,6 +77,7 @@ _HINTS: dict[str, str] = {
     LineCode.OUTCOME_UNKNOWN: "Perhaps processed, so not sent twice; {retry} of outcome_unknown sends it again.",
     LineCode.POISON_REQUEST: "Something died each time this line was under way: try it alone first.",
     LineCode.INPUT_LOST: "The input was gone or changed at the end: put it back and run what is missing.",
+    LineCode.MODEL_NOT_SERVED: "No upstream names this model: add it to a table of batchrunner.toml, then {retry}.",
     "context_length_exceeded": "Prompt and max_tokens exceed the model's context: shorten one of them.",
     "model_not_found": "See which models the server has with {models}; mend `model` in the input.",
     "400": "The request itself is refused: the message says why; mend these lines in the input.",

@@ -107,8 +107,21 @@ class Replay:
     object_id: str | None = None
 
 
+class UpstreamLive(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """How work at one of several upstreams stands at this moment."""
+
+    name: str
+    window: int
+    bound_by: str
+    in_flight: int
+    waiting: int = 0
+    is_down: bool = False
+
+
 class LiveShare(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """What one worker does for one batch at this moment. `bound_by` names what keeps its window from growing."""
+    """What one worker does for one batch at this moment. `bound_by` names what keeps its window from growing; where
+    there are several upstreams, `upstreams` says both for each, with the batch's exchanges there.
+    """
 
     batch_id: BatchId
     in_flight: int
@@ -116,6 +129,7 @@ class LiveShare(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     done_per_s: float
     window: int
     bound_by: str | None = None
+    upstreams: tuple[UpstreamLive, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

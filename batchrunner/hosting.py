@@ -11,7 +11,7 @@ import ipaddress
 import logging
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from batchrunner.errors import PortTaken, UsageError
 from batchrunner.orders import LISTENING, READY, Greeting, Pulse, encode_order
 from batchrunner.ports import Clock
 from batchrunner.processes import ChildProcess
-from batchrunner.settings import Settings
+from batchrunner.settings import Settings, has_upstream
 
 if TYPE_CHECKING:
     from batchrunner.app import Adapters
@@ -158,7 +158,7 @@ class Host:
         *,
         folder: Path,
         settings: Settings,
-        api_key: str | None,
+        api_keys: Mapping[str, str],
         worker_count: int,
         sockets: Sequence[socket.socket],
         is_local: bool,
@@ -166,7 +166,7 @@ class Host:
     ) -> None:
         self._folder = folder
         self._settings = settings
-        self._api_key = api_key
+        self._api_keys = api_keys
         self._worker_count = worker_count
         self._sockets = sockets
         self._is_local = is_local
@@ -258,7 +258,7 @@ class Host:
         if self._worker_count == 0 or self._stop_grace_s is not None:
             return
         self._crew = process_crew(
-            adapters, self._folder, self._settings, self._api_key, self._worker_count, is_server=True
+            adapters, self._folder, self._settings, self._api_keys, self._worker_count, is_server=True
         )
         await self._crew.run()
 
@@ -277,18 +277,19 @@ class Host:
             self._api.send(encode_order(self._present()))
 
     def _present(self) -> Pulse:
-        has_upstream = self._settings.base_url is not None
+        is_told = has_upstream(self._settings)
         if self._crew is None:
             # Until the workers are started they are expected, not missing.
-            return Pulse(has_upstream=has_upstream, stop_grace_s=self._stop_grace_s)
+            return Pulse(has_upstream=is_told, stop_grace_s=self._stop_grace_s)
         live = self._crew.live()
         return Pulse(
             worker_count=live.worker_count,
             ticking_count=self._crew.ticking_count(within_s=_TICKING_S),
-            has_upstream=has_upstream,
+            has_upstream=is_told,
             in_flight=live.in_flight,
             waiting=live.waiting,
             window=live.window,
+            upstreams=live.upstreams,
             tally=live.tally.to_wire(),
             trouble=live.trouble,
             stop_grace_s=self._stop_grace_s,

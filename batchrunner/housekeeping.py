@@ -5,65 +5,96 @@ The Store decides what may go, and knows it as gone only after it is; so every s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from batchrunner import crash
-from batchrunner.models import BatchId
+from batchrunner.errors import BatchrunnerError, BlobsUnavailable
 from batchrunner.ports import Blobs
 from batchrunner.upkeep import Upkeep
+
+logger = logging.getLogger(__name__)
 
 _BLOBS_MAX = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cleared:
-    """What one sweep hid, ended and deleted."""
+    """What one sweep hid, ended and deleted, and how many names could not be deleted now."""
 
     files: int = 0
     uploads: int = 0
     journals: int = 0
     blobs: int = 0
+    failed: int = 0
 
 
 def clear(
-    store: Upkeep, blobs: Blobs, *, in_use: Collection[str], is_stopping: Callable[[], bool] = lambda: False
+    store: Upkeep,
+    blobs: Blobs,
+    *,
+    in_use: Callable[[], Collection[str]],
+    is_stopping: Callable[[], bool] = lambda: False,
 ) -> Cleared:
-    """Hide what is past its time and delete what nothing reads any more; blobs `in_use` stay for another time."""
+    """Hide what is past its time and delete what nothing reads any more; blobs that are `in_use` when it comes to them
+    stay for another time. What cannot be deleted is logged and tried again by the next sweep.
+    """
     expired = store.expire()
+    failed: set[str] = set()
     journals = 0
     for batch_id in expired.journals:
         if is_stopping():
             break
-        _delete_journal(blobs, batch_id)
-        crash.point("clear.journal_deleted")
-        store.forget_journals([batch_id])
-        journals += 1
+        if _is_deleted(blobs, f"journal/{batch_id}/", failed):
+            crash.point("clear.journal_deleted")
+            store.forget_journals([batch_id])
+            journals += 1
     return Cleared(
         files=expired.files,
         uploads=expired.uploads,
         journals=journals,
-        blobs=_delete_freeable(store, blobs, in_use, is_stopping),
+        blobs=_delete_freeable(store, blobs, in_use, is_stopping, failed),
+        failed=len(failed),
     )
 
 
-def _delete_journal(blobs: Blobs, batch_id: BatchId) -> None:
-    for name in _below(blobs, f"journal/{batch_id}/"):
-        blobs.delete(name)
+def drop_unfinished(blobs: Blobs, *, is_alone: bool = False) -> None:
+    """Remove what dead writers left half written, all of it for who `is_alone`; where that fails, a later sweep does
+    it.
+    """
+    try:
+        count = blobs.drop_begun() if is_alone else blobs.drop_unfinished()
+    except BlobsUnavailable as error:
+        logger.warning("half written blobs stay for now: %s", error, extra={"action": "unfinished_left"})
+        return
+    if count:
+        logger.info("%d half written blobs of dead writers deleted", count, extra={"action": "unfinished_deleted"})
 
 
-def _delete_freeable(store: Upkeep, blobs: Blobs, in_use: Collection[str], is_stopping: Callable[[], bool]) -> int:
+def _delete_freeable(
+    store: Upkeep,
+    blobs: Blobs,
+    in_use: Callable[[], Collection[str]],
+    is_stopping: Callable[[], bool],
+    failed: set[str],
+) -> int:
     count = 0
-    while not is_stopping() and (names := store.freeable_blobs(limit=_BLOBS_MAX, in_use=in_use)):
-        for name in names:
-            for each in _below(blobs, name):
-                blobs.delete(each)
+    while not is_stopping() and (names := store.freeable_blobs(limit=_BLOBS_MAX, in_use={*in_use(), *failed})):
+        deleted = [name for name in names if _is_deleted(blobs, name, failed)]
         crash.point("clear.blobs_deleted")
-        store.forget_blobs(names)
-        count += len(names)
+        store.forget_blobs(deleted)
+        count += len(deleted)
     return count
 
 
-def _below(blobs: Blobs, name: str) -> list[str]:
-    """A name that ends in a slash stands for all below it."""
-    return list(blobs.list(name)) if name.endswith("/") else [name]
+def _is_deleted(blobs: Blobs, name: str, failed: set[str]) -> bool:
+    """Delete a name, which stands for all below it if it ends in a slash; what resists keeps nothing else."""
+    try:
+        for each in blobs.list(name) if name.endswith("/") else [name]:
+            blobs.delete(each)
+    except BatchrunnerError as error:
+        logger.warning("%s cannot be deleted now: %s", name, error, extra={"action": "blob_stays", "code": error.code})
+        failed.add(name)
+        return False
+    return True

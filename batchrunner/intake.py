@@ -12,10 +12,11 @@ import msgspec
 
 from batchrunner.lines import LineRules, is_blank
 from batchrunner.models import File, LineProblem, OnInvalid
-from batchrunner.pipeline import ProblemReport, read_blob
+from batchrunner.pipeline import ProblemReport, give_up, read_blob
 from batchrunner.ports import Blobs
 from batchrunner.seal import read_problems
 from batchrunner.settings import Settings
+from batchrunner.upkeep import Upkeep
 from batchrunner.validation import Validation, Validator
 
 _BOM = b"\xef\xbb\xbf"
@@ -160,11 +161,27 @@ class Intake:
         self._is_json_lines = not is_blank(line)
 
 
-def examine(blobs: Blobs, file: File, name: str, settings: Settings) -> Validation:
+def examine(blobs: Blobs, store: Upkeep, file: File, name: str, settings: Settings, *, owner: str) -> Validation:
     """Validate a file as a batch that takes every endpoint would, and keep the report as a blob: one JSON object that
-    lists all problems in line order. Blocks for as long as it takes to read the file.
+    lists all problems in line order. Its name is pending then. Blocks for as long as it takes to read the file.
     """
-    report = ProblemReport(blobs, f"{name}-problems")
+    with ProblemReport(blobs, store, f"{name}-problems", owner=owner) as report:
+        found, problems_blob = _found(blobs, file, settings, report)
+    store.register_blob(name, owner=owner)
+    try:
+        _write_report(blobs, name, file, found, problems_blob)
+    except BaseException:
+        give_up(store, name)
+        raise
+    finally:
+        if problems_blob is not None:
+            give_up(store, problems_blob)
+    if problems_blob is not None:
+        blobs.delete(problems_blob)
+    return found
+
+
+def _found(blobs: Blobs, file: File, settings: Settings, report: ProblemReport) -> tuple[Validation, str | None]:
     rules = LineRules(
         endpoints=settings.endpoints,
         custom_id_chars_max=settings.custom_id_chars_max,
@@ -186,12 +203,7 @@ def examine(blobs: Blobs, file: File, name: str, settings: Settings) -> Validati
     while looks := validator.candidates():
         for look in looks:
             validator.confirm(look, blobs.read(file.blob, look.byte_start, look.byte_end))
-    found = validator.finish()
-    problems_blob = report.finish()
-    _write_report(blobs, name, file, found, problems_blob)
-    if problems_blob is not None:
-        blobs.delete(problems_blob)
-    return found
+    return validator.finish(), report.finish()
 
 
 def _write_report(blobs: Blobs, name: str, file: File, found: Validation, problems_blob: str | None) -> None:

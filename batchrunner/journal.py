@@ -6,6 +6,7 @@ It knows bytes and durability only. What is registered, and who may register, is
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +15,16 @@ from batchrunner import crash
 from batchrunner.errors import BatchrunnerError, DiskFull, OwnError
 from batchrunner.frames import Record, read_payload
 from batchrunner.models import BatchId, SegmentRef, SessionId, TaskRef
-from batchrunner.ports import Blobs
+from batchrunner.ports import Blobs, Clock
+from batchrunner.settings import Settings
 from batchrunner.shard_journal import WRITE_BYTES, Backlog, Frozen, ShardJournal
 
 logger = logging.getLogger(__name__)
+
+# How often segments that are written in one request are looked at, and the results that may wait for that.
+_FROZEN_TICK_S = 0.1
+_FROZEN_BYTES_MAX = 16 << 20
+_FROZEN_WRITERS = 4
 
 
 class Journal:
@@ -190,6 +197,31 @@ class Journal:
             logger.warning("free space unknown: %s", error, extra={"action": "journal_space_unknown"})
             return False
         return free_bytes is not None and free_bytes < self.waiting_bytes
+
+
+def open_journal(
+    blobs: Blobs, session: SessionId, settings: Settings, clock: Clock, *, on_durable: Callable[[], None]
+) -> Journal:
+    """Make a session's journal: small groups many times a second, or where each is a request, few and large ones."""
+    if not blobs.has_frozen_segments:
+        return Journal(blobs, session, on_durable=on_durable, tick_s=settings.journal_tick_s)
+    frozen = Frozen(
+        clock=clock,
+        segment_s=settings.segment_s,
+        segment_bytes=settings.segment_bytes,
+        writers=min(_FROZEN_WRITERS, settings.s3_threads),
+    )
+    return Journal(
+        blobs,
+        session,
+        on_durable=on_durable,
+        tick_s=_FROZEN_TICK_S,
+        records_max=sys.maxsize,
+        bytes_max=_FROZEN_BYTES_MAX,
+        wake_records=sys.maxsize,
+        wake_bytes=sys.maxsize,
+        frozen=frozen,
+    )
 
 
 def copy_salvaged(blobs: Blobs, records: Iterable[Record], shard: ShardJournal) -> None:

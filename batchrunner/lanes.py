@@ -1,73 +1,49 @@
-"""Lines on their way: the order in which the shards of a process give them out, and where they wait between tries."""
+"""The order in which the shards of a process give out their lines."""
 
 from __future__ import annotations
 
-import asyncio
-import heapq
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 from batchrunner.limits import Breaker
-from batchrunner.models import Attempt, Batch, BatchId, RequestLine, TenantId
-from batchrunner.ports import AssetSink
+from batchrunner.models import Batch, BatchId, TenantId
 from batchrunner.shards import ShardRun
-from batchrunner.verdict import GiveUp
+from batchrunner.stash import Board, Stash
+from batchrunner.work import Waiting, Work
 
 _AGEING_STEP = timedelta(hours=1)
 _DOUBLINGS_MAX = 6
 _NEVER = datetime.max.replace(tzinfo=UTC)
 # More than a process holds batches at a time; a breaker that is forgotten only has to learn again.
 _BREAKERS_KEPT = 1024
-
-
-class Work:
-    """One line on its way and what it has been through. Tries are per holder, not durable.
-
-    `failed_at_s` is the moment of a failed attempt that has not been counted yet: whether it was the line's own or
-    part of the upstream's death shows only a moment later, so it is counted when the line is due again. `last` is then
-    the verdict that stands if it was the line's own. `is_excused`: it is sent next without being blamed.
-    """
-
-    __slots__ = (
-        "cost_tokens", "deaths", "failed_at_s", "generation", "is_aborted", "is_excused", "last", "line", "run",
-        "task", "tries", "waits",
-    )  # fmt: skip
-
-    def __init__(self, run: ShardRun, line: RequestLine) -> None:
-        self.run = run
-        self.line = line
-        self.cost_tokens = 0
-        self.tries = 0
-        self.waits = 0
-        self.generation = 0
-        self.deaths = 0
-        self.failed_at_s: float | None = None
-        self.last: tuple[Attempt, GiveUp] | None = None
-        self.is_aborted = False
-        self.is_excused = False
-        self.task: asyncio.Task[None] | None = None
-
-    def open_asset(self, content_type: str) -> AssetSink:
-        """See AssetOwner."""
-        assert self.run.assets is not None
-        return self.run.assets.open(self.run.batch.id, self.line.line_number, content_type)
+# While newcomers have their head start, one line in so many goes by turns between the others.
+_TURN_EVERY = 4
+# As long as many a small batch, however small the window.
+_HEAD_START_LEAST = 64
 
 
 class Lane:
     """The shards of one batch that this process holds: in `runs`, in line order, those with lines left to hand out.
 
-    `allowance` is how many lines may still be handed out, None for all: a lane that only probes has one.
+    `allowance` is how many lines may still be handed out, None for all: a lane that only probes has one. There is a
+    breaker for each upstream, and `shut` holds the places of those whose breaker has tripped while others can do
+    without them. The stash holds what was read for upstreams without room, where there are several.
     """
 
-    __slots__ = ("allowance", "batch", "breaker", "held", "is_probing", "quantum", "runs")
+    __slots__ = (
+        "allowance", "batch", "breakers", "head_start", "held", "is_probing", "quantum", "runs", "shut", "stash",
+    )  # fmt: skip
 
-    def __init__(self, batch: Batch, breaker: Breaker) -> None:
+    def __init__(self, batch: Batch, breakers: list[Breaker], stash: Stash | None) -> None:
         self.batch = batch
-        self.breaker = breaker
+        self.breakers = breakers
+        self.shut: set[int] = set()
+        self.stash = stash
         self.is_probing = False
         self.allowance: int | None = None
         self.quantum = 1
+        self.head_start = 0
         self.held: set[ShardRun] = set()
         self.runs: list[ShardRun] = []
 
@@ -80,15 +56,24 @@ class Lane:
         """Hand out one line of a paused batch, whose answer decides."""
         self.is_probing = True
         self.allowance = 1
-        self.breaker = Breaker(suspects_min=1)
+        self.breakers = [Breaker(suspects_min=1) for _ in self.breakers]
+        self.shut = set()
 
     def go_on(self) -> None:
         """Hand out without end, as after a probe that went well."""
         self.is_probing = False
         self.allowance = None
 
-    def next_work(self) -> Work | None:
-        """Give the next fresh line of the first shard that has one to give."""
+    def next_work(self, place: int, waiting: Waiting) -> Work | None:
+        """Give a line that waits for the upstream at that place and is due, else the next fresh one for it."""
+        if waiting.is_any:
+            work = waiting.take_due(self.batch.id)
+            if work is not None or waiting.is_crowded(self.batch.id):
+                return work
+        return self._read() if self.stash is None else self.stash.next_work(place, self._read)
+
+    def _read(self) -> Work | None:
+        """Give the next line of the first shard that has one to give."""
         if self.allowance == 0:
             return None
         for run in self.runs:
@@ -96,6 +81,7 @@ class Lane:
             if line is not None:
                 if run.is_exhausted:
                     self.runs.remove(run)
+                    run.on_need()
                 if self.allowance is not None:
                     self.allowance -= 1
                 run.in_flight_count += 1
@@ -104,33 +90,59 @@ class Lane:
 
 
 class _Tenant:
-    """The lanes of one tenant. In each round every lane may hand out its quantum, the most urgent lane first."""
+    """The lanes of one tenant. In each round every lane may hand out its quantum, the most urgent lane first.
 
-    __slots__ = ("_credit", "_round", "lanes")
+    Newcomers have a head start: most lines are theirs, one newcomer after the other, until each has had so many. Small
+    batches are over with that, each before it would be if all took turns. Of four lines one is for the turns of others.
+    """
+
+    __slots__ = ("_count", "_credit", "_newcomers", "_round", "lanes")
 
     def __init__(self) -> None:
         self.lanes: list[Lane] = []
         self._round: deque[Lane] = deque()
         self._credit = 0
+        self._newcomers: list[Lane] = []
+        self._count = 0
 
     def add(self, lane: Lane) -> None:
         """Take in a lane, whose turn comes at once: it may be a small batch that is soon over."""
+        if len(self.lanes) == 1 and any(run.is_touched for run in self.lanes[0].held):
+            # While it was alone nobody counted.
+            self._end_head_start(self.lanes[0])
         self.lanes.append(lane)
         self._round.appendleft(lane)
         self._credit = 0
+        if lane.head_start:
+            self._newcomers.append(lane)
 
     def remove(self, lane: Lane) -> None:
         """Forget a lane."""
         self.lanes.remove(lane)
         if lane in self._round:
             self._round.remove(lane)
+        self._end_head_start(lane)
         self._credit = 0
 
-    def next_work(self) -> Work | None:
-        """Give the next line by deficit round robin, every line costing 1."""
+    def next_work(self, place: int, waiting: Waiting) -> Work | None:
+        """Give the next line: of a newcomer, or by deficit round robin, every line costing 1."""
         lanes = self.lanes
         if len(lanes) == 1:
-            return lanes[0].next_work()
+            return lanes[0].next_work(place, waiting)
+        if self._newcomers:
+            self._count += 1
+            is_turn = self._count % _TURN_EVERY == 0
+            work = (
+                self._work_by_turns(place, waiting, is_for_old=True)
+                if is_turn
+                else self._newcomers_work(place, waiting)
+            )
+            if work is not None:
+                return work
+        return self._work_by_turns(place, waiting, is_for_old=False)
+
+    def _work_by_turns(self, place: int, waiting: Waiting, *, is_for_old: bool) -> Work | None:
+        lanes = self.lanes
         # The rest of this round and a whole one: then every lane was asked.
         for _ in range(len(self._round) + len(lanes)):
             if not self._round:
@@ -138,7 +150,7 @@ class _Tenant:
             lane = self._round[0]
             if self._credit <= 0:
                 self._credit = lane.quantum
-            work = lane.next_work()
+            work = None if is_for_old and lane.head_start else lane.next_work(place, waiting)
             self._credit = 0 if work is None else self._credit - 1
             if self._credit == 0:
                 self._round.popleft()
@@ -146,14 +158,38 @@ class _Tenant:
                 return work
         return None
 
+    def _newcomers_work(self, place: int, waiting: Waiting) -> Work | None:
+        for lane in list(self._newcomers):
+            # One whose first lines still wait for the disk keeps its place.
+            work = lane.next_work(place, waiting)
+            if work is not None:
+                lane.head_start -= 1
+            if lane.head_start == 0 or not lane.untouched_count:
+                self._end_head_start(lane)
+            if work is not None:
+                return work
+        return None
+
+    def _end_head_start(self, lane: Lane) -> None:
+        lane.head_start = 0
+        if lane in self._newcomers:
+            self._newcomers.remove(lane)
+
     def rank(self, now: datetime) -> None:
-        """Set quanta, and the order within a round: by priority, then deadline. A step of priority doubles a share."""
+        """Set quanta, and the order within a round: by priority, then deadline. A step of priority doubles a share.
+
+        Only among those of the highest priority a newcomer keeps its head start.
+        """
         highest = max(lane.batch.priority for lane in self.lanes)
         steps = {lane: _aged_priority(lane.batch, now, highest) for lane in self.lanes}
         lowest = min(steps.values())
         for lane, step in steps.items():
             lane.quantum = 1 << min(step - lowest, _DOUBLINGS_MAX)
         self.lanes.sort(key=lambda lane: (-steps[lane], lane.batch.deadline_at or _NEVER))
+        top = steps[self.lanes[0]]
+        for lane in self._newcomers:
+            lane.head_start *= steps[lane] == top
+        self._newcomers = [lane for lane in self.lanes if lane.head_start]
 
 
 def _aged_priority(batch: Batch, now: datetime, highest: int) -> int:
@@ -170,11 +206,14 @@ class Lanes:
     Breakers outlive lanes: what the upstream said to one shard of a batch holds for its next.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, upstream_count: int = 1, board: Board | None = None) -> None:
+        self._upstream_count = upstream_count
+        self._board = board
         self._lane_of: dict[BatchId, Lane] = {}
         self._tenant_of: dict[TenantId, _Tenant] = {}
         self._turns: deque[_Tenant] = deque()
-        self._breakers: OrderedDict[BatchId, Breaker] = OrderedDict()
+        self._breakers: OrderedDict[BatchId, list[Breaker]] = OrderedDict()
+        self._head_start = 0
 
     def __iter__(self) -> Iterator[Lane]:
         """Give every lane."""
@@ -192,25 +231,28 @@ class Lanes:
         """Take in a shard."""
         lane = self._lane_of.get(run.batch.id)
         if lane is None:
-            lane = self._open(run.batch, now)
+            # A huge batch must not be new again with each of its shards.
+            lane = self._open(run.batch, now, head_start=self._head_start if run.shard.first_index == 0 else 0)
             # Its turn must not pass while it waits for the disk.
             run.reserve_first()
         if run.batch.paused_reason is not None:
             lane.probe()
-            self._breakers[run.batch.id] = lane.breaker
+            self._breakers[run.batch.id] = lane.breakers
         elif lane.is_probing:
             lane.go_on()
-        run.breaker = lane.breaker
+        run.breakers, run.shut = lane.breakers, lane.shut
         lane.held.add(run)
         lane.runs.append(run)
         lane.runs.sort(key=lambda held: held.shard.first_line)
 
-    def _open(self, batch: Batch, now: datetime) -> Lane:
-        breaker = self._breakers.setdefault(batch.id, Breaker())
+    def _open(self, batch: Batch, now: datetime, *, head_start: int) -> Lane:
+        breakers = self._breakers.setdefault(batch.id, self._untried())
         self._breakers.move_to_end(batch.id)
         if len(self._breakers) > _BREAKERS_KEPT:
             self._breakers.popitem(last=False)
-        lane = self._lane_of[batch.id] = Lane(batch, breaker)
+        stash = Stash(self._board) if self._board is not None else None
+        lane = self._lane_of[batch.id] = Lane(batch, breakers, stash)
+        lane.head_start = head_start
         tenant = self._tenant_of.get(batch.tenant)
         if tenant is None:
             tenant = self._tenant_of[batch.tenant] = _Tenant()
@@ -218,6 +260,9 @@ class Lanes:
         tenant.add(lane)
         tenant.rank(now)
         return lane
+
+    def _untried(self) -> list[Breaker]:
+        return [Breaker() for _ in range(self._upstream_count)]
 
     def exhaust(self, run: ShardRun) -> None:
         """Hand out nothing more of a shard that is still held."""
@@ -242,75 +287,28 @@ class Lanes:
 
     def trip(self, lane: Lane) -> None:
         """Have the batch judged anew when it comes back; answers that still come are judged as before."""
-        lane.breaker = Breaker()
+        lane.breakers = self._untried()
         self._breakers.pop(lane.batch.id, None)
+
+    def fit(self, window: int) -> None:
+        """Give newcomers a head start of about a window."""
+        self._head_start = max(window, _HEAD_START_LEAST)
 
     def rank(self, now: datetime) -> None:
         """Let batches age; about once a minute."""
         for tenant in self._turns:
             tenant.rank(now)
 
-    def next_work(self) -> Work | None:
-        """Give the next fresh line, None if no lane may hand one out now."""
+    def next_work(self, place: int, waiting: Waiting) -> Work | None:
+        """Give the next line for the upstream at that place, None if no lane may hand one out now. What waits there and
+        is due goes in the turn of its batch.
+        """
         turns = self._turns
         if len(turns) == 1:
-            return turns[0].next_work()
+            return turns[0].next_work(place, waiting)
         for _ in range(len(turns)):
-            work = turns[0].next_work()
+            work = turns[0].next_work(place, waiting)
             turns.rotate(-1)
             if work is not None:
                 return work
         return None
-
-
-class Waiting:
-    """Lines that wait for their next try, by the time when they are due, and apart from them those that go alone."""
-
-    __slots__ = ("_alone", "_heap", "_serial")
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Work]] = []
-        self._alone: deque[Work] = deque()
-        self._serial = 0
-
-    def __len__(self) -> int:
-        """Lines with a due time."""
-        return len(self._heap)
-
-    @property
-    def alone_count(self) -> int:
-        """Lines that go alone, after all others."""
-        return len(self._alone)
-
-    def put(self, work: Work, due_s: float) -> None:
-        """Keep a line until `due_s`."""
-        self._serial += 1
-        heapq.heappush(self._heap, (due_s, self._serial, work))
-
-    def put_alone(self, work: Work) -> None:
-        """Keep a line until nothing else is left to send."""
-        self._alone.append(work)
-
-    def is_due(self, now_s: float) -> bool:
-        """Whether a line may be sent again now."""
-        return bool(self._heap) and self._heap[0][0] <= now_s
-
-    def first(self) -> Work:
-        """The line that is due next; there must be one."""
-        return self._heap[0][2]
-
-    def take(self) -> Work:
-        """Take the line that is due next; there must be one."""
-        return heapq.heappop(self._heap)[2]
-
-    def take_alone(self) -> Work | None:
-        """Take a line that goes alone, None if others still wait."""
-        return self._alone.popleft() if self._alone and not self._heap else None
-
-    def drop(self, run: ShardRun) -> int:
-        """Forget a shard's lines; gives their number."""
-        before = len(self._heap) + len(self._alone)
-        self._heap = [entry for entry in self._heap if entry[2].run is not run]
-        heapq.heapify(self._heap)
-        self._alone = deque(work for work in self._alone if work.run is not run)
-        return before - len(self._heap) - len(self._alone)

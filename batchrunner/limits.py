@@ -244,6 +244,10 @@ class Outage:
         elif self._failures:
             self._failures -= 1
 
+    def is_turn(self, now_s: float) -> bool:
+        """Tell whether `may_send` would say true now."""
+        return not self.is_down or now_s >= self._probe_at_s
+
     def may_send(self, now_s: float) -> bool:
         """Tell whether to send now.
 

@@ -88,6 +88,7 @@ class LineCode(StrEnum):
     OUTCOME_UNKNOWN = "outcome_unknown"
     POISON_REQUEST = "poison_request"
     INPUT_LOST = "input_lost"
+    MODEL_NOT_SERVED = "model_not_served"
 
 
 class PauseReason(StrEnum):
@@ -288,6 +289,7 @@ class Batch(NewBatch):
     expired_at: datetime | None
     cancelled_at: datetime | None
     journal_ended_at: datetime | None
+    deleted_at: datetime | None = None
 
     @property
     def done_count(self) -> int:

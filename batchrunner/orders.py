@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from batchrunner.holdings import UpstreamLive
 from batchrunner.metrics import Tally, tally_from_wire
 from batchrunner.settings import Settings
 
@@ -33,6 +34,7 @@ class Pulse(msgspec.Struct, frozen=True, kw_only=True):
     in_flight: int = 0
     waiting: int = 0
     window: int = 0
+    upstreams: tuple[UpstreamLive, ...] = ()
     tally: dict[str, object] = {}
     trouble: str | None = None
     stop_grace_s: float | None = None

@@ -18,15 +18,15 @@ import hashlib
 import heapq
 import logging
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import assert_never
+from types import TracebackType
+from typing import Self, assert_never
 
 import msgspec
 
 from batchrunner import crash
 from batchrunner.assets import Assets
-from batchrunner.errors import BlobsUnavailable, DiskFull, OwnError
+from batchrunner.errors import BlobsUnavailable, DiskFull, OwnError, StoreUnavailable
 from batchrunner.journal import Journal
 from batchrunner.lines import LineRules, ProblemCode
 from batchrunner.models import (
@@ -44,7 +44,8 @@ from batchrunner.ports import Blobs, BlobWriter, Clock, Store, TenantScope
 from batchrunner.seal import Sealing, read_problems
 from batchrunner.settings import MIB, Settings
 from batchrunner.shards import ShardRun, load
-from batchrunner.validation import Validator
+from batchrunner.upkeep import Upkeep
+from batchrunner.validation import Validation, Validator
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +73,8 @@ class Pipeline:
         self._blobs = blobs
         self._clock = clock
         self._settings = settings
-        # One shard is loaded and one batch sealed at a time, each by a thread of its own.
-        self._damages: Counter[TaskKind] = Counter()
+        # What each loaded shard and each seal found; they end in threads of their own.
+        self._damages: list[int] = []
 
     def run_step(self, claim: Claim, beat: Callable[[], None]) -> None:
         """Run a task that is one blocking step. `beat` is called while it moves on.
@@ -96,33 +97,13 @@ class Pipeline:
         """Judge the whole input in one pass; then shards and `input_accepted`, or problems and `input_rejected`, at
         once.
         """
-        batch, settings = claim.batch, self._settings
+        batch = claim.batch
         if batch.input_name is not None and batch.input_file_id is None:
             self._store.reject_input(claim.ref, _missing_input(batch))
             return
-        is_strict = batch.dialect == OPENAI_STRICT
-        report = ProblemReport(self._blobs, f"reports/{batch.id}/{claim.ref.epoch}-{claim.session}")
-        validator = Validator(
-            self.rules(batch),
-            batch.on_invalid,
-            lines_max=min(settings.lines_max, _STRICT_LINES_MAX) if is_strict else settings.lines_max,
-            bytes_max=min(settings.input_bytes_max, _STRICT_BYTES_MAX) if is_strict else settings.input_bytes_max,
-            problems_max=settings.problems_max,
-            shard_lines_max=settings.shard_lines_max,
-            shard_bytes_max=settings.shard_bytes_max,
-            chosen=self._chosen(batch),
-            on_problem=report.add,
-            sha256=batch.input_sha256,
-        )
-        for chunk in read_blob(self._blobs, batch.source):
-            validator.feed(chunk)
-            beat()
-        while looks := validator.candidates():
-            for look in looks:
-                validator.confirm(look, self._blobs.read(batch.source, look.byte_start, look.byte_end))
-                beat()
-        found = validator.finish()
-        problems_blob = report.finish()
+        stem = f"reports/{batch.id}/{claim.ref.epoch}-{claim.session}"
+        with ProblemReport(self._blobs, self._store, stem, owner=claim.session) as report:
+            found, problems_blob = self._examine(batch, report, beat)
         if found.is_rejected:
             rejected = RejectedInput(
                 problems=found.problems,
@@ -146,11 +127,36 @@ class Pipeline:
         self._store.accept_input(claim.ref, accepted)
         crash.point("validate.accepted")
 
+    def _examine(self, batch: Batch, report: ProblemReport, beat: Callable[[], None]) -> tuple[Validation, str | None]:
+        """Read the whole input; gives what was found and the blob that lists all problems."""
+        settings = self._settings
+        is_strict = batch.dialect == OPENAI_STRICT
+        validator = Validator(
+            self.rules(batch),
+            batch.on_invalid,
+            lines_max=min(settings.lines_max, _STRICT_LINES_MAX) if is_strict else settings.lines_max,
+            bytes_max=min(settings.input_bytes_max, _STRICT_BYTES_MAX) if is_strict else settings.input_bytes_max,
+            problems_max=settings.problems_max,
+            shard_lines_max=settings.shard_lines_max,
+            shard_bytes_max=settings.shard_bytes_max,
+            chosen=self._chosen(batch),
+            on_problem=report.add,
+            sha256=batch.input_sha256,
+        )
+        for chunk in read_blob(self._blobs, batch.source):
+            validator.feed(chunk)
+            beat()
+        while looks := validator.candidates():
+            for look in looks:
+                validator.confirm(look, self._blobs.read(batch.source, look.byte_start, look.byte_end))
+                beat()
+        return validator.finish(), report.finish()
+
     def load_shard(self, claim: Claim) -> ShardRun:
         """Make a claimed shard ready for the fan-out. Raises as `shards.load` does."""
         run = load(self._blobs, self.journal, claim, self.rules(claim.batch))
         run.assets = self.assets
-        self._damages[TaskKind.SHARD] += len(run.repairs)
+        self._note_damages(len(run.repairs))
         return run
 
     def seal(self, claim: Claim, beat: Callable[[], None]) -> Batch:
@@ -167,12 +173,16 @@ class Pipeline:
         try:
             return sealing.run()
         finally:
-            self._damages[TaskKind.SEAL] += sealing.damage_count
+            self._note_damages(sealing.damage_count)
 
     @property
     def damage_count(self) -> int:
         """Registered byte ranges of the journal that were found damaged so far."""
-        return self._damages.total()
+        return sum(self._damages)
+
+    def _note_damages(self, count: int) -> None:
+        if count:
+            self._damages.append(count)
 
     def keep_reserve(self) -> None:
         """Hold back the space with which statuses can be written on a full disk; without it there is none to hold."""
@@ -224,13 +234,28 @@ def read_blob(blobs: Blobs, name: str) -> Iterator[bytes]:
 class ProblemReport:
     """All problems of a validation as a blob of JSON lines in line order.
 
-    Duplicates are known last, so they go to a part of their own and the two are merged at the end.
+    Duplicates are known last, so they go to a part of their own and the two are merged at the end. What a block that
+    failed has written is given up.
     """
 
-    def __init__(self, blobs: Blobs, stem: str) -> None:
+    def __init__(self, blobs: Blobs, store: Upkeep, stem: str, *, owner: str) -> None:
         self._blobs = blobs
+        self._store = store
         self._stem = stem
+        self._owner = owner
         self._parts: dict[str, BlobWriter] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            for writer in self._parts.values():
+                writer.abort()
+            for part in self._parts:
+                give_up(self._store, self._name(part))
 
     def add(self, problem: LineProblem) -> None:
         """Take one problem."""
@@ -241,7 +266,7 @@ class ProblemReport:
         """Give the blob's name, None if there was no problem."""
         for writer in self._parts.values():
             writer.commit()
-        names = [f"{self._stem}-{part}.jsonl" for part in self._parts]
+        names = [self._name(part) for part in self._parts]
         if len(names) < 2:
             return names[0] if names else None
         merged = self._writer("all")
@@ -249,13 +274,28 @@ class ProblemReport:
             merged.write(_encode(problem) + b"\n")
         merged.commit()
         for name in names:
+            self._store.abandon_blob(name)
             self._blobs.delete(name)
-        return f"{self._stem}-all.jsonl"
+        return self._name("all")
+
+    def _name(self, part: str) -> str:
+        return f"{self._stem}-{part}.jsonl"
 
     def _writer(self, part: str) -> BlobWriter:
         if part not in self._parts:
-            self._parts[part] = self._blobs.writer(f"{self._stem}-{part}.jsonl")
+            name = self._name(part)
+            self._store.register_blob(name, owner=self._owner)
+            self._parts[part] = self._blobs.writer(name)
         return self._parts[part]
+
+
+def give_up(store: Upkeep, name: str) -> None:
+    """Say that a registered blob will not be needed, on the way out of what went wrong before and tells more."""
+    try:
+        store.abandon_blob(name)
+    except (StoreUnavailable, DiskFull):
+        # It is given up after a day anyhow.
+        logger.warning("a blob's name was not given up", exc_info=True, extra={"action": "blob_not_abandoned"})
 
 
 def _line_of(problem: LineProblem) -> int:

@@ -1,7 +1,6 @@
 """The outside world as Protocols; each docstring is the contract that `tests/contract` proves on every implementation.
 
-Store, Blobs and Renewer block: call them from a thread that may wait, never from an event loop. Upstream is
-asynchronous.
+Store, Blobs and Renewer block: call them from a thread, never from an event loop. Upstream is asynchronous.
 """
 
 from __future__ import annotations
@@ -129,15 +128,6 @@ class Blobs(BlobUpkeep, Protocol):
     def delete(self, name: str) -> None:
         """Remove the name; removing a missing one is no error."""
 
-    def free_bytes(self) -> int | None:
-        """Tell the space left for writing, None where that has no meaning."""
-
-    def keep_reserve(self, size_bytes: int) -> None:
-        """Hold back some space, so that the Store can still write statuses on a full disk. May do nothing."""
-
-    def release_reserve(self) -> None:
-        """Give the reserve up; `keep_reserve` takes it again."""
-
 
 class BlobWriter(Protocol):
     """A blob on its way. Used by one thread at a time. Exactly one of `commit` and `abort` ends it."""
@@ -226,15 +216,25 @@ class TenantScope(Protocol):
     def cancel_upload(self, upload_id: UploadId) -> Upload:
         """End the upload; its parts are dropped. Repeating it is no error."""
 
-    def create_batch(self, new: NewBatch, *, replay: Replay | None = None, limits: KeyLimits = NO_LIMITS) -> Batch:
-        """Make the batch and its validate task in one transaction, unless the tenant has reached a limit.
+    def create_batch(
+        self,
+        new: NewBatch,
+        *,
+        replay: Replay | None = None,
+        limits: KeyLimits = NO_LIMITS,
+        file: File | None = None,
+        family: Collection[BatchId] | None = None,
+    ) -> Batch:
+        """Make the batch, its validate task and its input `file`, if given, in one transaction, if limits let it. A
+        retry names the `family` that it has seen.
 
-        With `replay` (its `object_id` and `body` do not matter) the same transaction notes the id as the answer of that
-        key. Where one is noted already for the same fingerprint nothing is made, and that object comes back.
+        With `replay` (its `object_id` and `body` do not matter) the id is noted as the answer of that key. Where one
+        is noted already for the same fingerprint nothing is made, and that object comes back.
 
         Raises:
             NotFound: the input or parent is not there; of a retry, the parent's input was freed.
-            QuotaExceeded: a limit is reached.
+            TransitionRefused: the parent's family has a member that is not in `family`.
+            QuotaExceeded.
             IdempotencyMismatch: the key belongs to another request.
         """
 
@@ -244,8 +244,8 @@ class TenantScope(Protocol):
     def batches(self, *, limit: int, after: BatchId | None = None) -> list[Batch]:
         """Newest first, those older than `after`, which may be a deleted one."""
 
-    def children(self, batch_id: BatchId) -> list[Batch]:
-        """Batches that retry this one, oldest first."""
+    def family(self, batch_id: BatchId) -> list[Batch]:
+        """The batch that was first and all retries below it, oldest first; here, deleted ones keep their places."""
 
     def delete_batch(self, batch_id: BatchId) -> None:
         """Hide it; its files stay. Raises: NotFound, TransitionRefused when it is not over."""

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 _LINE_BYTES_MAX = 1 << 20
 # What a child says on stderr without ending its line is passed on in pieces of at most twice this.
 _WORDS_BYTES_MAX = 64 * 1024
+# What waits for a child that is stopped, or too busy to read.
+_UNREAD_BYTES_MAX = 256 * 1024
 # A dead child's stderr may be held open by a process that it started: nobody waits longer for the end of it.
 _LAST_WORDS_S = 2.0
 # A child that dies this often within the time below, without any progress in between, dies by itself.
@@ -95,9 +97,13 @@ class ChildProcess(ABC):
                 await self._note_death(code)
 
     def send(self, line: bytes) -> None:
-        """Write a line to the child, if there is one that reads."""
+        """Write a line to the child, if there is one that reads. What is said to one that does not is dropped: all of
+        it is said again and again.
+        """
         process = self.process
-        if process is not None and process.stdin is not None and not process.stdin.is_closing():
+        if process is None or process.stdin is None or process.stdin.is_closing():
+            return
+        if process.stdin.transport.get_write_buffer_size() < _UNREAD_BYTES_MAX:
             process.stdin.write(line)
 
     def kill(self) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 
 from batchrunner.fanout import Fanout
-from batchrunner.holdings import LiveShare
+from batchrunner.holdings import LiveShare, UpstreamLive
 from batchrunner.models import BatchId
-from batchrunner.pace import FULL_LEAST
 from batchrunner.shards import ShardRun
 
 REPORT_S = 1.0
@@ -76,25 +77,36 @@ class LiveReports:
 
     def _shares(self, span_s: float) -> tuple[LiveShare, ...]:
         fanout = self._fanout
-        in_flight = fanout.in_flight_by_batch()
+        counts = fanout.in_flight_by_batch()
         on_their_way: dict[BatchId, int] = {}
         for run in self._seen:
             on_their_way[run.batch.id] = on_their_way.get(run.batch.id, 0) + run.in_flight_count
-        bound_by = self._bound()
-        return tuple(
-            LiveShare(
+        bound_by, window = fanout.bound(), fanout.effective_window
+        shares = []
+        for batch_id, count in on_their_way.items():
+            in_flight = sum(each[batch_id] for each in counts)
+            share = LiveShare(
                 batch_id=batch_id,
-                in_flight=in_flight[batch_id],
-                waiting=max(0, count - in_flight[batch_id]),
+                in_flight=in_flight,
+                waiting=max(0, count - in_flight),
                 done_per_s=self._rates[batch_id].advance(span_s),
-                window=fanout.effective_window,
+                window=window,
                 bound_by=bound_by,
+                upstreams=self._upstreams(batch_id, counts),
             )
-            for batch_id, count in on_their_way.items()
-        )
+            shares.append(share)
+        return tuple(shares)
 
-    def _bound(self) -> str:
-        """What keeps more from being under way: what bounds the window, or what keeps it from being full."""
-        fanout = self._fanout
-        is_full = fanout.in_flight_count >= FULL_LEAST * fanout.effective_window
-        return fanout.bound_by if is_full and fanout.bound_by else str(fanout.short_of())
+    def _upstreams(self, batch_id: BatchId, counts: Sequence[Counter[BatchId]]) -> tuple[UpstreamLive, ...]:
+        if len(counts) == 1:
+            return ()
+        return tuple(
+            UpstreamLive(
+                name=pool.name,
+                window=pool.effective_window,
+                bound_by=pool.bound(),
+                in_flight=count[batch_id],
+                is_down=pool.is_down,
+            )
+            for pool, count in zip(self._fanout.pools, counts, strict=True)
+        )

@@ -9,24 +9,25 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 from aiohttp import web
 
+from batchrunner.api.door import CONNECTIONS_MAX, Door
 from batchrunner.api.http import ApiParts
 from batchrunner.api.routes import build_app, make_runner
 from batchrunner.api.vitals import Vitals
-from batchrunner.app import Adapters, LogLine, arm_crash_point, open_adapters
+from batchrunner.app import Adapters, arm_crash_point, open_adapters
 from batchrunner.errors import BatchrunnerError, DiskFull
-from batchrunner.housekeeping import clear
+from batchrunner.housekeeping import clear, drop_unfinished
+from batchrunner.log_line import LogLine
 from batchrunner.orders import LISTENING, READY, Greeting, Pulse
 from batchrunner.ports import Clock
-from batchrunner.tuning import freeze_start_up, tune_process
+from batchrunner.tuning import allow_open_files, freeze_start_up, tune_process
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class ApiProcess:
         )
         self._grace_s = settings.drain_grace_s
         self._limit: asyncio.Timeout | None = None
+        self._unfinished_at_s = adapters.clock.monotonic_s() + _UNFINISHED_S
 
     def stop(self, *, grace_s: float) -> None:
         """Take no more requests and end within the grace; called again it shortens it."""
@@ -81,9 +83,12 @@ class ApiProcess:
         """Listen and answer until `stop`."""
         runner = make_runner(build_app(self._parts), shutdown_s=_CUT_S)
         await runner.setup()
-        sites = [web.SockSite(runner, socket.socket(fileno=fd)) for fd in self._fds]
-        for site in sites:
-            await site.start()
+        assert runner.server is not None
+        # A request may read a file or two while it is answered.
+        connections_max = min(CONNECTIONS_MAX, allow_open_files(2 * CONNECTIONS_MAX) // 2)
+        door = Door(runner.server, self.vitals.busy, connections_max=connections_max)
+        loop = asyncio.get_running_loop()
+        listening = [await loop.create_server(door, sock=socket.socket(fileno=fd)) for fd in self._fds]
         _tell_parent(READY)
         freeze_start_up()
         try:
@@ -93,12 +98,12 @@ class ApiProcess:
                 for each in loops:
                     each.cancel()
         finally:
-            await self._end(runner, sites)
+            await self._end(runner, listening)
 
-    async def _end(self, runner: web.AppRunner, sites: Sequence[web.SockSite]) -> None:
+    async def _end(self, runner: web.AppRunner, listening: Sequence[asyncio.Server]) -> None:
         """Stop listening, then wait for requests under way, then cut them off."""
-        for site in sites:
-            await site.stop()
+        for each in listening:
+            each.close()
         assert runner.server is not None
         runner.server.pre_shutdown()
         try:
@@ -115,21 +120,26 @@ class ApiProcess:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def _keep_house(self) -> None:
-        """Sweep now and then, and once a day what writers left that died."""
-        unfinished_at_s = self._adapters.clock.monotonic_s() + _UNFINISHED_S
+        """Sweep now and then; at first, and once a day, what writers that died have left half written."""
+        await self._called(lambda: drop_unfinished(self._adapters.blobs))
         while True:
-            try:
-                await self._sweep()
-                if self._adapters.clock.monotonic_s() >= unfinished_at_s:
-                    unfinished_at_s += _UNFINISHED_S
-                    drop = partial(self._adapters.blobs.drop_unfinished, older_than_s=_UNFINISHED_S)
-                    await self._called(drop)
-            except BatchrunnerError as error:
-                logger.warning("the sweep failed: %s", error, extra={"action": "sweep_failed", "code": error.code})
+            await self._try("the sweep", self._sweep)
+            if self._adapters.clock.monotonic_s() >= self._unfinished_at_s:
+                self._unfinished_at_s += _UNFINISHED_S
+                await self._called(lambda: drop_unfinished(self._adapters.blobs))
             await self._adapters.clock.sleep(self._settings.sweep_s)
 
+    async def _try(self, what: str, step: Callable[[], Awaitable[None]]) -> None:
+        """Do what is done again and again; no trouble with it, and no bug in it, is worth the answers to all others."""
+        try:
+            await step()
+        except BatchrunnerError as error:
+            logger.warning("%s failed: %s", what, error, extra={"action": "upkeep_failed", "code": error.code})
+        except Exception:
+            logger.exception("%s broke", what, extra={"action": "upkeep_broke"})
+
     async def _sweep(self) -> None:
-        in_use = self._parts.reading.names()
+        in_use = self._parts.reading.names
         store, blobs = self._adapters.store, self._adapters.blobs
         cleared = await self._called(lambda: clear(store, blobs, in_use=in_use, is_stopping=self.vitals.closing.is_set))
         if cleared.blobs or cleared.journals or cleared.files or cleared.uploads:
@@ -145,15 +155,15 @@ class ApiProcess:
     async def _look_around(self) -> None:
         """Notice what changes the rules: the first key, and a full disk."""
         while True:
-            try:
-                if self._parts.is_open and await self._called(self._adapters.store.has_keys):
-                    # Whether keys are asked for is settled when the API is made; the next process makes it anew.
-                    logger.info("there are API keys now: requests need one", extra={"action": "keys_appeared"})
-                    self.stop(grace_s=self._settings.drain_grace_s)
-                await self._called(self._mind_the_reserve)
-            except BatchrunnerError as error:
-                logger.warning("the look around failed: %s", error, extra={"action": "look_failed", "code": error.code})
+            await self._try("the look around", self._look)
             await self._adapters.clock.sleep(_LOOK_S)
+
+    async def _look(self) -> None:
+        if self._parts.is_open and await self._called(self._adapters.store.has_keys):
+            # Whether keys are asked for is settled when the API is made; the next process makes it anew.
+            logger.info("there are API keys now: requests need one", extra={"action": "keys_appeared"})
+            self.stop(grace_s=self._settings.drain_grace_s)
+        await self._called(self._mind_the_reserve)
 
     def _mind_the_reserve(self) -> None:
         """Give the reserve up when the disk is full, so that a cancel can be written; take it again when it is not."""

@@ -11,7 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TypeVar, get_args, get_type_hints
 
+import msgspec
+
 from batchrunner.errors import UsageError
+from batchrunner.targets import Target, read_targets
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 
@@ -57,6 +60,9 @@ class Settings:
         None, "what the SDKs call base_url: the upstream's address, such as http://localhost:8000/v1"
     )
     api_key_env: str = _knob("OPENAI_API_KEY", "name of the environment variable that holds the upstream's key")
+    upstream: tuple[Target, ...] = _knob(
+        (), "several upstreams, as `[[upstream]]` tables of batchrunner.toml; see docs/operations.md, Several upstreams"
+    )
     endpoints: tuple[str, ...] = _knob(ENDPOINTS, "the urls that a line may name")
     concurrency: int | None = _knob(None, "requests in flight for all workers together; unset finds it by itself")
     window_max: int = _knob(4096, "the most requests in flight that the self-found window may reach")
@@ -122,6 +128,33 @@ class Settings:
     segment_bytes: int = _knob(MIB, "journal bytes of one shard that are written to S3 at once, without waiting")
 
 
+def targets_of(settings: Settings) -> tuple[Target, ...]:
+    """Give the upstreams: those of the tables, or the one that `base_url` names; none is named where both are unset.
+
+    A table that says nothing of window, rpm or tpm has those of the settings.
+    """
+    if not settings.upstream:
+        targets: tuple[Target, ...] = (
+            Target(name="default", base_url=settings.base_url or "", api_key_env=settings.api_key_env),
+        )
+    else:
+        targets = settings.upstream
+    return tuple(
+        msgspec.structs.replace(
+            target,
+            window=target.window or settings.concurrency,
+            rpm=target.rpm or settings.rpm,
+            tpm=target.tpm or settings.tpm,
+        )
+        for target in targets
+    )
+
+
+def has_upstream(settings: Settings) -> bool:
+    """Tell whether any upstream is named."""
+    return bool(settings.upstream or settings.base_url)
+
+
 def parse_duration(text: str, *, what: str) -> float:
     """Read a duration such as `24h`, `200ms` or `90` (seconds), in seconds.
 
@@ -146,6 +179,9 @@ def parse_size(text: str, *, what: str) -> int:
     return int(float(match[1]) * _BYTES[match[2].lower() if match[2] else None])
 
 
+_EXCLUDED = {"base_url": ("upstream",), "upstream": ("base_url",)}
+
+
 def resolve(layers: Sequence[tuple[str, Mapping[str, object]]]) -> tuple[Settings, dict[str, str]]:
     """Lay the layers (origin, values by setting name; strongest first) over the defaults.
 
@@ -159,12 +195,18 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, object]]]) -> tuple[Setting
     values: dict[str, object] = {}
     origins = dict.fromkeys(known, "default")
     for origin, layer in reversed(layers):
+        if layer.get("base_url") is not None and layer.get("upstream") is not None:
+            raise UsageError(f"{origin}: base_url and [[upstream]] both say where lines go", hint="Keep one of them.")
         for name, value in layer.items():
             if name not in known:
                 raise UsageError(f"{origin}: there is no setting {name!r}", hint="See `batchrunner config show`.")
             if value is not None:
                 values[name] = _coerce(name, value, origin)
                 origins[name] = origin
+                # The stronger layer decides whether there is one upstream or several.
+                for other in _EXCLUDED.get(name, ()):
+                    values.pop(other, None)
+                    origins[other] = "default"
     settings = Settings(**values)  # type: ignore[arg-type]
     _check(settings)
     return settings, origins
@@ -186,6 +228,8 @@ def _coerce(name: str, value: object, origin: str) -> object:
     hint = _HINTS[name]
     kinds = set(get_args(hint)) | {hint}
     what = f"{origin}: {name}"
+    if name == "upstream":
+        return read_targets(value, origin)
     if tuple[str, ...] in kinds:
         return tuple(value.split(",")) if isinstance(value, str) else tuple(str(part) for part in _listed(value, what))
     if isinstance(value, str) and str not in kinds:

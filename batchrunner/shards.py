@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
 from batchrunner import crash
 from batchrunner.assets import Assets
+from batchrunner.doubt import doubtful_mark, unknown_mark, with_registered_marks
 from batchrunner.errors import InputChanged, ReconciliationError
 from batchrunner.frames import Salvaged, lost_count, salvage
 from batchrunner.journal import Journal, copy_salvaged
@@ -86,8 +87,10 @@ class ShardRun:
         self.in_flight_count = 0
         self.is_stopped = False
         self.on_need: Callable[[], None] = nobody
-        # What is known of all lines of the batch; the fan-out puts the batch's own in.
-        self.breaker = Breaker()
+        # What each upstream has said to lines of the batch, and the places of those that get no more of them; the
+        # fan-out puts the batch's own in.
+        self.breakers: Sequence[Breaker] = (Breaker(),)
+        self.shut: Collection[int] = ()
         # Where its media answers go; there is none where none can come.
         self.assets: Assets | None = None
         # The keeper's own notes: when it last registered, what it still has to, and until when the shard may be left.
@@ -259,6 +262,11 @@ class ShardRun:
         """
         if self.is_at_most_once and not self.is_left_for_good:
             self._fail(line, LineCode.OUTCOME_UNKNOWN, _UNTOLD)
+        self.in_flight_count -= 1
+
+    def refuse(self, line: RequestLine, code: LineCode, message: str) -> None:
+        """Record the error of a line that was handed out and is not to be sent."""
+        self._fail(line, code, message)
         self.in_flight_count -= 1
 
     def progress(self, *, intent_mark: int | None = None) -> Progress:
@@ -442,10 +450,8 @@ def load(blobs: Blobs, journal: Journal, claim: Claim, rules: LineRules) -> Shar
     is_at_most_once = claim.batch.on_unknown is OnUnknown.FAIL
     found = salvage(blobs, claim, lines=lines, keep_failures=is_at_most_once)
     own = journal.open(claim.batch.id, claim.ref, first_mark=first_mark)
-    if not own.keeps_marks and shard.intent_mark >= shard.first_line:
-        # The store keeps one mark for all claims, and each of them registered it before it sent anything.
-        marks = {epoch: shard.intent_mark for epoch, _ in claim.earlier}
-        found = replace(found, marks=marks, mark=shard.intent_mark)
+    if not own.keeps_marks:
+        found = with_registered_marks(claim, found)
     run = ShardRun(claim, buffer, rules, own, set(found.registered))
     run.take_over(found, blobs)
     crash.point("salvage.copied")
@@ -455,35 +461,15 @@ def load(blobs: Blobs, journal: Journal, claim: Claim, rules: LineRules) -> Shar
     if shard.deaths and not found.records:
         run.deaths_at_work = sum(epoch in found.marks for epoch, _ in claim.earlier[-shard.deaths :])
     if is_at_most_once:
-        for line in run.open_lines(_unknown_mark(claim, found)):
+        for line in run.open_lines(unknown_mark(claim, found)):
             run.end_open_line(line, LineCode.OUTCOME_UNKNOWN, _UNKNOWN)
     else:
-        again = len(run.open_lines(_doubtful_mark(claim, found))) + lost_count(found.repairs)
+        again = len(run.open_lines(doubtful_mark(claim, found))) + lost_count(found.repairs)
         run.re_executed_count = min(again, run.untouched_count)
     if shard.is_quarantined and shard.deaths >= _POISON_DEATHS:
         for line in run.open_lines(shard.intent_mark)[:1]:
             run.end_open_line(line, LineCode.POISON_REQUEST, _POISON)
     return run
-
-
-def _doubtful_mark(claim: Claim, found: Salvaged) -> int:
-    """The highest line that a holder may have sent without telling, 0 if the last that sent any gave the shard back
-    whole. Nothing is sent without a mark, so a claim that left none leaves no doubt either.
-    """
-    assert claim.shard is not None
-    is_told = max(found.marks, default=0) <= claim.whole_epoch
-    return 0 if is_told else max(found.mark, claim.shard.intent_mark)
-
-
-def _unknown_mark(claim: Claim, found: Salvaged) -> int:
-    """The highest line that may have been sent without telling, where it may be sent only once; 0 if the last holder
-    gave the shard back whole, for then the open lines were not sent, or refused.
-
-    The claims are asked and not the journal, which may be damaged: there an open line may have had its answer once.
-    """
-    assert claim.shard is not None
-    is_told = claim.earlier[-1][0] == claim.whole_epoch and not found.damages
-    return 0 if is_told else claim.shard.intent_mark
 
 
 def read_checked(blobs: Blobs, claim: Claim) -> bytes:

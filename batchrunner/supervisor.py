@@ -12,12 +12,13 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
-from batchrunner.errors import WorkerLost
+from batchrunner.errors import DiskFull, StoreUnavailable, WorkerLost
+from batchrunner.holdings import UpstreamLive
 from batchrunner.metrics import Tally, tally_from_wire
 from batchrunner.pace import Sample, Window, joined, merged
 from batchrunner.ports import Clock
 from batchrunner.processes import ChildProcess
-from batchrunner.settings import Settings
+from batchrunner.settings import Settings, targets_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,8 @@ _ROUNDS_MAX = 3
 _EXTRA_GRACE_S = 10.0
 
 
-class Share(msgspec.Struct, frozen=True, kw_only=True):
-    """Parent to child: how much of the limits it may use, and what bounds the window of all. Rates are per minute, None
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """How much of one upstream's limits a child may use, and what bounds the window of all. Rates are per minute, None
     where there is no limit.
     """
 
@@ -36,23 +37,45 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
     bound_by: str | None = None
     rpm: float | None = None
     tpm: float | None = None
+
+
+class Share(msgspec.Struct, frozen=True, kw_only=True):
+    """Parent to child: its parts, in the order of the upstreams."""
+
+    parts: tuple[Part, ...]
     stop_grace_s: float | None = None
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """Child to parent, every 100 ms: what happened since, how it stands, and why it stands still if it does."""
+class Activity(msgspec.Struct, frozen=True, kw_only=True):
+    """What happened at one upstream since the last report, and how it stands. `waiting` counts the lines that could be
+    sent there, as far as they were looked at.
+    """
 
     sample: Sample
     in_flight: int
+    waiting: int = 0
+    is_down: bool = False
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """Child to parent, every 100 ms: what it does at each upstream, in their order, how many lines it has besides those
+    under way, and why it stands still if it does.
+    """
+
+    activities: tuple[Activity, ...]
     waiting: int
     tally: dict[str, object]
     trouble: str | None = None
     lost: str | None = None
-    pause_reason: str | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Exchanges under way with all upstreams."""
+        return sum(each.in_flight for each in self.activities)
 
 
 class Live(msgspec.Struct, frozen=True, kw_only=True):
-    """How the work stands at this moment, summed over all workers."""
+    """How the work stands at this moment, summed over all workers, and for each upstream."""
 
     window: int
     bound_by: str
@@ -62,6 +85,7 @@ class Live(msgspec.Struct, frozen=True, kw_only=True):
     trouble: str | None = None
     lost: str | None = None
     worker_count: int = 1
+    upstreams: tuple[UpstreamLive, ...] = ()
 
 
 _ENCODER = msgspec.json.Encoder()
@@ -89,21 +113,27 @@ class _Child(ChildProcess):
         super().__init__(f"worker {number}", command=command, greeting=greeting, clock=clock, waits_s=waits_s)
         self.report: Report | None = None
         self.reported_at_s = -math.inf
-        self.fresh: list[Sample] = []
+        self.fresh: list[Report] = []
         self.past = Tally()
-        self.grants = (0, 0)
+        self.grants: dict[int, tuple[int, int]] = {}
         self._bury = bury
 
-    @property
-    def is_active(self) -> bool:
-        """Whether it had anything to send lately."""
-        return self.report is not None and (self.report.in_flight > 0 or self.report.waiting > 0)
+    def is_active(self, place: int) -> bool:
+        """Whether it had anything to send to that upstream lately; lines that were not looked at may be for any, but
+        where some are under way, those are read on.
+        """
+        report = self.report
+        if report is None:
+            return False
+        activity = report.activities[place]
+        return bool(activity.in_flight or activity.waiting or (report.waiting and not report.in_flight))
 
-    @property
-    def may_use(self) -> int:
-        """The most that it may have in flight now: its last two shares, since the last may not have reached it yet."""
-        in_flight = self.report.in_flight if self.report is not None else 0
-        return max(*self.grants, in_flight)
+    def may_use(self, place: int) -> int:
+        """The most that it may have in flight there now: its last two shares, since the last may not have reached it
+        yet.
+        """
+        in_flight = self.report.activities[place].in_flight if self.report is not None else 0
+        return max(*self.grants.get(place, (0, 0)), in_flight)
 
     def hear(self, line: bytes) -> None:
         """Take in a report."""
@@ -114,7 +144,7 @@ class _Child(ChildProcess):
             logger.warning("%s wrote what is no report", self.name, extra={"action": "worker_chatter"})
             return
         self.reported_at_s = self.clock.monotonic_s()
-        self.fresh.append(self.report.sample)
+        self.fresh.append(self.report)
 
     async def mourn(self) -> None:
         """Keep the counts of the dead, and end its leases."""
@@ -125,8 +155,12 @@ class _Child(ChildProcess):
                 self.progressed()
         self.report = None
         self.fresh.clear()
-        self.grants = (0, 0)
-        await self._bury()
+        self.grants.clear()
+        try:
+            await self._bury()
+        except (StoreUnavailable, DiskFull) as error:
+            # The living bury too, and leases run out: a full disk that ended one worker must not end them all.
+            logger.warning("%s keeps its leases for now: %s", self.name, error, extra={"action": "burial_failed"})
 
 
 class Supervisor:
@@ -151,8 +185,8 @@ class Supervisor:
         bury: Callable[[], Awaitable[None]],
         waits_s: float | None = None,
     ) -> None:
-        self.window = Window(pinned=settings.concurrency, size_max=settings.window_max)
-        self._settings = settings
+        self._targets = targets_of(settings)
+        self.windows = windows_of(settings)
         self._clock = clock
         self._children = [
             _Child(number, command=command, greeting=greeting, clock=clock, bury=bury, waits_s=waits_s)
@@ -179,15 +213,23 @@ class Supervisor:
             tally.add(child.past)
             if child.report is not None:
                 tally.add(tally_from_wire(child.report.tally))
+        upstreams = self._upstreams(reports)
         return Live(
-            window=self.window.size,
-            bound_by=str(self.window.bound_by),
+            window=sum(window.size for window in self.windows),
+            bound_by=bound_of(upstreams),
             in_flight=sum(report.in_flight for report in reports),
             waiting=sum(report.waiting for report in reports),
             tally=tally,
             trouble=next((report.trouble for report in reports if report.trouble), None),
             lost=next((report.lost for report in reports if report.lost), None),
             worker_count=len(self._children),
+            upstreams=upstreams,
+        )
+
+    def _upstreams(self, reports: Sequence[Report]) -> tuple[UpstreamLive, ...]:
+        return tuple(
+            upstream_live(target.name, window, [report.activities[place] for report in reports])
+            for place, (target, window) in enumerate(zip(self._targets, self.windows, strict=True))
         )
 
     def stop(self, *, grace_s: float) -> None:
@@ -235,41 +277,50 @@ class Supervisor:
         return all(child.fresh for child in self._children if child.process is not None)
 
     def _observe(self) -> None:
-        """Show the window's controller all that came since the last time, each sample once."""
-        samples = [joined(child.fresh) for child in self._children if child.fresh]
+        """Show each window's controller all that came since the last time, each sample once."""
+        fresh = [child.fresh for child in self._children if child.fresh]
         for child in self._children:
-            child.fresh.clear()
-        if samples:
-            self.window.observe(merged(samples))
+            child.fresh = []
+        for place, window in enumerate(self.windows if fresh else ()):
+            samples = [[report.activities[place].sample for report in reports] for reports in fresh]
+            window.observe(merged([joined(each) for each in samples]))
 
     def _hand_out(self) -> None:
-        """Split the window over the workers, an idle one keeping a place to begin with.
+        """Tell every worker what it may use."""
+        running = [child for child in self._children if child.process is not None]
+        parts = [self._parts(place, running) for place in range(len(self.windows))]
+        for number, child in enumerate(running):
+            share = Share(parts=tuple(each[number] for each in parts), stop_grace_s=self._stop_grace_s)
+            child.send(encode_message(share))
+
+    def _parts(self, place: int, running: Sequence[_Child]) -> list[Part]:
+        """Split one upstream's window over the workers, an idle one keeping a place to begin with.
 
         A share grows only by what the others have let go of, so that all together never exceed the window.
         """
-        running = [child for child in self._children if child.process is not None]
-        idle = [child for child in running if not child.is_active]
-        active = [child for child in running if child.is_active] or running
-        left = self.window.size if active is running else max(len(active), self.window.size - len(idle))
-        parts = dict.fromkeys(running, 1)
-        for place, child in enumerate(active):
-            parts[child] = left // len(active) + (1 if place < left % len(active) else 0)
+        whole = self.windows[place].size
+        idle = [child for child in running if not child.is_active(place)]
+        active = [child for child in running if child.is_active(place)] or running
+        left = whole if active is running else max(len(active), whole - len(idle))
+        wanted = dict.fromkeys(running, 1)
+        for number, child in enumerate(active):
+            wanted[child] = left // len(active) + (1 if number < left % len(active) else 0)
+        parts = []
         for child in running:
-            taken = sum(max(parts[other], other.may_use) for other in running if other is not child)
-            window = max(0, min(parts[child], self.window.size - taken))
-            child.grants = (child.grants[1], window)
+            taken = sum(max(wanted[other], other.may_use(place)) for other in running if other is not child)
+            window = max(0, min(wanted[child], whole - taken))
+            child.grants[place] = (child.grants.get(place, (0, 0))[1], window)
             # An idle worker needs no rate before it has said that it found work.
-            part = 1 / len(active) if child in active else 0.0
-            child.send(encode_message(self._share(window=window, part=part)))
+            parts.append(self._part(place, window=window, part=1 / len(active) if child in active else 0.0))
+        return parts
 
-    def _share(self, *, window: int, part: float) -> Share:
-        settings = self._settings
-        return Share(
+    def _part(self, place: int, *, window: int, part: float) -> Part:
+        target = self._targets[place]
+        return Part(
             window=window,
-            bound_by=str(self.window.bound_by),
-            rpm=settings.rpm * part if settings.rpm else None,
-            tpm=settings.tpm * part if settings.tpm else None,
-            stop_grace_s=self._stop_grace_s,
+            bound_by=str(self.windows[place].bound_by),
+            rpm=target.rpm * part if target.rpm else None,
+            tpm=target.tpm * part if target.tpm else None,
         )
 
     def _end_late_workers(self) -> None:
@@ -280,6 +331,32 @@ class Supervisor:
             return
         for child in self._children:
             child.kill()
+
+
+def windows_of(settings: Settings) -> list[Window]:
+    """Make a window for each upstream; a server that was told none has one all the same, for whoever waits."""
+    targets = targets_of(settings)
+    return [Window(pinned=target.window, size_max=settings.window_max) for target in targets]
+
+
+def upstream_live(name: str, window: Window, activities: Sequence[Activity]) -> UpstreamLive:
+    """Sum up what workers do at one upstream."""
+    return UpstreamLive(
+        name=name,
+        window=window.size,
+        bound_by=str(window.bound_by),
+        in_flight=sum(each.in_flight for each in activities),
+        waiting=sum(each.waiting for each in activities),
+        is_down=any(each.is_down for each in activities),
+    )
+
+
+def bound_of(upstreams: Sequence[UpstreamLive]) -> str:
+    """Tell what bounds the window, of several upstreams by their names where they differ."""
+    words = {each.bound_by for each in upstreams}
+    if len(words) == 1:
+        return words.pop()
+    return ", ".join(f"{each.name} {each.bound_by}" for each in upstreams)
 
 
 def _first_of(group: BaseExceptionGroup[WorkerLost]) -> WorkerLost:

@@ -7,6 +7,7 @@ import ctypes
 import gc
 import logging
 import platform
+import resource
 from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,16 @@ def raise_mmap_threshold() -> bool:
     mallopt.restype = ctypes.c_int
     outcomes = (mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES), mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES))
     return outcomes == (1, 1)
+
+
+def allow_open_files(wanted: int) -> int:
+    """Raise this process's limit of open files to `wanted` where the system lets it; give what it is now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    granted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (granted, hard))
+    return granted
 
 
 def freeze_start_up() -> None:

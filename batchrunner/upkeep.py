@@ -73,12 +73,24 @@ class Upkeep(Protocol):
 
 
 class BlobUpkeep(Protocol):
-    """What became of uploads that nobody finished, and downloads that pass the server by. Raises as Blobs does."""
+    """The space of blobs, those that nobody finished, and downloads that pass the server by. Raises as Blobs does."""
 
-    def drop_unfinished(self, *, older_than_s: float) -> int:
-        """Drop the parts of blobs whose writers began longer ago and neither committed nor aborted; gives their
-        number. With 0 those of all writers: only for who knows that there are none.
+    def free_bytes(self) -> int | None:
+        """Tell the space left for writing, None where that has no meaning."""
+
+    def keep_reserve(self, size_bytes: int) -> None:
+        """Hold back some space, so that the Store can still write statuses on a full disk. May do nothing."""
+
+    def release_reserve(self) -> None:
+        """Give the reserve up; `keep_reserve` takes it again."""
+
+    def drop_unfinished(self) -> int:
+        """Remove what dead processes left half written, and count it; where nobody can tell the dead from the living,
+        what was begun more than a day ago. For sweepers; reads every name.
         """
+
+    def drop_begun(self) -> int:
+        """Remove whatever is half written, and count it: only for who knows that nobody is at work."""
 
     def download_url(self, name: str, *, expires_s: float, filename: str) -> str | None:
         """Give an address at which anybody can fetch the blob for a while; None where there is no such thing."""

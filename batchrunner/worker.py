@@ -16,7 +16,7 @@ from typing import TypeVar, assert_never
 
 from batchrunner import crash
 from batchrunner.appetite import BREAKER_REASONS
-from batchrunner.claiming import Claiming
+from batchrunner.claiming import Claiming, Steps
 from batchrunner.errors import (
     BatchrunnerError,
     BlobsUnavailable,
@@ -83,7 +83,8 @@ class Worker:
         self._clock = clock
         self._settings = settings
         self._renewals = Renewals(store, session, settings, clock)
-        self._threads = ThreadPoolExecutor(max_workers=3, thread_name_prefix="worker")
+        # Two steps of each kind, and the keeper's own calls.
+        self._threads = ThreadPoolExecutor(max_workers=5, thread_name_prefix="worker")
         self._reports = LiveReports(fanout)
         self._claiming = Claiming(
             session=session,
@@ -105,7 +106,7 @@ class Worker:
         self._changed = asyncio.Event()
         self._is_stopping = False
         self._stop_by_s = 0.0
-        self._steps: set[TaskKind] = set()
+        self._steps = Steps(is_server=is_server)
         self._watch_at_s = 0.0
         self._sweep_at_s = 0.0
 
@@ -160,7 +161,7 @@ class Worker:
     async def _pace(self) -> None:
         while not (self._is_stopping and not self._runs):
             self._renewals.loop_ticked()
-            self.fanout.stop_sends_at_s = self._renewals.renewed_at_s + self._settings.lease_s - _LEASE_MARGIN_S
+            self.fanout.stop_sends_at(self._renewals.renewed_at_s + self._settings.lease_s - _LEASE_MARGIN_S)
             self.fanout.tally.damages = self._pipeline.damage_count
             self._pacer(self.fanout)
             await self._clock.sleep(_REST_S if self._claiming.is_resting else _KEEP_S)
@@ -257,7 +258,8 @@ class Worker:
 
     def _mark_of(self, run: ShardRun) -> int | None:
         window = self.fanout.window
-        return run.mark_to_register(window, lines_ahead=self.fanout.sampler.lines_ahead(window))
+        lines_ahead = sum(pool.sampler.lines_ahead(pool.window) for pool in self.fanout.pools)
+        return run.mark_to_register(window, lines_ahead=lines_ahead)
 
     async def _settle_if_durable(self, run: ShardRun) -> None:
         if run.journal.waiting_records:
@@ -403,7 +405,7 @@ class Worker:
             case TaskKind.SHARD:
                 await self._take_shard(claim)
             case TaskKind.VALIDATE | TaskKind.SEAL | TaskKind.NOTIFY:
-                self._steps.add(claim.kind)
+                self._steps.begin(claim)
                 group.create_task(self._run_step(claim))
             case _:
                 assert_never(claim.kind)
@@ -457,7 +459,7 @@ class Worker:
             self._owe(claim, error)
         finally:
             self._renewals.step_ended(task_id)
-            self._steps.discard(claim.kind)
+            self._steps.end(claim)
             self._claiming.stir()
             self.step_done.set()
             self.changed()

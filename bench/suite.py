@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from bench import end_to_end, found_window, kills, memory, scaling, starting, validation
+from bench import end_to_end, found_window, kills, memory, scaling, server, starting, validation
 from bench.results import Figure
 
 Bench = Callable[[bool], list[Figure]]
@@ -46,6 +46,12 @@ def _starting(is_quick: bool) -> list[Figure]:  # noqa: FBT001
     return starting.measure(lines=100_000 if is_quick else 1_000_000)
 
 
+def _server(is_quick: bool) -> list[Figure]:  # noqa: FBT001
+    if is_quick:
+        return server.measure(server.Sizes(lines=200_000, seconds=5.0, upload_mib=50, pairs=1, cost_lines=5000))
+    return server.measure(server.Sizes())
+
+
 def _window(is_quick: bool) -> list[Figure]:  # noqa: FBT001
     return found_window.measure(slots=(64,), workers=(1,)) if is_quick else found_window.measure()
 
@@ -64,6 +70,7 @@ BENCHES: Mapping[str, Bench] = MappingProxyType(
         "scaling": _scaling,
         "starting": _starting,
         "window": _window,
+        "server": _server,
     }
 )
 # Counts of lines and requests, which no noise of the machine changes.

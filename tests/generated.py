@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import orjson
 
-from batchrunner import cli, errors, lifecycle, metrics, settings
+from batchrunner import cli, errors, lifecycle, metrics, settings, targets
 from batchrunner.api.openapi import document
 from batchrunner.api.routes import ROUTES
 from batchrunner.cli.exits import MEANINGS, exit_code_of
@@ -97,10 +97,22 @@ def settings_table() -> str:
     flags = {option.name: option.opts[-1] for option in _run_options()}
     rows = []
     for name, default, meaning in settings.describe():
+        if name == "upstream":
+            rows.append((f"`{name}`", "unset", "", "", meaning))
+            continue
         flag = flags.get(name) or flags.get(name.removesuffix("_s"))
         shown = f"`{flag}`" if flag else ""
         rows.append((f"`{name}`", _value(name, default), f"`BATCHRUNNER_{name.upper()}`", shown, meaning))
     return _table(("setting", "default", "variable", "flag of run", "meaning"), *rows)
+
+
+def targets_table() -> str:
+    rows = [(f"`{name}`", _key_value(name, default), meaning) for name, default, meaning in targets.describe_target()]
+    return _table(("key", "default", "meaning"), *rows)
+
+
+def _key_value(name: str, default: object) -> str:
+    return "must be given" if default is ... else "none" if default == {} else _value(name, default)
 
 
 def _run_options() -> list[click.Option]:
@@ -152,6 +164,7 @@ BLOCKS: Mapping[tuple[str, str], Callable[[], str]] = {
     ("README.md", "exit-codes"): exit_codes,
     (REFERENCE, "commands"): commands_section,
     (REFERENCE, "settings"): settings_table,
+    (REFERENCE, "upstream"): targets_table,
     (REFERENCE, "endpoints"): endpoints_list,
     (REFERENCE, "errors"): error_codes,
     (REFERENCE, "metrics"): metric_names,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from jsonschema import Draft202012Validator
 
+from batchrunner.routing import renamed
 from batchrunner.simulate import SimulatorStats, expected_reply
 
 _SCHEMAS = Path(__file__).parents[1] / "schemas"
@@ -54,12 +55,14 @@ def check_run(
     sim_stats: SimulatorStats | None = None,
     repeats_max: int = 0,
     is_in_input_order: bool = True,
+    aliases: Mapping[str, str] | None = None,
 ) -> Checked:
     """Prove the ledger of a finished run.
 
     Every request of the (plain) input is in exactly one of the two files, once, in input order; every line fits its
     schema; every answer is the one to its own prompt. With the simulator's counters: no more than `repeats_max` sends
-    were needless. The manifest, when the run folder is beside OUTPUT, says the same.
+    were needless. The manifest, when the run folder is beside OUTPUT, says the same. `aliases` are model names that
+    were sent as others.
     """
     wanted = list(_input_lines(input_path))
     by_id = {line.custom_id: line for line in wanted}
@@ -76,7 +79,7 @@ def check_run(
     assert len({each["id"] for each in [*outputs, *failures]}) == len(wanted)
     for raw, each in zip(output, outputs, strict=True):
         line = by_id[each["custom_id"]]
-        marker = expected_reply(bytes(line.body), line.url).encode()
+        marker = expected_reply(renamed(bytes(line.body), aliases or {}), line.url).encode()
         assert marker in raw, f"{each['custom_id']} has the answer of another prompt"
     if is_in_input_order:
         _check_order(wanted, outputs)

@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 # Everything else in the package is story, rules or words.
 EDGES = re.compile(
-    r"clock|tuning|simulate|store|blobs|upstream\w*|poster|client|processes|sessions|supervisor|app|hosting|serving|api"
+    r"clock|tuning|session_locks|simulate|store|blobs|upstream\w*|poster|client|processes|supervisor|app|hosting|serving|api"
     r"|dashboard|cli|__init__|__main__"
 )
 

@@ -26,7 +26,7 @@ ESSAYS = {"batchrunner.errors", "batchrunner.lifecycle", "batchrunner.pipeline"}
 REAL_TIME = re.compile(r"batchrunner\.(clock|simulate)(\..*)?")
 ENTRY_POINTS = re.compile(r"batchrunner(\.__main__|\.cli|\.store\.migrations\..*)?")
 EDGES = re.compile(
-    r"(clock|tuning|simulate|store|blobs|upstream\w*|poster|client|processes|sessions|supervisor|app|hosting|serving|api"
+    r"(clock|tuning|session_locks|simulate|store|blobs|upstream\w*|poster|client|processes|supervisor|app|hosting|serving|api"
     r"|dashboard|cli)?|__main__"
 )
 

@@ -12,7 +12,8 @@ from typing import Literal
 
 import msgspec
 
-from batchrunner.api.progress import Progress, progress_of
+from batchrunner.api.progress import Progress, code_of, progress_of
+from batchrunner.errors import OwnError
 from batchrunner.holdings import LiveShare
 from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import Batch, LineProblem, OnInvalid, OnUnknown, Order, Usage
@@ -163,7 +164,7 @@ def batch_object(batch: Batch, shares: Sequence[LiveShare], now: datetime) -> Ex
         webhook_url=batch.webhook_url,
         paused_reason=batch.paused_reason,
         paused_at=_maybe(batch.paused_at),
-        blocked_by=batch.blocked_by,
+        blocked_by=code_of(batch.blocked_by),
         progress=progress_of(batch, shares, now),
     )
 
@@ -177,10 +178,14 @@ def _errors(batch: Batch) -> BatchErrors | None:
     """Only a batch that failed has any; one that was given up did not fail by its input."""
     if batch.status is not BatchStatus.FAILED:
         return None
-    problems = batch.problems or (LineProblem("internal_error", _GAVE_UP, None, None),)
-    return BatchErrors(
-        data=tuple(BatchError(each.code, each.message, each.param, each.line_number) for each in problems)
-    )
+    data = tuple(BatchError(each.code, each.message, each.param, each.line_number) for each in told_problems(batch))
+    return BatchErrors(data=data)
+
+
+def told_problems(batch: Batch) -> tuple[LineProblem, ...]:
+    """Give what a failed batch lists; in what way we failed it is for the log."""
+    gave_up = LineProblem(OwnError.code, _GAVE_UP, None, None)
+    return tuple(gave_up if each.code == OwnError.code else each for each in batch.problems) or (gave_up,)
 
 
 def _usage(usage: Usage) -> BatchUsage:

@@ -40,7 +40,11 @@ class BatchDeleted(msgspec.Struct, frozen=True, kw_only=True):
 
 def shown(call: Call, batch: Batch) -> ExtendedBatch:
     """Map a batch with what its workers do now. Blocks."""
-    shares = call.scope.live(batch.id) if batch.status not in TERMINAL else []
+    try:
+        shares = call.scope.live(batch.id) if batch.status not in TERMINAL else []
+    except NotFound:
+        # It has ended and was deleted since it was read.
+        shares = []
     return batch_object(batch, shares, call.parts.clock.now())
 
 
@@ -155,7 +159,7 @@ async def retry_batch(call: Call) -> Answer:
     """Make a batch of the lines of an ended one that failed, were cancelled or ran out of time."""
     wanted = await read_retry(call)
     async with call.parts.heavy:
-        # One after the other: two retries at once could both take the same line.
+        call.require_listener()
         return _answer(call, await call.blocking(lambda: shown(call, retry(call, batch_of(call), wanted))))
 
 

@@ -1,4 +1,4 @@
-"""A batch and the retries of its lines as one family: found by their links, its failures known across all of it."""
+"""A batch and the retries of its lines as one family, whose failures are known across all of it."""
 
 from __future__ import annotations
 
@@ -12,23 +12,6 @@ from batchrunner.models import Batch
 from batchrunner.pipeline import read_blob
 from batchrunner.ports import Blobs, TenantScope
 from batchrunner.reading import LineNumbers
-
-
-def family_of(scope: TenantScope, batch: Batch) -> list[Batch]:
-    """Give the batch that was first and all retries below it, parents before their children, oldest first. Blocks.
-
-    What is above a deleted batch is out of reach.
-    """
-    first = batch
-    while first.parent_id is not None:
-        try:
-            first = scope.batch(first.parent_id)
-        except NotFound:
-            break
-    found = [first]
-    for each in found:
-        found += scope.children(each.id)
-    return sorted(found, key=lambda each: (each.created_at, each is not first))
 
 
 def healed_ids(blobs: Blobs, scope: TenantScope, family: list[Batch]) -> set[str]:

@@ -13,7 +13,7 @@ from batchrunner.api.file_object import BATCH, ExpiresAfter
 from batchrunner.api.files import BlobSink, new_file
 from batchrunner.api.http import ApiParts, Call
 from batchrunner.errors import NotFound, UsageError
-from batchrunner.holdings import NO_LIMITS
+from batchrunner.holdings import NO_LIMITS, KeyLimits
 from batchrunner.models import (
     OPENAI,
     OPENAI_STRICT,
@@ -46,6 +46,7 @@ Priority = Annotated[int, Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)]
 # What is kept and shown again has to end somewhere; no id is as long, and no window.
 Name = Annotated[str, Meta(max_length=512)]
 Window = Annotated[str, Meta(max_length=32)]
+WebhookUrl = Annotated[str, Meta(max_length=_URL_CHARS_MAX)]
 
 
 class StrictBatchRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,7 +81,7 @@ class BatchRequest(msgspec.Struct, frozen=True, kw_only=True):
     on_unknown: OnUnknown = OnUnknown.RETRY
     order: Order = Order.INPUT
     priority: Priority = 0
-    webhook_url: Annotated[str, Meta(max_length=_URL_CHARS_MAX)] | None = None
+    webhook_url: WebhookUrl | None = None
 
 
 async def read_request(call: Call) -> BatchRequest:
@@ -156,9 +157,10 @@ def create(call: Call, wanted: BatchRequest) -> Batch:
         QuotaExceeded: the key's limits are reached.
     """
     batch_id = BatchId(f"batch_{call.parts.rng.token_hex(16)}")
-    file = _inline_file(call, batch_id, wanted) if wanted.requests is not None else _input_file(call, wanted)
-    new = _new_batch(call, batch_id, wanted, file)
     limits = call.key.limits if call.key is not None else NO_LIMITS
+    if wanted.requests is not None:
+        return _create_inline(call, batch_id, wanted, limits)
+    new = _new_batch(call, batch_id, wanted, _input_file(call, wanted))
     try:
         return call.scope.create_batch(new, replay=call.replay, limits=limits)
     except NotFound:
@@ -182,8 +184,10 @@ def _input_file(call: Call, wanted: BatchRequest) -> File | None:
     return file
 
 
-def _inline_file(call: Call, batch_id: BatchId, wanted: BatchRequest) -> File:
-    """Write the requests as the file that somebody else would have uploaded, so that the engine has one way only."""
+def _create_inline(call: Call, batch_id: BatchId, wanted: BatchRequest, limits: KeyLimits) -> Batch:
+    """Write the requests as the file that somebody else would have uploaded, so that the engine has one way only; file
+    and batch are made together or not at all.
+    """
     assert wanted.requests is not None
     sink = BlobSink(
         call.parts, f"files/{call.parts.rng.token_hex(16)}", size_bytes_max=call.parts.settings.file_bytes_max
@@ -199,7 +203,8 @@ def _inline_file(call: Call, batch_id: BatchId, wanted: BatchRequest) -> File:
             purpose=BATCH,
             expires_after_s=None,
         )
-        return call.scope.add_file(file)
+        new = _new_batch(call, batch_id, wanted, file)
+        return call.scope.create_batch(new, replay=call.replay, limits=limits, file=file)
     except BaseException:
         sink.abort()
         raise

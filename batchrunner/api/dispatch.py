@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from urllib.parse import unquote_to_bytes
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from batchrunner.api import auth
 from batchrunner.api.auth import Caller
@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 STRICT_PREFIX = "/openai"
 EVENT_STREAM = "text/event-stream"
+# A caller that takes nothing of its answer for so long is given up.
+TAKE_IDLE_S = 60.0
+# So much has to be taken in that time: whoever is slow, but takes, is served.
+_HANDED_BYTES = 128 * 1024
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _ID_CHARS_MAX = 256
 
@@ -102,7 +106,7 @@ class Dispatcher:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer a request, whatever happens."""
-        with self._parts.vitals.request():
+        with self._parts.vitals.request(request.protocol):
             return await self._handle(request)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
@@ -145,7 +149,10 @@ class Dispatcher:
             tenant=caller.tenant,
             key=caller.key,
         )
-        answer = await answer_once(call)
+        try:
+            answer = await answer_once(call)
+        finally:
+            call.let_go()
         return answer if request.method == "HEAD" else await _begun(answer)
 
     async def _admit(self, turn: _Turn, route: Route) -> Caller:
@@ -229,16 +236,29 @@ class _Turn:
             is_endless = answer.content_type.startswith(EVENT_STREAM)
             chunks = _until(self._vitals.closing, answer.chunks) if is_endless else answer.chunks
             async for chunk in chunks:
-                await response.write(chunk)
-            await response.write_eof()
+                for start in range(0, len(chunk), _HANDED_BYTES):
+                    await self._hand_over(response.write(memoryview(chunk)[start : start + _HANDED_BYTES]))
+            await self._hand_over(response.write_eof())
         except ConnectionError:
             raise
         except Exception:
             logger.exception("request %s broke off", self.request_id, extra=self.known(answer.status))
-            if self.request.transport is not None:
-                self.request.transport.abort()
+            self._abort()
         finally:
             await _close(answer)
+
+    async def _hand_over(self, writing: Awaitable[None]) -> None:
+        """Raises: ConnectionAbortedError when the caller takes nothing for too long."""
+        try:
+            async with asyncio.timeout(TAKE_IDLE_S):
+                await writing
+        except TimeoutError:
+            self._abort()
+            raise ConnectionAbortedError(f"the caller took nothing for {TAKE_IDLE_S:.0f} s") from None
+
+    def _abort(self) -> None:
+        if self.request.transport is not None:
+            self.request.transport.abort()
 
     def _response(self, answer: Answer) -> web.StreamResponse:
         headers = {
@@ -255,8 +275,13 @@ class _Turn:
             return web.Response(body=answer.body, status=answer.status, headers=headers)
         response = web.StreamResponse(status=answer.status, headers=headers)
         response.content_length = answer.size_bytes
-        if answer.size_bytes is None:
+        if answer.size_bytes is not None:
+            return response
+        if self.request.version >= HttpVersion11:
             response.enable_chunked_encoding()
+        else:
+            # Proxies ask in HTTP/1.0 unless told otherwise: the end of the connection is the end of the answer.
+            response.force_close()
         return response
 
     def _elapsed_ms(self) -> int:

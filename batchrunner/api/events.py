@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
+from batchrunner.api.auth import CACHED_S
 from batchrunner.api.batches import batch_of, shown
 from batchrunner.api.http import Answer, Call, Route
 from batchrunner.api.watching import Feed, Seen
@@ -22,6 +25,14 @@ HEARTBEAT_S = 15.0
 _HEARTBEAT = b": still here\n\n"
 _EVENT_ID = re.compile(r"\d{1,18}-\d{1,18}")
 _encode = msgspec.json.Encoder().encode
+
+
+class ServerEvent(msgspec.Struct, frozen=True):
+    """One event: `data` is the batch as JSON, `id` goes into Last-Event-ID of who comes back."""
+
+    event: Literal["status", "progress"]
+    id: str
+    data: Annotated[str, Meta(extra_json_schema={"contentMediaType": "application/json"})]
 
 
 async def follow_batch(call: Call) -> Answer:
@@ -54,21 +65,34 @@ async def _events(call: Call, first: Seen) -> AsyncIterator[bytes]:
         return await call.blocking(lambda: _look(call, call.scope.batch(batch_id)))
 
     async with call.parts.watching.follow(batch_id, first, look, call.parts.clock) as feed:
-        async for piece in _changes(feed, first):
+        async for piece in _changes(call, feed, first):
             yield piece
 
 
-async def _changes(feed: Feed, known: Seen) -> AsyncIterator[bytes]:
+async def _changes(call: Call, feed: Feed, known: Seen) -> AsyncIterator[bytes]:
+    checked_at_s = call.parts.clock.monotonic_s()
     while not known.is_over:
         try:
-            seen = await feed.next_after(known, timeout_s=HEARTBEAT_S)
+            seen: Seen | None = await feed.next_after(known, timeout_s=HEARTBEAT_S)
         except TimeoutError:
+            seen = known
+        now_s = call.parts.clock.monotonic_s()
+        if now_s - checked_at_s >= CACHED_S:
+            # A batch may be followed for days: a key that was revoked meanwhile hears no more of it.
+            checked_at_s = now_s
+            if not await call.blocking(_is_admitted, call):
+                return
+        if seen is known:
             yield _HEARTBEAT
             continue
         if seen is None:
             return
         yield _event("status" if seen.version != known.version else "progress", seen)
         known = seen
+
+
+def _is_admitted(call: Call) -> bool:
+    return call.key is None or call.parts.store.find_key(call.key.digest) is not None
 
 
 def _event(name: str, seen: Seen) -> bytes:
@@ -82,6 +106,7 @@ ROUTES = (
         path="/v1/batches/{batch_id}/events",
         handler=follow_batch,
         summary="Follow a batch as server-sent events until it is over; resumes with Last-Event-ID",
+        answer=ServerEvent,
         answer_media=EVENT_STREAM,
     ),
 )

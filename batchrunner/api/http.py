@@ -20,7 +20,8 @@ import orjson
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from batchrunner.api.envelope import Refusal, body_too_large
+from batchrunner.api.counting import Counts
+from batchrunner.api.envelope import SERVER_ERROR, Refusal, body_too_large
 from batchrunner.api.typed import StructT, read_json, read_parameters
 from batchrunner.api.vitals import Vitals
 from batchrunner.api.watching import Watching
@@ -35,6 +36,8 @@ BODY_BYTES_MAX = MIB
 LONG_BODY_BYTES = 128 * 1024
 # A socket that gives nothing for so long is given up; one that trickles is held by the caps on bytes only.
 BODY_IDLE_S = 60.0
+# All bodies that are held whole at one time. What they are taken apart into is a few times as large.
+HELD_BYTES_MAX = 64 * MIB
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -60,8 +63,35 @@ class Reading:
             self._counts += Counter()
 
     def names(self) -> frozenset[str]:
-        """Name what is being read."""
+        """Name what is being read. From any thread."""
         return frozenset(self._counts)
+
+
+class Held:
+    """Bytes of bodies that this process holds in memory. Of one event loop.
+
+    Nobody waits for room: whoever sent slowly would keep all others waiting.
+    """
+
+    def __init__(self, size_bytes_max: int = HELD_BYTES_MAX) -> None:
+        self.size_bytes = 0
+        self._size_bytes_max = size_bytes_max
+
+    def take(self, size_bytes: int) -> None:
+        """Count more bytes. Raises: Refusal when there is no room for them."""
+        if self.size_bytes + size_bytes > self._size_bytes_max:
+            raise Refusal(
+                "The server is busy with other large requests.",
+                status=503,
+                kind=SERVER_ERROR,
+                code="busy",
+                retry_after_s=1.0,
+            )
+        self.size_bytes += size_bytes
+
+    def give_back(self, size_bytes: int) -> None:
+        """Count bytes no more."""
+        self.size_bytes -= size_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +99,8 @@ class ApiParts:
     """What the API is made of. `executor` runs whatever blocks; `is_open` means no keys, which is for loopback only.
 
     `reading` names the blobs that must not be deleted now, `heavy` lets one long job at a time into the executor,
-    `vitals` tell how the server does and whether it is about to end, `watching` holds the batches that are followed.
+    `vitals` tell how the server does and whether it is about to end, `watching` holds the batches that are followed,
+    `counts` the failures that were counted, `held` how much of bodies is in memory.
     """
 
     store: Store
@@ -83,6 +114,8 @@ class ApiParts:
     heavy: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     vitals: Vitals = field(default_factory=Vitals)
     watching: Watching = field(default_factory=Watching)
+    counts: Counts = field(default_factory=Counts)
+    held: Held = field(default_factory=Held)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +220,7 @@ class Call:
     replay: Replay | None = None
     replayed: Replay | None = None
     _body: bytes | None = None
+    _held_bytes: int = 0
 
     @property
     def scope(self) -> TenantScope:
@@ -202,6 +236,17 @@ class Call:
         """Read the query string. Raises: Refusal."""
         return read_parameters(self.query, kind)
 
+    @property
+    def has_listener(self) -> bool:
+        """Whether the caller is still there."""
+        transport = self.request.transport
+        return transport is not None and not transport.is_closing()
+
+    def require_listener(self) -> None:
+        """Begin nothing long for nobody. Raises: Refusal when the caller has hung up."""
+        if not self.has_listener:
+            raise Refusal("The caller has hung up.", status=499, code="caller_gone")
+
     async def blocking(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run what blocks, such as any method of Store and Blobs, off the event loop."""
         return await self.start(function, *args, **kwargs)
@@ -212,11 +257,20 @@ class Call:
         return loop.run_in_executor(self.parts.executor, partial(function, *args, **kwargs))
 
     async def body(self) -> bytes:
-        """Read the whole body. Raises: Refusal when it is above the route's cap or stops coming."""
+        """Read the whole body. Raises: Refusal when it is above the route's cap, stops coming, or has no room."""
         if self._body is None:
-            pieces = [piece async for piece in self.incoming(self.route.body_bytes_max)]
+            pieces = []
+            async for piece in self.incoming(self.route.body_bytes_max):
+                self.parts.held.take(len(piece))
+                self._held_bytes += len(piece)
+                pieces.append(piece)
             self._body = b"".join(pieces)
         return self._body
+
+    def let_go(self) -> None:
+        """Say that the body is not needed any more."""
+        self.parts.held.give_back(self._held_bytes)
+        self._held_bytes = 0
 
     async def json(self, kind: type[StructT]) -> StructT:
         """Read the body as a struct; under /openai/v1 with no unknown keys. Raises: Refusal."""
@@ -226,11 +280,15 @@ class Call:
         return read_json(raw, kind, is_strict=self.is_strict)
 
     async def incoming(self, size_bytes_max: int) -> AsyncIterator[bytes]:
-        """Give the body as it comes, decoded.
+        """Give the body as it comes.
 
         Raises:
-            Refusal: above the cap, too slow, or broken off.
+            Refusal: above the cap, compressed, too slow, or broken off.
         """
+        encoding = self.request.headers.get("Content-Encoding", "identity")
+        if encoding.strip().lower() not in ("", "identity"):
+            # A megabyte would hold the event loop for seconds, even after it was refused.
+            raise Refusal("The request body is compressed; send it as it is.", status=415, code="unsupported_encoding")
         announced = self.request.content_length
         if announced is not None and announced > size_bytes_max:
             raise body_too_large(size_bytes_max)

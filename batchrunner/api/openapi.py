@@ -9,6 +9,7 @@ import msgspec
 
 from batchrunner import __version__
 from batchrunner.api.envelope import ErrorEnvelope
+from batchrunner.api.events import EVENT_STREAM
 from batchrunner.api.http import JSON, Route
 from batchrunner.api.multipart import MULTIPART
 
@@ -86,7 +87,8 @@ def _operation(route: Route) -> Schema:
     if parameters := [*_path_parameters(route), *_query_parameters(route), *_header_parameters(route)]:
         operation["parameters"] = parameters
     if route.request is not None:
-        operation["requestBody"] = {"required": True, "content": {route.request_media: {"schema": _request(route)}}}
+        content = {route.request_media: {"schema": _request(route)}}
+        operation["requestBody"] = {"required": _needs_body(route), "content": content}
     operation["responses"] = _responses(route)
     # An open server, which listens on a loopback address only, takes requests without a key.
     operation["security"] = [{"bearer": []}, {"header": []}, {}] if route.scope is not None else []
@@ -109,6 +111,8 @@ def _header_parameters(route: Route) -> Iterator[Schema]:
     if route.is_create:
         schema = {"type": "string", "minLength": 1, "maxLength": 255}
         yield {"name": "Idempotency-Key", "in": "header", "required": False, "schema": schema}
+    if route.answer_media == EVENT_STREAM:
+        yield {"name": "Last-Event-ID", "in": "header", "required": False, "schema": {"type": "string"}}
 
 
 def _request(route: Route) -> Schema:
@@ -123,6 +127,12 @@ def _request(route: Route) -> Schema:
     }
 
 
+def _needs_body(route: Route) -> bool:
+    """Tell whether an empty body is refused; one that may lack every field may be left out."""
+    assert route.request is not None
+    return route.request_media == MULTIPART or any(is_required for _, _, is_required in fields_of(route.request))
+
+
 def _responses(route: Route) -> Schema:
     schema: Mapping[str, object] = {"type": "string"}
     if route.answer is not None:
@@ -130,8 +140,10 @@ def _responses(route: Route) -> Schema:
     elif route.answer_media == JSON:
         schema = {"type": "object"}
     error = {"content": {JSON: {"schema": _ERROR}}}
+    over = {"204": {"description": "It is over, and nothing came after Last-Event-ID."}}
     return {
         "200": {"description": "Done.", "content": {route.answer_media: {"schema": schema}}},
+        **(over if route.answer_media == EVENT_STREAM else {}),
         "4XX": {"description": "The request is at fault; `error.message` says why.", **error},
         "5XX": {"description": "The server is at fault or busy; the request may be sent again.", **error},
     }

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
-from batchrunner.holdings import LiveShare
+from batchrunner.holdings import LiveShare, UpstreamLive
 from batchrunner.lifecycle import TERMINAL, BatchStatus
 from batchrunner.models import Batch
 
@@ -16,11 +17,22 @@ _MARGIN = 0.1
 _FARTHEST_S = 10 * 365 * 86400.0
 
 
+class UpstreamProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """How a batch's requests fare at one upstream."""
+
+    name: str
+    in_flight: int
+    window: int
+    bound_by: str
+    is_down: bool
+
+
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """The extension `progress` of a batch on the wire. Counts of lines sum to `total` at every instant.
 
     `rate` is lines a second. The time of the end lies between `eta_earliest_at` and `eta_latest_at`, most likely at
-    `eta_at`; all are null while nothing can be said. `deadline_risk` is `none` without a deadline.
+    `eta_at`; all are null while nothing can be said. `deadline_risk` is `none` without a deadline. `upstreams` is there
+    while workers send to more than one.
     """
 
     total: int
@@ -43,6 +55,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     re_executed: int
     tokens: int
     last_sequence: int
+    upstreams: tuple[UpstreamProgress, ...] | UnsetType = UNSET
 
 
 def progress_of(batch: Batch, shares: Sequence[LiveShare], now: datetime) -> Progress:
@@ -72,6 +85,25 @@ def progress_of(batch: Batch, shares: Sequence[LiveShare], now: datetime) -> Pro
         re_executed=batch.re_executed_count,
         tokens=batch.usage.total_tokens,
         last_sequence=max(0, batch.next_sequence - 1),
+        upstreams=UNSET if is_over else _upstreams(shares) or UNSET,
+    )
+
+
+def _upstreams(shares: Sequence[LiveShare]) -> tuple[UpstreamProgress, ...]:
+    """Sum up what all workers say of each upstream, in the order in which they name them."""
+    by_name: dict[str, list[UpstreamLive]] = {}
+    for share in shares:
+        for each in share.upstreams:
+            by_name.setdefault(each.name, []).append(each)
+    return tuple(
+        UpstreamProgress(
+            name=name,
+            in_flight=sum(each.in_flight for each in told),
+            window=sum(each.window for each in told),
+            bound_by=max(told, key=lambda each: each.window).bound_by,
+            is_down=any(each.is_down for each in told),
+        )
+        for name, told in by_name.items()
     )
 
 
@@ -116,8 +148,13 @@ def _bound_by(batch: Batch, shares: Sequence[LiveShare]) -> str | None:
     if batch.paused_reason is not None:
         return "paused"
     if batch.blocked_by is not None:
-        return batch.blocked_by
+        return code_of(batch.blocked_by)
     return max(shares, key=lambda share: share.window).bound_by if shares else None
+
+
+def code_of(blocked_by: str | None) -> str | None:
+    """Give the code of what keeps a batch from going on; what a disk or a database says behind it is for the log."""
+    return blocked_by.partition(":")[0] if blocked_by is not None else None
 
 
 def _seconds(at: datetime) -> int:

@@ -1,10 +1,11 @@
-"""Finished lines while the rest runs: `/results` gives them by sequence number, `/errors` the failed ones by cause.
+"""Finished lines while the rest runs: `/results` gives them by sequence number.
 
 What was never sent, refused, expired or cancelled lines, stands in the error file only.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Literal
 
@@ -12,23 +13,22 @@ import msgspec
 from msgspec import Meta
 
 from batchrunner.api.batches import batch_of
-from batchrunner.api.chain import family_of
 from batchrunner.api.envelope import Refusal
-from batchrunner.api.http import Answer, Call, Route, json_answer
-from batchrunner.choosing import lines_of
-from batchrunner.errors import BlobsUnavailable, NotFound
+from batchrunner.api.http import Answer, Call, Route
+from batchrunner.api.sealed import SealedFiles, lines_in, sealed_files
+from batchrunner.choosing import custom_id_of
+from batchrunner.errors import BlobsUnavailable
 from batchrunner.frames import Damage, Record, read_payload
-from batchrunner.grouping import SERVER, Failure, FailureGroups
-from batchrunner.lifecycle import TERMINAL, BatchStatus
-from batchrunner.models import Batch, RecordKind
-from batchrunner.pipeline import read_blob
-from batchrunner.ports import Blobs, TenantScope
-from batchrunner.reading import Reader, registered_numbers
-from batchrunner.seal import read_problems
+from batchrunner.lifecycle import TERMINAL
+from batchrunner.models import Batch, BatchId, RecordKind
+from batchrunner.ports import Blobs, Clock, TenantScope
+from batchrunner.reading import Numbered, Reader, registered_numbers
 
 JSON_LINES = "application/jsonl"
 LIMIT_MAX = 10_000
 _PIECE_BYTES = 256 * 1024
+# A thread is held for so long at a time, however few lines are wanted.
+_SLICE_S = 0.2
 _KINDS = {"succeeded": RecordKind.SUCCEEDED, "failed": RecordKind.FAILED}
 
 
@@ -44,36 +44,9 @@ class ReadResults(msgspec.Struct, frozen=True):
     merged: bool = False
 
 
-class ErrorSample(msgspec.Struct, frozen=True):
-    """One line of a group; `id` is that of its result line."""
-
-    custom_id: str | None
-    id: str | None
-
-
-class ErrorGroup(msgspec.Struct, frozen=True):
-    """Failed lines with the same cause: numbers, ids and quoted words in `message` are replaced."""
-
-    code: str
-    message: str
-    count: int
-    samples: list[ErrorSample]
-    hint: str
-
-
-class BatchFailures(msgspec.Struct, frozen=True, kw_only=True):
-    """Why lines of a batch failed, the largest group first. `is_final` tells whether more can come."""
-
-    object: Literal["batch.errors"] = "batch.errors"
-    batch_id: str
-    is_final: bool
-    total: int
-    groups: list[ErrorGroup]
-
-
 class _Shelf:
     """The batches that one reading goes through, oldest first, each up to the number that was its last when the reading
-    began. Blocks.
+    began. A deleted one keeps its place, so that numbers go on to mean the same, and gives nothing. Blocks.
     """
 
     def __init__(self, blobs: Blobs, scope: TenantScope, batches: list[Batch], wanted: ReadResults) -> None:
@@ -83,12 +56,19 @@ class _Shelf:
         self._scope = scope
         self._batches = batches
         self._kind = _KINDS[wanted.outcome] if wanted.outcome is not None else None
+        self._limit = wanted.limit
         self._after = [*given, *(0 for _ in batches)][: len(batches)]
         self._last = [max(0, batch.next_sequence - 1) for batch in batches]
         self._is_cut = False
+        self._files: dict[BatchId, SealedFiles] = {}
         for batch, after, last in zip(batches, self._after, self._last, strict=True):
-            if batch.journal_ended_at is not None and after < last:
+            if batch.journal_ended_at is None or batch.deleted_at is not None or after >= last:
+                continue
+            if not wanted.merged:
                 raise _gone(batch)
+            if any(given) or wanted.limit is not None:
+                raise _no_numbers(batch)
+            self._files[batch.id] = sealed_files(scope, batch)
 
     @property
     def last_sequence(self) -> str:
@@ -100,40 +80,86 @@ class _Shelf:
         """Whether lines may come behind those given."""
         return self._is_cut or any(batch.status not in TERMINAL for batch in self._batches)
 
-    def records(self) -> Iterator[Record]:
-        """Give the records of that kind, of each line one."""
-        return (record for _, _, record in self._walk())
+    @property
+    def blobs(self) -> list[str]:
+        """The blobs beside journals that are read."""
+        return [file.blob for files in self._files.values() for file in files if file is not None]
 
-    def first(self, limit: int) -> list[Record]:
-        """Give the first records, and end the reading there."""
-        found: list[Record] = []
+    def lines(self) -> Iterator[bytes]:
+        """Give the lines of that kind, of each request one; what is left out gives an empty one."""
+        if self._files:
+            return self._sealed()
+        return (read_payload(self._blobs, found[1]) if found is not None else b"" for found in self._walk())
+
+    def first(self) -> Iterator[Record | None]:
+        """Give the first records up to the limit, and end the reading there; None for what is left out."""
         reached = self._after.copy()
-        for place, sequence, record in self._walk():
-            if len(found) == limit:
+        count = 0
+        for found in self._walk():
+            if found is None:
+                yield None
+                continue
+            place, record, sequence = found
+            if count == self._limit:
                 self._is_cut = True
                 self._last[place:] = reached[place:]
-                break
-            found.append(record)
+                return
+            count += 1
             reached[place] = sequence
-        return found
+            yield record
 
-    def _walk(self) -> Iterator[tuple[int, int, Record]]:
+    def _walk(self) -> Iterator[tuple[int, Record, int] | None]:
         for place, batch in enumerate(self._batches):
-            later = self._batches[place + 1 :]
+            if batch.deleted_at is not None:
+                continue
             # What a later batch has a result of stands for the earlier one.
+            later = [each for each in self._batches[place + 1 :] if each.deleted_at is None]
             superseding = [registered_numbers(self._blobs, self._scope, each.id) for each in later]
-            reader = Reader(
-                self._blobs,
-                self._scope,
-                batch.id,
-                after=self._after[place],
-                on_damage=_break_off if batch.status in TERMINAL else None,
-            )
-            for sequence, record in reader.fresh():
-                if sequence > self._last[place]:
-                    break
-                if self._kind in (None, record.kind) and not any(record.line_number in each for each in superseding):
-                    yield place, sequence, record
+            for sequence, record in self._records(place, after=self._after[place]):
+                is_wanted = self._kind in (None, record.kind)
+                if is_wanted and not any(record.line_number in each for each in superseding):
+                    yield place, record, sequence
+                else:
+                    yield None
+
+    def _records(self, place: int, *, after: int = 0) -> Iterator[Numbered]:
+        """Give what a batch had when the reading began.
+
+        Raises:
+            BlobsUnavailable: it was deleted in mid reading, its time being over.
+        """
+        batch, last = self._batches[place], self._last[place]
+        on_damage = _break_off if batch.status in TERMINAL else None
+        reader = Reader(self._blobs, self._scope, batch.id, after=after, on_damage=on_damage)
+        for each in reader.fresh():
+            if each.sequence > last:
+                return
+            yield each
+        if reader.after < last and self._scope.batch(batch.id).journal_ended_at is not None:
+            raise BlobsUnavailable(f"the results of {batch.id} behind {reader.after} have just been deleted")
+
+    def _sealed(self) -> Iterator[bytes]:
+        """Fold by custom_id, from the last batch to the first: files know no sequence and no line numbers."""
+        seen: set[str | None] = set()
+        for place in range(len(self._batches) - 1, -1, -1):
+            own: set[str | None] = set()
+            for kind, line in self._results_of(place):
+                custom_id = custom_id_of(line)
+                if place:
+                    own.add(custom_id)
+                yield line if custom_id not in seen and self._kind in (None, kind) else b""
+            seen |= own
+
+    def _results_of(self, place: int) -> Iterator[tuple[RecordKind, bytes]]:
+        batch = self._batches[place]
+        if batch.deleted_at is not None:
+            return
+        files = self._files.get(batch.id)
+        if files is not None:
+            yield from lines_in(self._blobs, files)
+            return
+        for _, record in self._records(place):
+            yield record.kind, read_payload(self._blobs, record)
 
 
 def _break_off(damage: Damage) -> None:
@@ -152,98 +178,81 @@ def _gone(batch: Batch) -> Refusal:
     )
 
 
+def _no_numbers(batch: Batch) -> Refusal:
+    return Refusal(
+        f"The results of batch '{batch.id}' are no longer kept by sequence; read all of them at once, with neither "
+        "'after' nor 'limit'.",
+        status=410,
+        param="after",
+        code="results_gone",
+    )
+
+
 async def read_results(call: Call) -> Answer:
     """Stream the finished lines behind a sequence number, in the order in which they were finished."""
     wanted = call.parameters(ReadResults)
-    shelf, records = await call.blocking(_open, call, wanted)
+    shelf = await call.blocking(_open, call, wanted)
+    lines = shelf.lines() if wanted.limit is None else await _first(call, shelf)
     headers = {
         "x-incomplete": "true" if shelf.is_incomplete else "false",
         "x-last-sequence": shelf.last_sequence,
         "cache-control": "no-store",
     }
-    return Answer(content_type=JSON_LINES, headers=headers, chunks=_pieces(call, records))
+    return Answer(content_type=JSON_LINES, headers=headers, chunks=_pieces(call, shelf, lines))
 
 
-def _open(call: Call, wanted: ReadResults) -> tuple[_Shelf, Iterator[Record]]:
+def _open(call: Call, wanted: ReadResults) -> _Shelf:
     batch = batch_of(call)
-    batches = family_of(call.scope, batch) if wanted.merged else [batch]
-    shelf = _Shelf(call.parts.blobs, call.scope, batches, wanted)
-    if wanted.limit is None:
-        return shelf, shelf.records()
-    return shelf, iter(shelf.first(wanted.limit))
+    batches = call.scope.family(batch.id) if wanted.merged else [batch]
+    return _Shelf(call.parts.blobs, call.scope, batches, wanted)
 
 
-async def _pieces(call: Call, records: Iterator[Record]) -> AsyncIterator[bytes]:
-    while piece := await call.blocking(_gather, call.parts.blobs, records):
-        yield piece
+async def _first(call: Call, shelf: _Shelf) -> Iterator[bytes]:
+    """Find the lines of a page before the head goes out, which tells where the page ends."""
+    coming, records = shelf.first(), list[Record]()
+    while await call.blocking(_seek, coming, records, call.parts.clock):
+        call.require_listener()
+    return (read_payload(call.parts.blobs, record) for record in records)
 
 
-def _gather(blobs: Blobs, records: Iterator[Record]) -> bytes:
-    """Give the next lines, about a quarter of a megabyte; nothing at the end. A longer line comes alone."""
-    lines: list[bytes] = []
+def _seek(coming: Iterator[Record | None], records: list[Record], clock: Clock) -> bool:
+    """Look for a moment; tell whether there is more."""
+    until_s = clock.monotonic_s() + _SLICE_S
+    for record in coming:
+        if record is not None:
+            records.append(record)
+        if clock.monotonic_s() >= until_s:
+            return True
+    return False
+
+
+async def _pieces(call: Call, shelf: _Shelf, lines: Iterator[bytes]) -> AsyncIterator[bytes]:
+    with contextlib.ExitStack() as stack:
+        for blob in shelf.blobs:
+            stack.enter_context(call.parts.reading.hold(blob))
+        is_more = True
+        while is_more:
+            piece, is_more = await call.blocking(_gather, lines, call.parts.clock)
+            if piece:
+                yield piece
+            elif is_more and not call.has_listener:
+                # Nothing is written that could tell that nobody reads it.
+                return
+
+
+def _gather(lines: Iterator[bytes], clock: Clock) -> tuple[bytes, bool]:
+    """Give the next lines, about a quarter of a megabyte or what a moment brings, and whether there are more. A longer
+    line comes alone.
+    """
+    held: list[bytes] = []
     size_bytes = 0
-    for record in records:
-        lines.append(read_payload(blobs, record))
-        size_bytes += record.payload_length
-        if size_bytes >= _PIECE_BYTES:
-            break
-    return b"".join(lines)
-
-
-async def read_errors(call: Call) -> Answer:
-    """Group what failed so far, and after the end what was never sent as well."""
-    async with call.parts.heavy:
-        return json_answer(await call.blocking(_grouped, call))
-
-
-def _grouped(call: Call) -> BatchFailures:
-    batch = batch_of(call)
-    groups = FailureGroups(SERVER)
-    if batch.status is BatchStatus.FAILED and batch.problem_count:
-        _add_problems(call, batch, groups)
-    else:
-        for raw in _failed_lines(call, batch):
-            groups.add(raw)
-    return BatchFailures(
-        batch_id=batch.id,
-        is_final=batch.status in TERMINAL,
-        total=groups.total,
-        groups=[
-            ErrorGroup(
-                group.code,
-                group.message,
-                group.count,
-                [ErrorSample(each["custom_id"], each["id"]) for each in group.samples],
-                group.hint,
-            )
-            for group in groups.groups()
-        ],
-    )
-
-
-def _add_problems(call: Call, batch: Batch, groups: FailureGroups) -> None:
-    """Count what validation refused: all of it where the report is there, otherwise what the batch itself lists."""
-    problems = read_problems(call.parts.blobs, batch.problems_blob) if batch.problems_blob else iter(batch.problems)
-    for problem in problems:
-        groups.add_failure(Failure(problem.code, None, problem.message), problem.custom_id, None)
-
-
-def _failed_lines(call: Call, batch: Batch) -> Iterator[bytes]:
-    """Give the failed lines of the error file, or before the end those that are registered."""
-    blobs = call.parts.blobs
-    if batch.status in TERMINAL:
-        if batch.error_file_id is None:
-            return
-        try:
-            file = call.scope.file(batch.error_file_id)
-            yield from lines_of(read_blob(blobs, file.blob))
-        except NotFound:
-            message = f"The error file {batch.error_file_id} of batch '{batch.id}' was deleted."
-            raise Refusal(message, status=410, code="results_gone") from None
-        return
-    for _, record in Reader(blobs, call.scope, batch.id).fresh():
-        if record.kind is RecordKind.FAILED:
-            yield read_payload(blobs, record)
+    until_s = clock.monotonic_s() + _SLICE_S
+    for line in lines:
+        held.append(line)
+        size_bytes += len(line)
+        if size_bytes >= _PIECE_BYTES or clock.monotonic_s() >= until_s:
+            return b"".join(held), True
+    return b"".join(held), False
 
 
 ROUTES = (
@@ -254,12 +263,5 @@ ROUTES = (
         summary="Stream the lines finished so far, also while the batch runs",
         query=ReadResults,
         answer_media=JSON_LINES,
-    ),
-    Route(
-        method="GET",
-        path="/v1/batches/{batch_id}/errors",
-        handler=read_errors,
-        summary="Group the failed lines by cause, with samples and what to do",
-        answer=BatchFailures,
     ),
 )

@@ -10,19 +10,21 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from batchrunner.api.chain import chosen_numbers, family_of, healed_ids
-from batchrunner.api.creating import Metadata, Priority, Window, check_priority, check_webhook_url, window_s
+from batchrunner.api.chain import chosen_numbers, healed_ids
+from batchrunner.api.creating import Metadata, Priority, WebhookUrl, Window, check_priority, check_webhook_url, window_s
 from batchrunner.api.envelope import Refusal
+from batchrunner.api.files import OWNER
 from batchrunner.api.http import Call
 from batchrunner.choosing import failed_ids, lines_of, write_chosen
-from batchrunner.errors import NotFound
+from batchrunner.errors import NotFound, TransitionRefused
 from batchrunner.holdings import NO_LIMITS
 from batchrunner.lifecycle import TERMINAL, BatchStatus
 from batchrunner.models import Batch, BatchId, FileId, NewBatch
-from batchrunner.pipeline import read_blob
+from batchrunner.pipeline import give_up, read_blob
 from batchrunner.seal import read_problems
 
 _CHOICES_MAX = 100_000
+_TRIES = 3
 
 
 class RetryRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +38,7 @@ class RetryRequest(msgspec.Struct, frozen=True, kw_only=True):
     completion_window: Window | None = None
     priority: Priority | None = None
     metadata: Metadata | None = None
-    webhook_url: str | None = None
+    webhook_url: WebhookUrl | None = None
 
 
 async def read_retry(call: Call) -> RetryRequest:
@@ -57,10 +59,21 @@ def retry(call: Call, parent: Batch, wanted: RetryRequest) -> Batch:
         Refusal: the batch is not over, nothing of it can run again, or a line is under way in another retry.
         QuotaExceeded: the key's limits are reached.
     """
+    for _ in range(_TRIES):
+        try:
+            return _retry(call, parent, wanted)
+        except TransitionRefused:
+            # Another retry came in between: it counts.
+            continue
+    message = "The batch is retried by others just now; see what they took, then ask again."
+    raise Refusal(message, status=409, code="conflict", retry_after_s=1.0)
+
+
+def _retry(call: Call, parent: Batch, wanted: RetryRequest) -> Batch:
     if parent.status not in TERMINAL or parent.status is BatchStatus.FAILED:
         raise Refusal(f"Cannot retry a batch with status '{parent.status}'.", status=409)
     blobs = call.parts.blobs
-    family = family_of(call.scope, parent)
+    family = [each for each in call.scope.family(parent.id) if each.deleted_at is None]
     failed = failed_ids(
         _error_lines(call, parent),
         codes=frozenset(wanted.codes) if wanted.codes is not None else None,
@@ -69,26 +82,24 @@ def retry(call: Call, parent: Batch, wanted: RetryRequest) -> Batch:
     failed -= healed_ids(blobs, call.scope, family)
     new = _new_batch(call, parent, wanted)
     assert new.chosen_blob is not None
-    if not failed or not _write(call, parent, new.chosen_blob, failed):
-        raise Refusal("No line of this batch has failed in such a way and can be retried.", code="nothing_to_retry")
+    call.parts.store.register_blob(new.chosen_blob, owner=OWNER)
     try:
+        if not failed or not _write(call, parent, new.chosen_blob, failed):
+            raise Refusal("No line of this batch has failed in such a way and can be retried.", code="nothing_to_retry")
         _check_apart(call, family, new.chosen_blob)
-        return _created(call, new)
+        return _created(call, new, family)
     except BaseException:
-        blobs.delete(new.chosen_blob)
+        give_up(call.parts.store, new.chosen_blob)
         raise
 
 
-def _created(call: Call, new: NewBatch) -> Batch:
+def _created(call: Call, new: NewBatch, family: list[Batch]) -> Batch:
     try:
         limits = call.key.limits if call.key is not None else NO_LIMITS
-        batch = call.scope.create_batch(new, replay=call.replay, limits=limits)
+        seen = [each.id for each in family]
+        return call.scope.create_batch(new, replay=call.replay, limits=limits, family=seen)
     except NotFound:
         raise _gone(f"The input of batch {new.parent_id} was deleted") from None
-    if batch.id != new.id and new.chosen_blob is not None:
-        # An earlier request with the same Idempotency-Key made it.
-        call.parts.blobs.delete(new.chosen_blob)
-    return batch
 
 
 def _write(call: Call, parent: Batch, name: str, failed: set[str]) -> int:
@@ -144,7 +155,13 @@ def _new_batch(call: Call, parent: Batch, wanted: RetryRequest) -> NewBatch:
         chosen_blob=f"chosen/{batch_id}",
         completion_window=window,
         deadline_at=call.parts.clock.now() + timedelta(seconds=deadline_s),
-        priority=wanted.priority if wanted.priority is not None else parent.priority,
+        priority=wanted.priority if wanted.priority is not None else _inherited_priority(call, parent),
         metadata=dict(wanted.metadata) if wanted.metadata is not None else parent.metadata,
         webhook_url=wanted.webhook_url if wanted.webhook_url is not None else parent.webhook_url,
     )
+
+
+def _inherited_priority(call: Call, parent: Batch) -> int:
+    """The parent's priority, as far as the key may ask for it: another key may have made the parent."""
+    priority_max = call.key.limits.priority_max if call.key is not None else None
+    return parent.priority if priority_max is None else min(parent.priority, priority_max)

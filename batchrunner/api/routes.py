@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from batchrunner.api import batches, events, files, health, results, uploads
+from batchrunner.api import batches, events, failures, files, health, results, uploads
 from batchrunner.api.dispatch import Dispatcher
+from batchrunner.api.door import IDLE_S
 from batchrunner.api.http import ApiParts, Route
+from batchrunner.api.malformed import RNG, Runner
 from batchrunner.api.reference import reference_routes
 from batchrunner.settings import MIB
 
@@ -17,6 +19,7 @@ _TABLE: tuple[Route, ...] = (
     *uploads.ROUTES,
     *batches.ROUTES,
     *results.ROUTES,
+    *failures.ROUTES,
     *events.ROUTES,
     *health.ROUTES,
 )
@@ -24,11 +27,14 @@ ROUTES: tuple[Route, ...] = (*_TABLE, *reference_routes(_TABLE))
 
 # Room for a body to come in while the last piece of it is hashed and written.
 _READ_BUFFER_BYTES = MIB
+# What is longer than aiohttp takes it refuses in plain text; up to here our own envelope says what is wrong.
+_LINE_BYTES_MAX = 64 * 1024
 
 
 def build_app(parts: ApiParts, routes: Sequence[Route] = ROUTES) -> web.Application:
     """Make the application; whoever serves it runs it with `make_runner`."""
     app = web.Application()
+    app[RNG] = parts.rng
     table = health.opened(routes) if parts.vitals.is_local else routes
     app.router.add_route("*", r"/{path:[\s\S]*}", Dispatcher(parts, table).handle)
 
@@ -40,13 +46,15 @@ def build_app(parts: ApiParts, routes: Sequence[Route] = ROUTES) -> web.Applicat
     return app
 
 
-def make_runner(app: web.Application, *, shutdown_s: float = 30.0) -> web.AppRunner:
-    """Give a runner of the application that logs no bodies, waits for requests under way, and reads uploads fast."""
-    return web.AppRunner(
-        app,
-        access_log=None,
-        handle_signals=False,
-        handler_cancellation=False,
-        shutdown_timeout=shutdown_s,
-        read_bufsize=_READ_BUFFER_BYTES,
-    )
+def make_runner(app: web.Application, *, shutdown_s: float = 30.0, idle_s: float = IDLE_S) -> web.AppRunner:
+    """Give a runner of the application that logs no bodies, waits for requests under way, and reads uploads fast. It
+    ends connections whose next request has not come within `idle_s`.
+    """
+    connection: dict[str, object] = {
+        "access_log": None,
+        "auto_decompress": False,
+        "keepalive_timeout": idle_s,
+        "read_bufsize": _READ_BUFFER_BYTES,
+        "max_line_size": _LINE_BYTES_MAX,
+    }
+    return Runner(app, shutdown_s=shutdown_s, connection=connection)

@@ -23,7 +23,7 @@ from batchrunner.api.files import BlobSink, new_file
 from batchrunner.api.http import Answer, Call, Route, json_answer
 from batchrunner.api.idempotency import fields_fingerprint, settle_streamed
 from batchrunner.api.multipart import MULTIPART, Form, receive
-from batchrunner.errors import NotFound, TransitionRefused
+from batchrunner.errors import BlobsUnavailable, NotFound, TransitionRefused
 from batchrunner.holdings import KeyScope, PartId, Upload, UploadId, UploadPart, UploadStatus
 from batchrunner.models import File
 from batchrunner.pipeline import read_blob
@@ -35,7 +35,7 @@ _PARTS_MAX = 10_000
 class NewUpload(msgspec.Struct, frozen=True):
     """What an upload is announced with. `bytes` is the size of the whole file."""
 
-    bytes: Annotated[int, Meta(ge=1)]
+    bytes: Annotated[int, Meta(ge=0)]
     filename: Annotated[str, Meta(min_length=1, max_length=_FILENAME_CHARS_MAX)]
     mime_type: Annotated[str, Meta(max_length=256)]
     purpose: Purpose
@@ -132,6 +132,7 @@ async def complete_upload(call: Call) -> Answer:
         parts = _in_order(await call.blocking(call.scope.parts, upload.id), wanted.part_ids)
         _check_sum(upload, parts)
         async with call.parts.heavy:
+            call.require_listener()
             upload = await call.blocking(_lay_together, call, upload, parts, wanted.md5)
     return await _shown(call, upload)
 
@@ -187,11 +188,14 @@ def _lay_together(call: Call, upload: Upload, parts: Sequence[UploadPart], md5: 
             expires_after_s=upload.expires_after_s,
         )
         return call.scope.complete_upload(upload.id, file)
-    except TransitionRefused:
+    except (TransitionRefused, NotFound) as error:
+        # Somebody else ended the upload, and the sweep may have its parts already.
         sink.abort()
         now = call.scope.upload(upload.id)
         if now.status is UploadStatus.COMPLETED:
             return now
+        if now.status is UploadStatus.PENDING:
+            raise BlobsUnavailable(f"a part of {upload.id} is not there") from error
         raise _closed(now) from None
     except BaseException:
         sink.abort()

@@ -17,7 +17,8 @@ from batchrunner.orders import Pulse
 class Vitals:
     """Of one event loop. `is_local` means that the server listens on loopback only.
 
-    `closing` is set when the server is asked to end: whoever streams without an end of its own has to stop then.
+    `closing` is set when the server is asked to end: whoever streams without an end of its own has to stop then. `busy`
+    are the connections with a request under way.
     """
 
     is_local: bool = True
@@ -27,17 +28,20 @@ class Vitals:
     answered: Counter[int] = field(default_factory=Counter)
     latencies: Latencies = field(default_factory=Latencies)
 
+    busy: set[object] = field(default_factory=set)
     under_way: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     @contextmanager
-    def request(self) -> Iterator[None]:
-        """Count a request as under way while the block runs."""
+    def request(self, connection: object) -> Iterator[None]:
+        """Count a request as under way, and its connection as busy, while the block runs."""
         self.under_way += 1
+        self.busy.add(connection)
         self._idle.clear()
         try:
             yield
         finally:
+            self.busy.discard(connection)
             self.under_way -= 1
             if self.under_way == 0:
                 self._idle.set()

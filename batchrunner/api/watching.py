@@ -88,6 +88,10 @@ class Feed:
             except BatchrunnerError:
                 # The followers keep what they have; the store or its disk comes back.
                 logger.warning("a batch could not be looked at", exc_info=True, extra={"action": "look_failed"})
+            except Exception:
+                # Whoever follows would otherwise hear nothing but heartbeats.
+                logger.exception("a batch is followed no more", extra={"action": "look_broke"})
+                self.tell(None)
 
 
 class Watching:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator
@@ -14,9 +16,6 @@ from typing import BinaryIO, NoReturn
 from batchrunner.blobs.names import checked, is_name
 from batchrunner.errors import BlobsUnavailable, DiskFull, NameTaken, NotFound, OwnError
 
-if sys.platform == "darwin":
-    import fcntl
-
 # EFBIG comes from a limit on the size of files, which is as good as full: another segment may still fit.
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP})
@@ -25,6 +24,7 @@ _WRITE_BYTES_MAX = 1 << 30
 _BUFFER_BYTES = 1 << 18
 # "~" is in no blob's name: files named with it are never read, listed or written over as blobs.
 _RESERVE = "reserve~"
+_UNFINISHED = re.compile(r".+~\d+-[0-9a-f]{16}")
 
 
 class LocalBlobs:
@@ -113,6 +113,16 @@ class LocalBlobs:
         except OSError as error:
             _translate(error, name)
 
+    def drop_unfinished(self) -> int:
+        """See Blobs. A living writer holds a lock on its file."""
+        count = 0
+        try:
+            for folder, _, names in os.walk(self._root, onerror=_raise):
+                count += sum(_drop_if_dead(Path(folder, name)) for name in names if _UNFINISHED.fullmatch(name))
+        except OSError as error:
+            _translate(error, str(self._root))
+        return count
+
     def free_bytes(self) -> int | None:
         """See Blobs."""
         try:
@@ -147,10 +157,9 @@ class LocalBlobs:
         except OSError as error:
             _translate(error, _RESERVE)
 
-    def drop_unfinished(self, *, older_than_s: float) -> int:
-        """See Blobs. Bytes of a writer that died lie under a name that is no blob's, and do no harm."""
-        del older_than_s
-        return 0
+    def drop_begun(self) -> int:
+        """See Blobs."""
+        return self.drop_unfinished()
 
     def download_url(self, name: str, *, expires_s: float, filename: str) -> str | None:
         """See Blobs."""
@@ -175,6 +184,9 @@ class LocalBlobs:
             self._make_folder(link.parent)
             if link.exists() and not link.is_symlink():
                 raise NameTaken(f"{name} exists and is not an adopted file")
+            # Only one run at a time works on a folder: what is here was left by one that died.
+            for left in link.parent.glob(f"{link.name}~*"):
+                left.unlink(missing_ok=True)
             temporary.symlink_to(path)
             temporary.replace(link)
             _sync_folder(link.parent)
@@ -269,8 +281,7 @@ class LocalWriter:
     def __init__(self, path: Path, name: str) -> None:
         self._path = path
         self._name = name
-        self._temporary = _temporary(path)
-        fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._temporary, fd = _open_temporary(path)
         self._file: BinaryIO = os.fdopen(fd, "wb", buffering=_BUFFER_BYTES)
         self._is_lost = False
 
@@ -315,6 +326,45 @@ class LocalWriter:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}~{os.getpid()}-{os.urandom(8).hex()}")
+
+
+def _open_temporary(path: Path) -> tuple[Path, int]:
+    """Make a temporary and lock it for as long as it is open."""
+    while True:
+        temporary = _temporary(path)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError:
+            os.close(fd)
+            raise
+        if os.fstat(fd).st_nlink:
+            return temporary, fd
+        # A sweep came between the two and took it for a dead one's.
+        os.close(fd)
+
+
+def _drop_if_dead(temporary: Path) -> bool:
+    """Remove a temporary that nobody has locked; tell whether it was one."""
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in _MISSING:
+            return False
+        raise
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        temporary.unlink(missing_ok=True)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _raise(error: OSError) -> None:
+    if error.errno not in _MISSING:
+        raise error
 
 
 def _read_range(fd: int, start: int, end: int) -> bytes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from types_boto3_s3.type_defs import ListObjectsV2OutputTypeDef
 
 logger = logging.getLogger(__name__)
+
+
+# No upload takes longer.
+_STALE_AGE = timedelta(days=1)
 
 
 class S3Blobs:
@@ -93,11 +97,17 @@ class S3Blobs:
     def release_reserve(self) -> None:
         """See Blobs."""
 
-    def drop_unfinished(self, *, older_than_s: float) -> int:
+    def drop_unfinished(self) -> int:
         """See Blobs."""
-        before = self._clock.now() - timedelta(seconds=older_than_s)
+        return self._drop_uploads(before=self._clock.now() - _STALE_AGE)
+
+    def drop_begun(self) -> int:
+        """See Blobs."""
+        return self._drop_uploads(before=None)
+
+    def _drop_uploads(self, *, before: datetime | None) -> int:
         uploads = self._requests.uploads(self._within)
-        stale = [each for each in uploads if older_than_s <= 0 or each["Initiated"] <= before]
+        stale = [each for each in uploads if before is None or each["Initiated"] <= before]
         for each in stale:
             logger.info("unfinished upload of %s is dropped", each["Key"], extra={"action": "upload_dropped"})
             self._requests.drop_upload(each["Key"], each["UploadId"])

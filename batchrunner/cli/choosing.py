@@ -34,6 +34,7 @@ def choose_failed(runner: Runner, scope: TenantScope, prepared: Prepared, wanted
             failed = failed_ids(stream, codes=codes)
     first = scope.batch(BatchId(record.batches[0]))
     name = f"chosen/{len(record.batches)}-{runner.adapters.rng.token_hex(8)}"
+    runner.adapters.store.register_blob(name, owner="run")
     count = write_chosen(
         blobs,
         name,

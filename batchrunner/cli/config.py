@@ -7,9 +7,10 @@ from urllib.parse import urlsplit, urlunsplit
 import click
 import orjson
 
-from batchrunner.cli.configuring import api_key_for, config_paths, load_settings
+from batchrunner.cli.configuring import config_paths, load_settings, told_keys
 from batchrunner.cli.console import say
 from batchrunner.settings import describe
+from batchrunner.targets import Target, describe_target
 
 
 @click.group("config")
@@ -28,14 +29,43 @@ def show(*, origin: bool, is_json: bool) -> None:
     for path in config_paths():
         say(f"{path}: {'read' if path.is_file() else 'not there'}")
     settings, origins = load_settings({})
-    say(f"key: {settings.api_key_env} is {'set' if api_key_for(settings) else 'not set'}")
-    rows = [(name, _shown(getattr(settings, name)), origins[name], meaning) for name, _, meaning in describe()]
+    for line in told_keys(settings):
+        say(line)
+    rows = [(name, _shown(getattr(settings, name)), origins[name]) for name, *_ in describe() if name != "upstream"]
+    tables, source = [_table(target) for target in settings.upstream], origins["upstream"]
     if is_json:
-        click.echo(orjson.dumps({name: _entry(value, source, origin=origin) for name, value, source, _ in rows}))
+        rows.append(("upstream", tables, source))
+        click.echo(orjson.dumps({name: _entry(value, each, origin=origin) for name, value, each in rows}))
         return
-    for name, value, source, _ in rows:
-        line = f"{name} = {orjson.dumps(value).decode()}" if value is not None else f"# {name} is not set"
-        click.echo(f"{line}  # {source}" if origin else line)
+    for name, value, each in rows:
+        _print(f"{name} = {_written(value)}" if value is not None else f"# {name} is not set", each, origin=origin)
+    # A table ends only where the next begins, so these come last.
+    for table in tables:
+        _print("\n[[upstream]]", source, origin=origin)
+        for name, value in table.items():
+            click.echo(f"{name} = {_written(value)}")
+    if not tables:
+        _print("# upstream is not set", source, origin=origin)
+
+
+def _print(line: str, source: str, *, origin: bool) -> None:
+    click.echo(f"{line}  # {source}" if origin else line)
+
+
+def _table(target: Target) -> dict[str, object]:
+    """Give a table as it was written, without what may be secret in it."""
+    return {
+        name: _shown(value)
+        for name, default, _ in describe_target()
+        if (value := getattr(target, name)) != default or name == "weight"
+    }
+
+
+def _written(value: object) -> str:
+    """Write a value as TOML does; text and lists are written as in JSON."""
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{_written(name)} = {_written(each)}' for name, each in value.items())} }}"
+    return orjson.dumps(value).decode()
 
 
 def _entry(value: object, source: str, *, origin: bool) -> object:

@@ -9,7 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from batchrunner.errors import UsageError
-from batchrunner.settings import Settings, resolve
+from batchrunner.settings import Settings, resolve, targets_of
+from batchrunner.targets import Target
 
 _PREFIX = "BATCHRUNNER_"
 # Variables of other tools that say the same thing, weaker than our own.
@@ -41,13 +42,46 @@ def config_paths() -> list[Path]:
     return [Path("batchrunner.toml"), home / "batchrunner" / "config.toml"]
 
 
-def api_key_for(settings: Settings) -> str | None:
-    """The upstream's key, None when the variable is unset or empty: then no Authorization is sent."""
-    return os.environ.get(settings.api_key_env) or None
+def read_api_keys(settings: Settings) -> dict[str, str]:
+    """The keys of the upstreams by their names; where one is not set, no Authorization is sent.
+
+    Raises:
+        UsageError: a file that should hold a key cannot be read; what is in it is not repeated.
+    """
+    keys = {target.name: _api_key_of(target) for target in targets_of(settings)}
+    return {name: key for name, key in keys.items() if key}
+
+
+def told_keys(settings: Settings) -> list[str]:
+    """Say of each upstream where its key comes from and whether it is set, never the key."""
+    keys, several = read_api_keys(settings), bool(settings.upstream)
+    told = []
+    for target in targets_of(settings):
+        place = target.api_key_file or target.api_key_env
+        state = f"{place} is {'set' if target.name in keys else 'not set'}" if place else "none is named"
+        told.append(f"key of {target.name}: {state}" if several else f"key: {state}")
+    return told
+
+
+def _api_key_of(target: Target) -> str:
+    if target.api_key_file is None:
+        return os.environ.get(target.api_key_env, "") if target.api_key_env else ""
+    try:
+        return Path(target.api_key_file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"upstream {target.name}: api_key_file {target.api_key_file!r} cannot be read: "
+            f"{getattr(error, 'strerror', None) or 'it is no text'}"
+        ) from error
 
 
 def _read_toml(path: Path) -> Mapping[str, object]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from error
+    tables = found.get("upstream")
+    for table in tables if isinstance(tables, list) else ():
+        if isinstance(table, dict) and isinstance(table.get("api_key_file"), str):
+            table["api_key_file"] = str(path.parent.resolve() / Path(table["api_key_file"]).expanduser())
+    return found

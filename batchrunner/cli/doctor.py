@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING
 import click
 import orjson
 
-from batchrunner.cli.configuring import api_key_for, load_settings
+from batchrunner.cli.configuring import load_settings, read_api_keys
 from batchrunner.cli.exits import ExitCode
 from batchrunner.cli.validate import printable
 from batchrunner.clock import SystemClock
 from batchrunner.errors import FolderUnsuitable, UsageError
-from batchrunner.settings import GIB, Settings
+from batchrunner.settings import GIB, Settings, has_upstream, targets_of
+from batchrunner.targets import Target
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
@@ -48,18 +49,21 @@ _FILES_OF_A_RUN = 128
 @click.option("--blobs", metavar="s3://BUCKET/PREFIX", help="A bucket to try out as well. [BATCHRUNNER_BLOBS]")
 @click.option("--json", "is_json", is_flag=True, help="Print one JSON object.")
 def doctor(*, base_url: str | None, api_key_env: str | None, blobs: str | None, is_json: bool) -> None:
-    """Check that the upstream answers and that this machine can keep many requests in flight. Nothing is paid for.
+    """Check that the upstream answers, or each of several, and that this machine can keep many requests in flight.
+    Nothing is paid for.
 
     Where blobs are kept in a bucket, an object is written, read and deleted there too; then -u may be missing.
 
     Exit codes: 0 all is well or only warned of, 1 a check failed, 4 the upstream refused the key.
     """
     settings, _ = load_settings({"base_url": base_url, "api_key_env": api_key_env, "blobs": blobs})
-    if not settings.base_url and settings.blobs is None:
+    if not has_upstream(settings) and settings.blobs is None:
         raise UsageError("no upstream is named", hint="Give -u URL or set OPENAI_BASE_URL.")
-    findings = Findings()
-    if settings.base_url:
-        asyncio.run(_examine_upstream(findings, settings, settings.base_url, api_key_for(settings)))
+    findings, keys = Findings(), read_api_keys(settings)
+    for target in targets_of(settings) if has_upstream(settings) else ():
+        findings.about = f"{target.name}: " if settings.upstream else ""
+        asyncio.run(_examine_upstream(findings, settings, target, keys.get(target.name)))
+    findings.about = ""
     if settings.blobs is not None:
         from batchrunner.cli.doctor_bucket import examine_bucket
 
@@ -85,23 +89,24 @@ class Check:
 
 @dataclass(slots=True)
 class Findings:
-    """All checks, in the order in which they were made."""
+    """All checks, in the order in which they were made. `about` stands before the names of those that follow."""
 
+    about: str = ""
     checks: list[Check] = field(default_factory=list)
     models: list[str] = field(default_factory=list)
     is_key_refused: bool = False
 
     def ok(self, name: str, message: str) -> None:
         """Note what is well."""
-        self.checks.append(Check(name, _OK, message))
+        self.checks.append(Check(self.about + name, _OK, message))
 
     def warn(self, name: str, message: str, hint: str) -> None:
         """Note what may hurt."""
-        self.checks.append(Check(name, _WARN, message, hint))
+        self.checks.append(Check(self.about + name, _WARN, message, hint))
 
     def fail(self, name: str, message: str, hint: str) -> None:
         """Note what keeps a run from working."""
-        self.checks.append(Check(name, _FAIL, message, hint))
+        self.checks.append(Check(self.about + name, _FAIL, message, hint))
 
     @property
     def exit_code(self) -> ExitCode:
@@ -128,21 +133,22 @@ def _show(check: Check) -> None:
 # -- the upstream ------------------------------------------------------------------------------------------------------
 
 
-async def _examine_upstream(findings: Findings, settings: Settings, base_url: str, api_key: str | None) -> None:
+async def _examine_upstream(findings: Findings, settings: Settings, target: Target, api_key: str | None) -> None:
     """Go from the address to the answer; the first thing that fails makes the rest pointless."""
-    base = await _address(findings, base_url, api_key)
+    base = await _address(findings, target.base_url, api_key)
     if base is None or not await _resolve(findings, base) or not await _connect(findings, settings, base):
         return
+    place = target.api_key_file or target.api_key_env
     if api_key:
-        findings.ok("key", f"{settings.api_key_env} is set")
+        findings.ok("key", f"{place} is set")
     else:
-        findings.ok("key", f"{settings.api_key_env} is not set; no Authorization is sent")
+        findings.ok("key", f"{f'{place} is not set' if place else 'none is named'}; no Authorization is sent")
     from aiohttp import ClientSession, ClientTimeout
 
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     timeout = ClientTimeout(total=_ANSWER_S)
     async with ClientSession(headers=headers, timeout=timeout, auto_decompress=True) as session:
-        if await _models(findings, session, base, settings):
+        if await _models(findings, session, base, place or "api_key_env"):
             await _latency(findings, session, base)
 
 
@@ -203,7 +209,7 @@ async def _connect(findings: Findings, settings: Settings, base: URL) -> bool:
     return True
 
 
-async def _models(findings: Findings, session: ClientSession, base: URL, settings: Settings) -> bool:
+async def _models(findings: Findings, session: ClientSession, base: URL, key_place: str) -> bool:
     """Ask for the models; tells whether the upstream answered at all."""
     try:
         status, body = await _get(session, base)
@@ -214,7 +220,7 @@ async def _models(findings: Findings, session: ClientSession, base: URL, setting
         return False
     if status in (401, 403):
         findings.is_key_refused = True
-        findings.fail("models", f"GET {base}/models: status {status}", f"Set the right key in {settings.api_key_env}.")
+        findings.fail("models", f"GET {base}/models: status {status}", f"Set the right key in {key_place}.")
         return False
     if 300 <= status < 400:
         hint = "Redirects are never followed: give the final address with -u."
@@ -228,7 +234,7 @@ async def _models(findings: Findings, session: ClientSession, base: URL, setting
         hint = "Some servers do not list models; the path of -u may also be wrong (most end in /v1)."
         findings.warn("models", f"GET {base}/models: status {status} without a list of models", hint)
         return True
-    findings.models = names
+    findings.models += names
     shown = ", ".join(printable(name) for name in names[:_MODELS_SHOWN])
     more = f" and {len(names) - _MODELS_SHOWN:,} more" if len(names) > _MODELS_SHOWN else ""
     findings.ok("models", f"{len(names):,}: {shown}{more}" if names else "none is loaded")

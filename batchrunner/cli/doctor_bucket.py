@@ -37,7 +37,7 @@ def examine_bucket(findings: Findings, settings: Settings, blobs: str) -> None:
 def _try_out(findings: Findings, bucket: S3Blobs, address: S3Address) -> None:
     steps: tuple[tuple[str, str, Callable[[], None]], ...] = (
         ("list", "s3:ListBucket", lambda: _expect(list(bucket.list("")), [])),
-        ("list uploads", "s3:ListBucketMultipartUploads", lambda: _expect(bucket.drop_unfinished(older_than_s=0), 0)),
+        ("list uploads", "s3:ListBucketMultipartUploads", lambda: _expect(bucket.drop_begun(), 0)),
         ("put", "s3:PutObject", lambda: _put(bucket)),
         ("ranged get", "s3:GetObject", lambda: _expect(bucket.read(_NAME, 10, 20), _CONTENT[10:20])),
         ("delete", "s3:DeleteObject", lambda: _delete(bucket)),

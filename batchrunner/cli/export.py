@@ -25,7 +25,7 @@ from batchrunner.cli.folding import Folded, fold
 from batchrunner.cli.places import Places
 from batchrunner.cli.preparing import Prepared, RunRequest
 from batchrunner.cli.run_folder import Fingerprint, fingerprint, sync_folder, write_whole
-from batchrunner.cli.summary import ErrorGroup, Outcome, Summary, counts_of, exit_code_for, usage_of
+from batchrunner.cli.summary import ErrorGroup, Outcome, Summary, counts_of, exit_code_for, given_up_because, usage_of
 from batchrunner.errors import BlobsUnavailable, DiskFull
 from batchrunner.lifecycle import TERMINAL
 from batchrunner.models import Batch, File
@@ -43,7 +43,7 @@ _NONE: Mapping[Path, File] = {}
 def finish(request: RunRequest, prepared: Prepared, runner: Runner, scope: TenantScope, outcome: Outcome) -> Summary:
     """Export what a batch that has ended holds, write the manifest, remember the end. Blocks."""
     batch = outcome.batch
-    if batch.status not in TERMINAL:
+    if batch.status not in TERMINAL or given_up_because(batch) is not None:
         prepared.folder.save(prepared.record)
         return _summary(request, prepared, outcome, batch, None, code=outcome.code or ExitCode.TROUBLE)
     folded = fold(runner, scope, prepared.record.batches, prepared.folder.path)

@@ -14,9 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from batchrunner.app import LogLine
 from batchrunner.cli.console import count_text, duration_text, is_terminal, say
 from batchrunner.clock import SystemClock
+from batchrunner.log_line import LogLine
 from batchrunner.models import Batch
 from batchrunner.supervisor import Live
 
@@ -134,6 +134,9 @@ class Panel:
         latency = f"p50 {p50 * 1000:.0f} ms, p99 {p99 * 1000:.0f} ms" if p50 and p99 else "-"
         grid.add_row("latency", latency, "tokens/s", count_text(token_rate))
         grid.add_row("failed", f"{batch.failed_count:,}", "errors", _top(tally.failures))
+        for each in live.upstreams if len(live.upstreams) > 1 else ():
+            state = "down" if each.is_down else each.bound_by
+            grid.add_row(each.name, f"{each.in_flight} of {each.window} ({state})", "waiting", f"{each.waiting:,}")
         rows: list[RenderableType] = [head, bar(done=batch.done_count, total=batch.total_count), grid]
         if live.trouble:
             rows.append(Text(f"waiting: {live.trouble}", style="yellow"))

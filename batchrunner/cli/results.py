@@ -52,6 +52,8 @@ def results(*, run: Path, output: Path | None, which: str | None, follow: bool, 
     the succeeded lines go there and the failed ones into OUTPUT with .errors, as `run` writes them, and the same
     command again goes on where the last one was.
     """
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise UsageError(f"-o {output}: no file can be there", hint="Name a file, in a folder that is there.")
     if is_batch_id(run):
         from batchrunner.cli.fetching import fetch_results
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import click
 
 from batchrunner.blobs.s3_address import S3Address
-from batchrunner.cli.configuring import api_key_for, load_settings
+from batchrunner.cli.configuring import load_settings, read_api_keys
 from batchrunner.cli.exits import ExitCode
 from batchrunner.cli.places import Place, Places
 from batchrunner.cli.run_folder import errors_path_for
 from batchrunner.errors import UsageError
-from batchrunner.settings import Settings, parse_duration
+from batchrunner.settings import Settings, has_upstream, parse_duration, targets_of
 
 _WINDOW_LEAST_S, _WINDOW_MOST_S = 60.0, 14 * 86400.0
 _PACKED = (".gz", ".zst")
@@ -147,7 +147,7 @@ def run(input_place: Path | S3Address, output_place: Path | S3Address, **options
         is_fresh=bool(options["fresh"]),
         is_json=bool(options["is_json"]),
     )
-    if not settings.base_url:
+    if not has_upstream(settings):
         raise UsageError(
             "no upstream is named",
             hint="Give -u URL or set OPENAI_BASE_URL; without a server, try `batchrunner simulate`.",
@@ -156,9 +156,10 @@ def run(input_place: Path | S3Address, output_place: Path | S3Address, **options
     from batchrunner.upstream import join_url
 
     # Checked before --fresh sets anything aside.
-    join_url(settings.base_url, "/v1/chat/completions")
+    for target in targets_of(settings):
+        join_url(target.base_url, "/v1/chat/completions")
     with asyncio.Runner(loop_factory=tune_process()) as loop:
-        code = loop.run(run_to_end(request, settings, api_key_for(settings)))
+        code = loop.run(run_to_end(request, settings, read_api_keys(settings)))
     sys.exit(int(code or ExitCode.OK))
 
 

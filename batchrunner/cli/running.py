@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 
 import click
 
@@ -19,19 +22,19 @@ from batchrunner.cli.exits import MEANINGS, ExitCode
 from batchrunner.cli.panel import Panel
 from batchrunner.cli.preparing import Prepared, RunRequest, prepare
 from batchrunner.cli.streaming import LineStream
-from batchrunner.cli.summary import Outcome, report
+from batchrunner.cli.summary import Outcome, given_up_because, report
 from batchrunner.errors import BatchrunnerError, NotFound, TaskParked, UpstreamUnreachable
 from batchrunner.lifecycle import TERMINAL, BatchStatus
 from batchrunner.models import LOCAL_TENANT, Batch, BatchId, NewBatch, OnInvalid, OnUnknown, Order, PauseReason
 from batchrunner.ports import TenantScope
-from batchrunner.settings import Settings, parse_duration
+from batchrunner.settings import Settings, parse_duration, targets_of
 from batchrunner.supervisor import Live
 
 _LOOK_S = 0.2
 _AUTO_LINES = 10_000
 
 
-async def run_to_end(request: RunRequest, settings: Settings, api_key: str | None) -> ExitCode:
+async def run_to_end(request: RunRequest, settings: Settings, api_keys: Mapping[str, str]) -> ExitCode:
     """Do everything that one invocation of `run` does; gives its exit code.
 
     Raises:
@@ -46,7 +49,7 @@ async def run_to_end(request: RunRequest, settings: Settings, api_key: str | Non
                 return _already_done(request, prepared)
             if not is_untouched:
                 say("the files of this finished run are missing or changed; writing them again")
-        return await _Run(request, prepared, settings, api_key).run()
+        return await _Run(request, prepared, settings, api_keys).run()
     finally:
         prepared.folder.unlock()
 
@@ -63,11 +66,13 @@ class _Stop:
 class _Run:
     """One invocation that has work to do."""
 
-    def __init__(self, request: RunRequest, prepared: Prepared, settings: Settings, api_key: str | None) -> None:
+    def __init__(
+        self, request: RunRequest, prepared: Prepared, settings: Settings, api_keys: Mapping[str, str]
+    ) -> None:
         self._request = request
         self._prepared = prepared
         self._settings = replace(settings, assets_url=export.assets_folder(prepared.assets_base).name)
-        self._api_key = api_key
+        self._api_keys = api_keys
         self._stop = _Stop()
         self._interrupts = 0
         self._panel = Panel(is_json=request.is_json)
@@ -76,7 +81,7 @@ class _Run:
     async def run(self) -> ExitCode:
         """Start or resume the batch, watch it to an end, write its files, sum up."""
         folder = self._prepared.folder
-        async with Runner(self._settings, folder.path, api_key=self._api_key) as runner:
+        async with Runner(self._settings, folder.path, api_keys=self._api_keys) as runner:
             scope = runner.store.scope(LOCAL_TENANT)
             await asyncio.to_thread(runner.adapters.blobs.adopt, "input", self._prepared.source)
             batch = await asyncio.to_thread(self._start_or_resume, runner, scope)
@@ -90,6 +95,8 @@ class _Run:
                     batch = await self._watch(scope, batch.id, panel, stream)
             if stream is not None:
                 await stream.advance(batch.id)
+            if (cause := given_up_because(batch)) is not None:
+                self._stop = _given_up(cause, folder.path)
             outcome = Outcome(
                 batch=batch,
                 live=self._crew.live(),
@@ -101,7 +108,7 @@ class _Run:
             )
             summary = await asyncio.to_thread(export.finish, self._request, self._prepared, runner, scope, outcome)
         report(summary, batch=batch, reason=self._stop.reason, is_json=self._request.is_json)
-        if self._stop.error is not None and batch.status not in TERMINAL and not self._request.is_json:
+        if self._stop.error is not None and summary.exit_code == self._stop.code and not self._request.is_json:
             raise self._stop.error
         return ExitCode(summary.exit_code)
 
@@ -112,6 +119,9 @@ class _Run:
         record, request = self._prepared.record, self._request
         if record.batches and (request.retry_failed is None or record.finished_exit_code is None):
             batch = _find(scope, BatchId(record.batches[-1]))
+            if batch is not None and given_up_because(batch) is not None:
+                # What it has is paid: nothing is begun anew unless somebody says so.
+                return batch
             if batch is not None and batch.status is not BatchStatus.FAILED:
                 scope.resume(batch.id)
                 scope.adjust(batch.id, hold_at=request.limit, order=self._order(is_retry=batch.parent_id is not None))
@@ -156,8 +166,10 @@ class _Run:
         wanted = self._settings.workers
         if wanted is None:
             wanted = 1 if self._prepared.line_count_up_to <= _AUTO_LINES else len(os.sched_getaffinity(0))
-        if self._settings.concurrency is not None:
-            wanted = min(wanted, self._settings.concurrency)
+        windows = [target.window for target in targets_of(self._settings)]
+        pinned = [window for window in windows if window is not None]
+        if len(pinned) == len(windows):
+            wanted = min(wanted, sum(pinned))
         return wanted
 
     def _opening(self, batch: Batch) -> str:
@@ -242,6 +254,14 @@ def _already_done(request: RunRequest, prepared: Prepared) -> ExitCode:
     else:
         say(f"already done: {prepared.places.shown(prepared.output_path)} ({MEANINGS[code]}); --fresh starts over")
     return code
+
+
+def _given_up(cause: str, folder: Path) -> _Stop:
+    hint = (
+        f"See what is done with `batchrunner results {shlex.quote(str(folder))}`; --fresh starts over and keeps "
+        "this folder."
+    )
+    return _Stop(ExitCode.TROUBLE, "given up", TaskParked(f"this run was given up: {cause}", hint=hint))
 
 
 def _is_held(batch: Batch) -> bool:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import click
 
-from batchrunner.cli.configuring import api_key_for, load_settings
+from batchrunner.cli.configuring import load_settings, read_api_keys
 from batchrunner.cli.console import counted, say
 from batchrunner.cli.exits import ExitCode
 from batchrunner.cli.run_folder import RunFolder
 from batchrunner.cli.server_folder import folder_of, folder_option
 from batchrunner.hosting import Host, bind, is_loopback
-from batchrunner.settings import Settings
+from batchrunner.settings import Settings, targets_of
 
 
 @click.command("serve", short_help="Serve an OpenAI Batch API over an upstream.")
@@ -73,7 +73,7 @@ async def _serve(settings: Settings, worker_count: int) -> ExitCode:
         host = Host(
             folder=lock.path,
             settings=settings,
-            api_key=api_key_for(settings),
+            api_keys=read_api_keys(settings),
             worker_count=worker_count,
             sockets=sockets,
             is_local=is_local,
@@ -93,7 +93,10 @@ def _announce(host: Host, settings: Settings, folder: Path, worker_count: int, *
     say(base_url)
     say(f"curl{key} {base_url}/batches")
     say(f"data: {folder}")
-    say(f"upstream: {settings.base_url or 'none is named; batches wait until the server is started with -u URL'}")
+    for target in targets_of(settings):
+        name = f" {target.name}" if settings.upstream else ""
+        nowhere = "none is named; batches wait until the server is started with -u URL"
+        say(f"upstream{name}: {target.base_url or nowhere}")
     say(f"workers: {worker_count}; API keys: {'needed' if host.has_keys else 'none, any or no key is taken'}")
 
 

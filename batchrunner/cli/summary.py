@@ -93,10 +93,17 @@ def exit_code_for(batch: Batch) -> ExitCode:
     return ExitCode.OK
 
 
+def given_up_because(batch: Batch) -> str | None:
+    """Why a batch was given up that we could not bring to its end; None for any other."""
+    if batch.status is not BatchStatus.FAILED:
+        return None
+    return next((problem.message for problem in batch.problems if problem.code == OwnError.code), None)
+
+
 def _is_input_invalid(batch: Batch) -> bool:
     """Whether the input failed the batch, and not we who gave it up."""
-    is_given_up = any(problem.code == OwnError.code for problem in batch.problems)
-    return batch.status is BatchStatus.FAILED and batch.problem_count > 0 and not is_given_up
+    is_failed = batch.status is BatchStatus.FAILED and batch.problem_count > 0
+    return is_failed and given_up_because(batch) is None
 
 
 def counts_of(batch: Batch) -> dict[str, int]:

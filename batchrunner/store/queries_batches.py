@@ -12,12 +12,12 @@ from sqlalchemy import Connection, RowMapping, bindparam, exists, func, insert, 
 from batchrunner.errors import NameTaken, NotFound, OwnError, QuotaExceeded, TransitionRefused
 from batchrunner.holdings import KeyLimits, OpenCounts, Replay
 from batchrunner.lifecycle import ENDED_BY, SEALING, TERMINAL, BatchEvent, BatchStatus, next_status
-from batchrunner.models import BatchId, LineProblem, NewBatch, Order, PauseReason, TaskKind, TaskState, TenantId
+from batchrunner.models import BatchId, File, LineProblem, NewBatch, Order, PauseReason, TaskKind, TaskState, TenantId
 from batchrunner.store.moments import Moment
 from batchrunner.store.queries_blobs import UNFINISHED, drop_blob, need_blob
-from batchrunner.store.queries_files import file_of_tenant, require_bytes
+from batchrunner.store.queries_files import add_file, file_of_tenant, require_bytes
 from batchrunner.store.queries_idempotency import note_made
-from batchrunner.store.tables import batches, extents, outbox, tasks
+from batchrunner.store.tables import batches, extents, files, outbox, tasks
 
 _BATCH = select(batches).where(batches.c.id == bindparam("b_id"))
 _BATCH_OF_TENANT = _BATCH.where(batches.c.tenant == bindparam("b_tenant"))
@@ -63,18 +63,31 @@ def batches_of_tenant(conn: Connection, tenant: TenantId, *, limit: int, after: 
     return conn.execute(query).mappings().all()
 
 
-def children_of_batch(conn: Connection, batch_id: BatchId) -> Sequence[RowMapping]:
-    """List the batches that retry this one, oldest first."""
-    query = select(batches).where(batches.c.parent_id == batch_id, batches.c.deleted_at.is_(None))
-    return conn.execute(query.order_by(batches.c.serial)).mappings().all()
+def family_of_batch(conn: Connection, tenant: TenantId, batch_id: BatchId) -> list[RowMapping]:
+    """List the batch that was first and all retries below it, oldest first, deleted ones too."""
+    row = batch_of_tenant(conn, tenant, batch_id)
+    while row["parent_id"] is not None:
+        row = conn.execute(_BATCH, {"b_id": row["parent_id"]}).mappings().one()
+    found: list[RowMapping] = []
+    generation: Sequence[RowMapping] = [row]
+    while generation:
+        found += generation
+        below = batches.c.parent_id.in_([each["id"] for each in generation])
+        generation = conn.execute(select(batches).where(below)).mappings().all()
+    return sorted(found, key=lambda each: each["serial"])
 
 
 def open_counts(conn: Connection, tenant: TenantId) -> OpenCounts:
-    """Count a tenant's unfinished batches and the lines in them that have no result."""
+    """Count a tenant's unfinished batches and the lines in them that have no result; of one that is being validated the
+    lines of its file.
+    """
     done = batches.c.succeeded_count + batches.c.failed_count + batches.c.expired_count + batches.c.cancelled_count
     query = select(func.count(), func.coalesce(func.sum(batches.c.total_count - done), 0))
     row = conn.execute(query.where(batches.c.status.in_(UNFINISHED), batches.c.tenant == tenant)).one()
-    return OpenCounts(batches=row[0], lines=row[1])
+    is_new = (batches.c.status == BatchStatus.VALIDATING, batches.c.tenant == tenant, batches.c.parent_id.is_(None))
+    uncounted = select(func.coalesce(func.sum(files.c.line_count), 0))
+    uncounted = uncounted.join_from(batches, files, files.c.id == batches.c.input_file_id).where(*is_new)
+    return OpenCounts(batches=row[0], lines=row[1] + conn.execute(uncounted).scalar_one())
 
 
 def shards_of_batch(conn: Connection, batch_id: BatchId) -> Sequence[RowMapping]:
@@ -88,10 +101,18 @@ def extents_after(conn: Connection, batch_id: BatchId, *, after: int, limit: int
 
 
 def create_batch(
-    conn: Connection, new: NewBatch, moment: Moment, *, replay: Replay | None, limits: KeyLimits
+    conn: Connection,
+    new: NewBatch,
+    moment: Moment,
+    *,
+    replay: Replay | None,
+    limits: KeyLimits,
+    file: File | None = None,
+    family: Collection[BatchId] | None = None,
 ) -> RowMapping:
     """Insert a batch with its validate task; guards that what it refers to is the tenant's, that an Idempotency-Key
-    makes one batch, and that limits hold however many ask at once. May be repeated.
+    makes one batch, that limits hold however many ask at once, and that no retry came that its maker has not seen. May
+    be repeated.
     """
     found = conn.execute(_BATCH, {"b_id": new.id}).mappings().one_or_none()
     if found is not None and found["tenant"] != new.tenant:
@@ -100,8 +121,12 @@ def create_batch(
         return found
     if replay is not None and (made := note_made(conn, new.tenant, replay, new.id, moment)) is not None:
         return batch_of_tenant(conn, new.tenant, BatchId(made))
-    _require_room(conn, new.tenant, limits)
+    _require_room(conn, new, limits, file)
+    if file is not None:
+        add_file(conn, file)
     _require_origin(conn, new, moment)
+    if family is not None and new.parent_id is not None:
+        _require_family(conn, new.tenant, new.parent_id, family)
     given = {each.name: getattr(new, each.name) for each in fields(NewBatch)}
     fresh = {
         "status": BatchStatus.VALIDATING,
@@ -117,15 +142,29 @@ def create_batch(
     return conn.execute(_BATCH, {"b_id": new.id}).mappings().one()
 
 
-def _require_room(conn: Connection, tenant: TenantId, limits: KeyLimits) -> None:
+def _require_room(conn: Connection, new: NewBatch, limits: KeyLimits, file: File | None) -> None:
     batches_max, lines_max = limits.open_batches_max, limits.queued_lines_max
     if batches_max is None and lines_max is None:
         return
-    held = open_counts(conn, tenant)
+    held = open_counts(conn, new.tenant)
     if batches_max is not None and held.batches >= batches_max:
         raise QuotaExceeded(f"{held.batches} batches are unfinished, at most {batches_max}")
-    if lines_max is not None and held.lines >= lines_max:
-        raise QuotaExceeded(f"{held.lines} lines wait for their results, at most {lines_max}")
+    if lines_max is None:
+        return
+    fresh = _line_count(conn, new, file)
+    if held.lines + max(fresh, 1) > lines_max:
+        asked = f" and this batch has {fresh}" if fresh else ""
+        raise QuotaExceeded(f"{held.lines} lines wait for their results{asked}, at most {lines_max}")
+
+
+def _line_count(conn: Connection, new: NewBatch, file: File | None) -> int:
+    """How many lines a batch will have, 0 where that is not known before it is validated."""
+    if file is not None:
+        return file.line_count or 0
+    if new.input_file_id is None or new.parent_id is not None:
+        return 0
+    counted = select(files.c.line_count).where(files.c.id == new.input_file_id, files.c.tenant == new.tenant)
+    return conn.execute(counted).scalar_one_or_none() or 0
 
 
 def _require_origin(conn: Connection, new: NewBatch, moment: Moment) -> None:
@@ -141,6 +180,13 @@ def _require_origin(conn: Connection, new: NewBatch, moment: Moment) -> None:
         require_bytes(conn, new.input_file_id)
     else:
         file_of_tenant(conn, new.tenant, new.input_file_id, moment)
+
+
+def _require_family(conn: Connection, tenant: TenantId, parent_id: BatchId, seen: Collection[BatchId]) -> None:
+    known = frozenset(seen)
+    for each in family_of_batch(conn, tenant, parent_id):
+        if each["id"] not in known and each["deleted_at"] is None:
+            raise TransitionRefused(f"the batch {parent_id} has been retried meanwhile, as {each['id']}")
 
 
 def delete_batch(conn: Connection, tenant: TenantId, batch_id: BatchId, moment: Moment) -> None:

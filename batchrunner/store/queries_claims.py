@@ -36,13 +36,13 @@ from sqlalchemy import (
     update,
 )
 
-from batchrunner.appetite import BREAKER_REASONS, Appetite
+from batchrunner.appetite import BREAKER_REASONS, LIGHT_BYTES_MAX, LIGHT_LINES_MAX, Appetite
 from batchrunner.lifecycle import SEALING, BatchStatus
 from batchrunner.models import BatchId, Claim, Extent, Held, SessionId, TaskKind, TaskState, Watch
 from batchrunner.store.moments import Moment
 from batchrunner.store.queries_batches import lock_batch
 from batchrunner.store.rows import batch_of, claim_of, extent_of
-from batchrunner.store.tables import batches, claims, extents, sessions, tasks
+from batchrunner.store.tables import batches, claims, extents, files, sessions, tasks
 
 # What a claim chooses from: task id, rank, whether the batch is in the session's hands, tenant, priority, deadline,
 # first line.
@@ -50,7 +50,10 @@ Candidate: TypeAlias = Select[tuple[int, int, int, str, int, datetime, int]]
 
 _NO_HOLD = 2**62
 _NEVER = datetime(1970, 1, 1, tzinfo=UTC)
+_LATEST = datetime(9999, 1, 1, tzinfo=UTC)
 _AGEING_STEP_US = 3_600_000_000
+# A batch that runs for so long and was left to a session with less in hands may be taken by any.
+_PATIENCE = timedelta(seconds=1)
 _BOOT_S: BindParameter[float] = bindparam("m_boot_s", type_=Float)
 _BOOT_ID: BindParameter[str] = bindparam("m_boot_id", type_=Text)
 _SESSION: BindParameter[str] = bindparam("m_session", type_=Text)
@@ -114,6 +117,15 @@ def _candidate(*, rank: int, is_mine: ColumnElement[bool] | None = None) -> Cand
     )
 
 
+def _is_light() -> ColumnElement[bool]:
+    """The step is soon over: the input to validate, or the number of lines to seal, is no larger than a shard."""
+    size = select(files.c.size_bytes).where(files.c.id == batches.c.input_file_id).correlate(batches).scalar_subquery()
+    return case(
+        (tasks.c.kind == TaskKind.VALIDATE, func.coalesce(size, 0) <= LIGHT_BYTES_MAX),
+        else_=batches.c.total_count <= LIGHT_LINES_MAX,
+    )
+
+
 def _steps(kinds: frozenset[TaskKind]) -> Candidate:
     """Validate, seal and notify tasks that may be taken now, each in the statuses that are its own."""
     holder = tasks.alias("holder")
@@ -124,19 +136,42 @@ def _steps(kinds: frozenset[TaskKind]) -> Candidate:
         tasks.c.kind == TaskKind.NOTIFY,
     )
     open_states = tasks.c.state.in_((TaskState.QUEUED, TaskState.LEASED))
+    wanted = or_(tasks.c.kind.not_in(bindparam("m_light", expanding=True, type_=Text)), _is_light())
     return (
         _candidate(rank=0)
         .join_from(tasks, batches, batches.c.id == tasks.c.batch_id)
-        .where(tasks.c.kind.in_(sorted(kinds)), open_states, or_(_is_due(tasks), _has_run_out(tasks)), fits)
+        .where(tasks.c.kind.in_(sorted(kinds)), open_states, or_(_is_due(tasks), _has_run_out(tasks)), fits, wanted)
     )
 
 
 def _is_running() -> ColumnElement[bool]:
     """In progress and not paused, or paused by a breaker and due to be probed; a claim that probes shifts that time."""
     probe_by = bindparam("m_probe_by", type_=batches.c.probed_at.type)
-    is_due = func.coalesce(batches.c.probed_at, batches.c.paused_at) <= probe_by
+    # A clock that was set back must not keep a batch waiting until it has caught up.
+    set_back = bindparam("m_set_back", type_=batches.c.probed_at.type)
+    since = func.coalesce(batches.c.probed_at, batches.c.paused_at)
+    is_due = or_(since <= probe_by, since > set_back)
     probed = and_(batches.c.paused_reason.in_(BREAKER_REASONS), is_due)
     return and_(batches.c.status == BatchStatus.IN_PROGRESS, or_(batches.c.paused_reason.is_(None), probed))
+
+
+def _in_hands_of(session: ColumnElement[str]) -> ColumnElement[int]:
+    """Of how many batches a session holds shards."""
+    hand = tasks.alias()
+    held = (hand.c.session == session, hand.c.kind == TaskKind.SHARD, hand.c.state == TaskState.LEASED)
+    count = select(func.count(hand.c.batch_id.distinct())).where(*held)
+    return count.correlate(sessions).scalar_subquery()
+
+
+def _is_turn() -> ColumnElement[bool]:
+    """No other session holds fewer batches: the one that looks most often must not get most of what is new, for each
+    shares out only its own part of the window.
+    """
+    others = (sessions.c.id != _SESSION, sessions.c.boot_id == _BOOT_ID)
+    fewest = select(func.min(_in_hands_of(sessions.c.id))).where(*others).scalar_subquery()
+    patient_by = bindparam("m_patient_by", type_=batches.c.in_progress_at.type)
+    mine_is_least = _in_hands_of(_SESSION) <= func.coalesce(fewest, _NO_HOLD)
+    return or_(~bindparam("m_takes_turns", type_=Boolean), batches.c.in_progress_at <= patient_by, mine_is_least)
 
 
 def _is_welcome() -> ColumnElement[bool]:
@@ -147,7 +182,8 @@ def _is_welcome() -> ColumnElement[bool]:
     other = batches.alias("other")
     tenants = select(other.c.tenant).where(other.c.id.in_(_mine()))
     has_room = bindparam("m_has_room", type_=Boolean)
-    return and_(~is_sated, or_(has_room, batches.c.id.in_(_mine()), batches.c.tenant.not_in(tenants)))
+    is_new = and_(or_(has_room, batches.c.tenant.not_in(tenants)), _is_turn())
+    return and_(~is_sated, or_(batches.c.id.in_(_mine()), is_new))
 
 
 def _runnable(task: FromClause, *, quarantined: bool) -> ColumnElement[bool]:
@@ -258,8 +294,12 @@ def _values(session: SessionId, moment: Moment, appetite: Appetite, *, is_steady
         "m_boot_id": moment.boot_id,
         "m_wall_us": int(moment.wall.timestamp() * 1_000_000),
         "m_probe_by": probe_by,
+        "m_set_back": _LATEST if every_s is None else moment.wall,
+        "m_patient_by": moment.wall - _PATIENCE,
+        "m_takes_turns": appetite.takes_turns,
         "m_sated": sorted(appetite.sated),
         "m_has_room": appetite.has_room,
+        "m_light": sorted(appetite.light),
         "m_is_steady": is_steady,
     }
 

@@ -17,8 +17,10 @@ from batchrunner.store.queries_uploads import expire_uploads
 from batchrunner.store.tables import batches, claims, extents, files, tasks
 
 _JOURNAL_KEPT_FOR = timedelta(hours=24)
-# Each batch is a few thousand rows, and other writers wait meanwhile.
+# Other writers wait while rows go: a thousand lines are a handful of them.
 _BATCHES_MAX = 20
+_LINES_MAX = 5_000_000
+_FILES_MAX = 5000
 
 
 def expire(conn: Connection, moment: Moment, *, is_wall_trusted: bool) -> Expired:
@@ -26,7 +28,8 @@ def expire(conn: Connection, moment: Moment, *, is_wall_trusted: bool) -> Expire
     if not is_wall_trusted:
         return Expired(journals=_ended_journals(conn))
     late = and_(files.c.freed_at.is_(None), files.c.deleted_at.is_(None), files.c.expires_at <= moment.wall)
-    hidden = conn.execute(update(files).where(late).values(deleted_at=moment.wall)).rowcount
+    some = select(files.c.id).where(late).limit(_FILES_MAX)
+    hidden = conn.execute(update(files).where(files.c.id.in_(some)).values(deleted_at=moment.wall)).rowcount
     ended = expire_uploads(conn, moment)
     dropped = drop_old(conn, moment)
     drop_forgotten(conn, moment)
@@ -44,8 +47,15 @@ def _end_journals(conn: Connection, moment: Moment) -> None:
         ended_at <= moment.wall - _JOURNAL_KEPT_FOR,
         batches.c.deleted_at.is_not(None),
     )
-    found = select(batches.c.id).where(_has_journal(), batches.c.journal_ended_at.is_(None), due).limit(_BATCHES_MAX)
-    ids = list(conn.execute(found.with_for_update()).scalars())
+    found = select(batches.c.id, batches.c.total_count)
+    found = found.where(_has_journal(), batches.c.journal_ended_at.is_(None), due).limit(_BATCHES_MAX)
+    ids: list[str] = []
+    lines = 0
+    for row in conn.execute(found.with_for_update()):
+        if ids and lines + row.total_count > _LINES_MAX:
+            break
+        ids.append(row.id)
+        lines += row.total_count
     if not ids:
         return
     shards = select(tasks.c.id).where(tasks.c.batch_id.in_(ids))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, delete, func, insert, select, update
 
-from batchrunner.errors import NameTaken, NotFound, TransitionRefused
+from batchrunner.errors import NameTaken, NotFound, QuotaExceeded, TransitionRefused
 from batchrunner.holdings import Replay, Upload, UploadId, UploadPart, UploadStatus
 from batchrunner.models import File, TenantId
 from batchrunner.store.moments import Moment
@@ -16,6 +16,9 @@ from batchrunner.store.queries_files import add_file
 from batchrunner.store.queries_idempotency import note_made
 from batchrunner.store.rows import upload_of
 from batchrunner.store.tables import upload_parts, uploads
+
+PARTS_MAX = 10_000
+_EXPIRED_MAX = 1000
 
 
 def add_upload(conn: Connection, upload: Upload) -> None:
@@ -49,10 +52,13 @@ def _pending(conn: Connection, tenant: TenantId, upload_id: UploadId, moment: Mo
 
 
 def add_part(conn: Connection, tenant: TenantId, part: UploadPart, moment: Moment) -> None:
-    """Insert a part; guards that the upload is pending, and lets the same insert be repeated."""
+    """Insert a part; guards that the upload is pending and has room for it, and lets the same insert be repeated."""
     _pending(conn, tenant, part.upload_id, moment)
     row = conn.execute(select(upload_parts).where(upload_parts.c.id == part.id)).mappings().one_or_none()
     if row is None:
+        counted = select(func.count()).where(upload_parts.c.upload_id == part.upload_id)
+        if conn.execute(counted).scalar_one() >= PARTS_MAX:
+            raise QuotaExceeded(f"the upload {part.upload_id} has {PARTS_MAX} parts, which is the most")
         need_blob(conn, part.blob)
         conn.execute(insert(upload_parts).values({each.name: getattr(part, each.name) for each in fields(UploadPart)}))
     elif (row["upload_id"], row["blob"]) != (part.upload_id, part.blob):
@@ -103,9 +109,9 @@ def cancel_upload(conn: Connection, tenant: TenantId, upload_id: UploadId, momen
 
 
 def expire_uploads(conn: Connection, moment: Moment) -> int:
-    """End the uploads that are past their time."""
+    """End uploads that are past their time, as many as a statement can name; the next sweep ends more."""
     late = (uploads.c.status == UploadStatus.PENDING, uploads.c.expires_at <= moment.wall)
-    ids = list(conn.execute(select(uploads.c.id).where(*late).with_for_update()).scalars())
+    ids = list(conn.execute(select(uploads.c.id).where(*late).limit(_EXPIRED_MAX).with_for_update()).scalars())
     if ids:
         conn.execute(update(uploads).where(uploads.c.id.in_(ids)).values(status=UploadStatus.EXPIRED))
         _drop_parts(conn, upload_parts.c.upload_id.in_(ids), moment)

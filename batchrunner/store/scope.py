@@ -150,12 +150,30 @@ class SqlTenantScope:
         with self._store.writing() as conn:
             return queries_uploads.cancel_upload(conn, self._tenant, upload_id, self._store.moment())
 
-    def create_batch(self, new: NewBatch, *, replay: Replay | None = None, limits: KeyLimits = NO_LIMITS) -> Batch:
+    def create_batch(
+        self,
+        new: NewBatch,
+        *,
+        replay: Replay | None = None,
+        limits: KeyLimits = NO_LIMITS,
+        file: File | None = None,
+        family: Collection[BatchId] | None = None,
+    ) -> Batch:
         """See TenantScope."""
         self._require_own(new.tenant, new.id)
+        if file is not None:
+            self._require_own(file.tenant, file.id)
         with self._store.writing() as conn:
             moment = self._store.moment()
-            return batch_of(queries_batches.create_batch(conn, new, moment, replay=replay, limits=limits))
+            row = queries_batches.create_batch(
+                conn, new, moment, replay=replay, limits=limits, file=file, family=family
+            )
+            batch = batch_of(row)
+            if batch.id != new.id:
+                for blob in (new.chosen_blob, file.blob if file is not None else None):
+                    if blob is not None:
+                        queries_blobs.abandon_blob(conn, blob)
+            return batch
 
     def batch(self, batch_id: BatchId) -> Batch:
         """See TenantScope."""
@@ -168,11 +186,10 @@ class SqlTenantScope:
             rows = queries_batches.batches_of_tenant(conn, self._tenant, limit=limit, after=after)
             return [batch_of(row) for row in rows]
 
-    def children(self, batch_id: BatchId) -> list[Batch]:
+    def family(self, batch_id: BatchId) -> list[Batch]:
         """See TenantScope."""
         with self._store.reading() as conn:
-            queries_batches.batch_of_tenant(conn, self._tenant, batch_id)
-            return [batch_of(row) for row in queries_batches.children_of_batch(conn, batch_id)]
+            return [batch_of(row) for row in queries_batches.family_of_batch(conn, self._tenant, batch_id)]
 
     def delete_batch(self, batch_id: BatchId) -> None:
         """See TenantScope."""

@@ -127,7 +127,8 @@ def _engine(path: Path, *, is_reader: bool, connections: int) -> Engine:
         creator=partial(_connect, path, is_reader=is_reader),
         poolclass=QueuePool,
         pool_size=connections,
-        max_overflow=0 if not is_reader else 12,
+        # Each thread reads at its own time, and how many there are is for whoever starts them.
+        max_overflow=0 if not is_reader else -1,
         pool_reset_on_return=None if is_reader else "rollback",
         isolation_level="AUTOCOMMIT" if is_reader else None,
     )

@@ -29,7 +29,7 @@ async def working(folder: Path, *, concurrency: int = 8, **simulated: Any) -> As
     async with Simulator(SimulatorSettings(**({"latency": "1ms"} | simulated))) as simulator:
         adapters = open_adapters(folder)
         settings = Settings(base_url=simulator.url, concurrency=concurrency, **QUICK)
-        crew = LocalCrew(adapters, folder, settings, None)
+        crew = LocalCrew(adapters, folder, settings, {})
         task = asyncio.create_task(crew.run())
         try:
             yield simulator

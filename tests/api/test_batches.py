@@ -8,7 +8,10 @@ from pathlib import Path
 import orjson
 import pytest
 
+from batchrunner.errors import NotFound
 from batchrunner.holdings import KeyLimits
+from batchrunner.models import TenantId
+from batchrunner.store.scope import SqlTenantScope
 from batchrunner.store.sqlite import SqliteStore
 from tests.api.batching import CHAT, chat_lines, check_ledger, content_of, ended, get, make_batch, until, working
 from tests.api.serving import Served
@@ -215,6 +218,34 @@ async def test_limits_of_a_key_hold(keyed: Served) -> None:
     assert (high.status, high.json["error"]["code"]) == (403, "priority_above_limit")
     assert (first.status, second.status) == (200, 429)
     assert second.json["error"]["code"] == "quota_exceeded"
+
+
+async def test_retry_has_no_higher_priority_than_its_key_may_ask_for(keyed: Served, tmp_path: Path) -> None:
+    async with working(tmp_path):
+        made = await make_batch(keyed, chat_lines(["a"], simulate=["400"]), priority=50)
+        parent = await ended(keyed, made["id"])
+    small = keyed.add_key("acme", limits=KeyLimits(priority_max=3))
+    path = f"/v1/batches/{parent['id']}/retry"
+
+    high = await keyed.call("POST", path, json={"priority": 4}, secret=small)
+    long = await keyed.call("POST", path, json={"webhook_url": "https://h/" + "a" * 3000}, secret=small)
+    retried = await keyed.call("POST", path, json={}, secret=small)
+
+    assert (high.status, long.status) == (403, 400)
+    assert long.json["error"]["code"] == "string_above_max_length"
+    assert keyed.parts.store.scope(TenantId("acme")).batch(retried.json["id"]).priority == 3
+
+
+async def test_list_shows_a_batch_that_is_deleted_meanwhile(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = await make_batch(api, chat_lines(["a"]))
+
+    def live(*_: object) -> None:
+        raise NotFound("no such batch")
+
+    monkeypatch.setattr(SqlTenantScope, "live", live)
+    listed = await api.call("GET", "/v1/batches")
+
+    assert [each["id"] for each in listed.json["data"]] == [made["id"]]
 
 
 @pytest.mark.parametrize("window", ["1m", "90s", "14d", "1h"])

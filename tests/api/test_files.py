@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import aiohttp.web
 import pytest
 
 from tests.api.serving import FORM_HEADERS, LINE, Served, form
@@ -204,6 +205,38 @@ async def test_a_file_name_is_only_shown(api: Served, sent: str, kept: str) -> N
     assert disposition.startswith("attachment; filename=")
     assert disposition.isascii()
     assert disposition.count('"') == 2
+
+
+async def test_slow_caller_has_to_take_little_at_a_time(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = LINE * 10_000
+    file = (await api.upload(content)).json
+    handed: list[int] = []
+    real = aiohttp.web.StreamResponse.write
+
+    async def write(response: aiohttp.web.StreamResponse, piece: bytes) -> None:
+        handed.append(len(piece))
+        await real(response, piece)
+
+    monkeypatch.setattr(aiohttp.web.StreamResponse, "write", write)
+    got = await api.call("GET", f"/v1/files/{file['id']}/content")
+
+    assert got.body == content
+    assert max(handed) <= 128 * 1024
+    assert sum(handed) == len(content)
+
+
+async def test_file_whose_bytes_are_missing_is_no_fault_of_the_caller(api: Served) -> None:
+    file = (await api.upload(LINE)).json
+    (blob,) = api.parts.blobs.list("files/")
+    api.parts.blobs.delete(blob)
+
+    replies = [await api.call("GET", f"/v1/files/{file['id']}/{what}") for what in ("validation", "content")]
+    await api.call("DELETE", f"/v1/files/{file['id']}")
+    deleted = await api.call("GET", f"/v1/files/{file['id']}/validation")
+
+    assert [reply.status for reply in replies] == [503, 503]
+    assert not any(blob.encode() in reply.body for reply in replies)
+    assert deleted.status == 404
 
 
 async def test_validation_lists_all_problems_and_is_kept(api: Served) -> None:

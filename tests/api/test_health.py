@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from batchrunner.api.http import Answer, Call, Route
-from batchrunner.holdings import KeyScope
+from batchrunner.holdings import KeyScope, UpstreamLive
 from batchrunner.metrics import METRICS, Tally
 from batchrunner.orders import Pulse
 from batchrunner.settings import Settings
@@ -122,7 +123,12 @@ async def test_every_metric_of_the_table_is_there_and_counts(api: Served) -> Non
     tally.failures["429"] = 3
     for _ in range(4):
         tally.latencies.add(0.25)
-    pulse(api, Pulse(worker_count=1, ticking_count=1, in_flight=4, waiting=6, window=8, tally=tally.to_wire()))
+    upstreams = (
+        UpstreamLive(name="box", window=5, bound_by="growing", in_flight=3),
+        UpstreamLive(name="cloud", window=3, bound_by="failures", in_flight=1, is_down=True),
+    )
+    said = Pulse(worker_count=1, ticking_count=1, in_flight=4, waiting=6, window=8, tally=tally.to_wire())
+    pulse(api, msgspec.structs.replace(said, upstreams=upstreams))
     await api.call("GET", "/healthz")
 
     answer = await api.call("GET", "/metrics")
@@ -138,6 +144,9 @@ async def test_every_metric_of_the_table_is_there_and_counts(api: Served) -> Non
     assert found["batchrunner_failures_total", "429"] == 3
     assert found["batchrunner_tokens_total", "output"] == 30
     assert found["batchrunner_in_flight",] == 4
+    assert (found["batchrunner_upstream_up", "box"], found["batchrunner_upstream_up", "cloud"]) == (1, 0)
+    assert found["batchrunner_upstream_in_flight", "box"] == 3
+    assert found["batchrunner_upstream_window", "cloud"] == 3
     assert found["batchrunner_workers",] == 1
     assert found["batchrunner_batches", "in_progress"] == 0
     assert found["batchrunner_free_bytes",] > 0

@@ -103,13 +103,39 @@ async def test_a_literal_segment_wins_over_a_name() -> None:
     assert match.routes["GET"] is literal
 
 
-async def test_a_compressed_bomb_is_refused_by_what_it_unpacks_to(api: Served) -> None:
+@pytest.mark.parametrize(
+    ("path", "kind"), [("/v1/uploads", "application/json"), ("/v1/files", "multipart/form-data; boundary=x")]
+)
+async def test_compressed_body_is_refused_and_never_unpacked(
+    api: Served, monkeypatch: pytest.MonkeyPatch, path: str, kind: str
+) -> None:
     bomb = gzip.compress(b" " * (64 * 1024 * 1024))
+    headers = {"Content-Encoding": "gzip", "Content-Type": kind}
+    unpacked: list[object] = []
+    monkeypatch.setattr("aiohttp.http_parser.DeflateBuffer.feed_data", lambda *given: unpacked.append(given))
 
-    reply = await api.call("POST", "/v1/uploads", body=bomb, headers={"Content-Encoding": "gzip"})
+    reply = await api.call("POST", path, body=bomb, headers=headers)
 
-    assert reply.status == 413
-    assert reply.headers["x-should-retry"] == "false"
+    assert (reply.status, reply.json["error"]["code"]) == (415, "unsupported_encoding")
+    assert unpacked == []
+
+
+async def test_bodies_that_do_not_fit_beside_others_come_again_later(
+    api: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api.parts.held, "_size_bytes_max", 100)
+    held = api.parts.held
+    held.take(90)
+
+    busy = await api.call("POST", "/v1/uploads", body=b" " * 20)
+    held.give_back(90)
+    wrong = await api.call("POST", "/v1/uploads", body=b" " * 20)
+    with_key = await api.call("POST", "/v1/uploads", body=b" " * 101, headers={"Idempotency-Key": "k"})
+
+    assert (busy.status, busy.json["error"]["type"]) == (503, "server_error")
+    assert busy.headers["retry-after"] == "1"
+    assert (wrong.status, with_key.status) == (400, 503)
+    assert held.size_bytes == 0
 
 
 async def failing(_call: Call) -> Answer:
@@ -229,6 +255,21 @@ async def test_garbage_instead_of_http_is_refused(api: Served) -> None:
     assert (await api.call("GET", "/v1/files")).status == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/v1/batches/x/results?after=" + "7" * 50_000, 400),
+        ("/v1/files?limit=" + "7" * 50_000, 400),
+        ("/" + "x" * 50_000, 404),
+    ],
+)
+async def test_long_request_line_is_answered_in_json(api: Served, path: str, status: int) -> None:
+    reply = await api.call("GET", path)
+
+    assert (reply.status, reply.headers["Content-Type"]) == (status, "application/json")
+    assert reply.json["error"]["type"] == "invalid_request_error"
+
+
 async def test_idempotency_key_makes_one_object(api: Served) -> None:
     wanted = {"bytes": 5, "filename": "a", "mime_type": "m", "purpose": "batch"}
     key = {"Idempotency-Key": "create-1"}
@@ -251,7 +292,7 @@ async def test_a_refused_create_does_not_use_up_its_key(api: Served) -> None:
     key = {"Idempotency-Key": "k"}
     wanted = {"bytes": 5, "filename": "a", "mime_type": "m", "purpose": "batch"}
 
-    refused = await api.call("POST", "/v1/uploads", json=wanted | {"bytes": 0}, headers=key)
+    refused = await api.call("POST", "/v1/uploads", json=wanted | {"bytes": -1}, headers=key)
     mended = await api.call("POST", "/v1/uploads", json=wanted, headers=key)
 
     assert (refused.status, mended.status) == (400, 200)

@@ -12,6 +12,8 @@ import aiohttp.web
 import orjson
 import pytest
 
+from batchrunner import frames, reading
+from batchrunner.api import results, retrying
 from batchrunner.api.routes import build_app, make_runner
 from batchrunner.store.sqlite import SqliteStore
 from tests.api.batching import (
@@ -25,7 +27,7 @@ from tests.api.batching import (
     until,
     working,
 )
-from tests.api.serving import Reply, Served
+from tests.api.serving import Reply, Served, serving
 from tests.cli.calling import chat_line
 from tests.invariants import check_shape
 
@@ -176,6 +178,48 @@ async def test_a_line_is_in_one_unfinished_retry_only(api: Served, tmp_path: Pat
     assert below.status == 409
 
 
+async def test_of_two_retries_at_once_one_takes_the_line(
+    api: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = chat_lines("a", simulate=["400"] * 3)
+    async with working(tmp_path):
+        parent = await ended(api, (await make_batch(api, content))["id"])
+    real = retrying._check_apart
+    rivals: list[Reply] = []
+    loop = asyncio.get_running_loop()
+
+    async def rival() -> None:
+        async with serving(tmp_path) as other:
+            rivals.append(await retry(other, parent["id"]))
+
+    def check_apart(*asked: Any) -> None:
+        """Let another process make the same retry right after the check."""
+        real(*asked)
+        monkeypatch.setattr(retrying, "_check_apart", real)
+        asyncio.run_coroutine_threadsafe(rival(), loop).result()
+
+    monkeypatch.setattr(retrying, "_check_apart", check_apart)
+
+    late = await retry(api, parent["id"])
+
+    assert rivals[0].status == 200
+    assert (late.status, late.json["error"]["code"]) == (409, "already_retrying")
+
+
+async def test_a_line_under_way_below_a_deleted_retry_is_not_taken_again(api: Served, tmp_path: Path) -> None:
+    content = chat_lines("a", simulate=["400"] * 3)
+    async with working(tmp_path):
+        parent = await ended(api, (await make_batch(api, content))["id"])
+        child = await ended(api, (await retry(api, parent["id"])).json["id"])
+    grandchild = await retry(api, child["id"])
+    assert (await api.call("DELETE", f"/v1/batches/{child['id']}")).status == 200
+
+    again = await retry(api, parent["id"])
+
+    assert grandchild.status == 200
+    assert (again.status, again.json["error"]["code"]) == (409, "already_retrying")
+
+
 async def test_a_retry_that_fails_again_can_be_retried_from_either(api: Served, tmp_path: Path) -> None:
     content = chat_lines("ab", simulate=["400", "400"])
     async with working(tmp_path):
@@ -192,6 +236,109 @@ async def test_a_retry_that_fails_again_can_be_retried_from_either(api: Served, 
     assert rest["request_counts"] == {"total": 1, "completed": 1, "failed": 0}
     assert sorted(names(merged)) == ["a", "b"]
     assert all(orjson.loads(line)["response"]["status_code"] == 200 for line in merged.body.splitlines())
+
+
+def end_journals(api: Served) -> None:
+    """Do what the sweep does a day after the end."""
+    store = api.parts.store
+    assert isinstance(store, SqliteStore)
+    with store.writing() as conn:
+        conn.exec_driver_sql("update batches set journal_ended_at = created_at where completed_at is not null")
+        conn.exec_driver_sql("delete from extents")
+
+
+async def healed_in_part(api: Served, tmp_path: Path) -> dict[str, Any]:
+    """Give a batch of which `a` succeeded at once, `b` in a retry, and `c` never."""
+    content = chat_lines("a") + chat_line("b", simulate=["400"]) + chat_line("c", simulate="always:400") + b"{\n"
+    async with working(tmp_path):
+        parent: dict[str, Any] = await ended(api, (await make_batch(api, content, on_invalid="skip"))["id"])
+        await ended(api, (await retry(api, parent["id"])).json["id"])
+    return parent
+
+
+async def test_merged_results_outlast_the_journals(api: Served, tmp_path: Path) -> None:
+    parent = await healed_in_part(api, tmp_path)
+    before = await read(api, parent["id"], "?merged=true")
+    end_journals(api)
+
+    after = await read(api, parent["id"], "?merged=true")
+    failed = await read(api, parent["id"], "?merged=true&outcome=failed")
+    good = await read(api, parent["id"], "?merged=true&outcome=succeeded")
+
+    assert sorted(names(before)) == ["a", "b", "c"]
+    assert sorted(after.body.splitlines()) == sorted(before.body.splitlines())
+    assert after.headers["X-Last-Sequence"] == before.headers["X-Last-Sequence"]
+    assert (names(failed), sorted(names(good))) == (["c"], ["a", "b"])
+    assert names(await read(api, parent["id"], f"?merged=true&after={after.headers['X-Last-Sequence']}")) == []
+    for query in ("?merged=true&limit=2", "?merged=true&after=1", "?merged=true&after=0.1"):
+        page = await read(api, parent["id"], query)
+        assert (page.status, page.json["error"]["code"]) == (410, "results_gone")
+        assert "read all of them at once" in page.json["error"]["message"]
+    assert (await read(api, parent["id"])).status == 410
+
+
+async def test_merged_results_whose_files_are_gone_are_gone(api: Served, tmp_path: Path) -> None:
+    parent = await healed_in_part(api, tmp_path)
+    end_journals(api)
+    await api.call("DELETE", f"/v1/files/{parent['output_file_id']}")
+
+    gone = await read(api, parent["id"], "?merged=true")
+
+    assert (gone.status, gone.json["error"]["code"]) == (410, "results_gone")
+    assert f"its file {parent['output_file_id']} was deleted" in gone.json["error"]["message"]
+
+
+async def test_deleted_retry_shifts_nobodys_numbers(api: Served, tmp_path: Path) -> None:
+    content = chat_lines("abc", simulate=["400"])
+    async with working(tmp_path):
+        parent = await ended(api, (await make_batch(api, content))["id"])
+        first = await ended(api, (await retry(api, parent["id"], custom_ids=["a"])).json["id"])
+        page = await read(api, parent["id"], "?merged=true")
+        await ended(api, (await retry(api, parent["id"], custom_ids=["b", "c"])).json["id"])
+        await api.call("DELETE", f"/v1/batches/{first['id']}")
+
+    rest = await read(api, parent["id"], f"?merged=true&after={page.headers['X-Last-Sequence']}")
+
+    assert page.headers["X-Last-Sequence"] == "3.1"
+    assert sorted(names(rest)) == ["b", "c"]
+    assert rest.headers["X-Last-Sequence"] == "3.1.2"
+
+
+async def test_results_that_are_swept_in_mid_reading_are_broken_off(
+    api: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with working(tmp_path):
+        batch = await ended(api, (await make_batch(api, CONTENT))["id"])
+    real = frames.read_records
+
+    def read_records(*given: Any) -> Any:
+        end_journals(api)
+        return real(*given)
+
+    monkeypatch.setattr(reading, "read_records", read_records)
+    store = api.parts.store
+    assert isinstance(store, SqliteStore)
+    with store.writing() as conn:
+        # As if there were one more extent behind those that were found.
+        conn.exec_driver_sql("update batches set next_sequence = next_sequence + 5")
+
+    with pytest.raises(aiohttp.ClientError):
+        await read(api, batch["id"])
+
+
+async def test_long_search_for_few_lines_is_made_in_short_turns(
+    api: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "_SLICE_S", 0.0)
+    async with working(tmp_path):
+        batch = await ended(api, (await make_batch(api, CONTENT))["id"])
+
+    assert sorted(names(await read(api, batch["id"], "?outcome=failed"))) == sorted(BAD)
+    page = await read(api, batch["id"], "?outcome=failed&limit=3")
+    rest = await read(api, batch["id"], f"?outcome=failed&after={page.headers['X-Last-Sequence']}")
+
+    assert (len(names(page)), page.headers["X-Incomplete"]) == (3, "true")
+    assert sorted(names(page) + names(rest)) == sorted(BAD)
 
 
 async def test_cancelled_lines_are_retried_though_the_input_was_deleted(api: Served, tmp_path: Path) -> None:
@@ -280,6 +427,29 @@ async def test_a_batch_that_is_deleted_ends_its_events(api: Served, tmp_path: Pa
         assert isinstance(store, SqliteStore)
         with store.writing() as conn:
             conn.exec_driver_sql("update batches set deleted_at = 0")
+
+        assert [event async for event in seen] == []
+
+
+async def test_revoked_key_follows_no_longer(keyed: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchrunner.api.events.HEARTBEAT_S", 0.05)
+    monkeypatch.setattr("batchrunner.api.events.CACHED_S", 0.0)
+    made = await make_batch(keyed, CONTENT)
+    (key,) = keyed.parts.store.keys()
+
+    async with asyncio.timeout(10), contextlib.aclosing(events(keyed, made["id"])) as seen:
+        await anext(seen)
+        keyed.parts.store.revoke_key(key.id, at=keyed.clock.now())
+
+        assert [event async for event in seen] == []
+
+
+async def test_look_that_breaks_ends_the_events(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = await make_batch(api, CONTENT)
+
+    async with asyncio.timeout(10), contextlib.aclosing(events(api, made["id"])) as seen:
+        await anext(seen)
+        monkeypatch.setattr("batchrunner.api.events.shown", lambda *_: 1 / 0)
 
         assert [event async for event in seen] == []
 

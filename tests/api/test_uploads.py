@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from batchrunner import pipeline
+from batchrunner.api import uploads
 from batchrunner.api.envelope import Refusal
 from batchrunner.api.uploads import present_part
 from batchrunner.clock import SystemClock
-from batchrunner.ports import TenantScope
+from batchrunner.holdings import UploadId
+from batchrunner.housekeeping import clear
+from batchrunner.ports import Blobs, TenantScope
 from tests.api.serving import FORM_HEADERS, LINE, Served, form, serving
 
 PARTS = (LINE * 3, LINE * 2, LINE[:20], LINE[20:])
@@ -36,6 +40,25 @@ async def send_part(api: Served, upload_id: str, content: bytes, **headers: str)
     return reply.json["id"]
 
 
+async def test_upload_that_is_cancelled_and_swept_in_mid_completion_is_closed(
+    api: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload_id = await announce(api, len(LINE))
+    part_id = await send_part(api, upload_id, LINE)
+
+    def read_blob(blobs: Blobs, name: str) -> Iterator[bytes]:
+        api.scope.cancel_upload(UploadId(upload_id))
+        clear(api.parts.store, blobs, in_use=tuple)
+        return pipeline.read_blob(blobs, name)
+
+    monkeypatch.setattr(uploads, "read_blob", read_blob)
+
+    done = await api.call("POST", f"/v1/uploads/{upload_id}/complete", json={"part_ids": [part_id]})
+
+    assert done.status == 400
+    assert "is cancelled and cannot be changed" in done.json["error"]["message"]
+
+
 async def test_upload_object_is_that_of_the_original(api: Served) -> None:
     wanted = {"bytes": 5, "filename": "in.jsonl", "mime_type": "text/jsonl", "purpose": "batch"}
 
@@ -53,6 +76,16 @@ async def test_upload_object_is_that_of_the_original(api: Served) -> None:
         "expires_at": upload["created_at"] + 3600,
         "file": None,
     }
+
+
+@pytest.mark.parametrize("contents", [(), (b"",)])
+async def test_an_upload_of_nothing_becomes_an_empty_file(api: Served, contents: tuple[bytes, ...]) -> None:
+    upload_id = await announce(api, 0, purpose="user_data")
+    part_ids = [await send_part(api, upload_id, content) for content in contents]
+
+    done = (await api.call("POST", f"/v1/uploads/{upload_id}/complete", json={"part_ids": part_ids})).json
+
+    assert (done["status"], done["file"]["bytes"], done["file"]["status"]) == ("completed", 0, "processed")
 
 
 async def test_parts_sent_in_parallel_are_laid_together_in_the_order_named(api: Served) -> None:

@@ -85,3 +85,57 @@ def test_an_unknown_name_in_a_file_exits_2_and_names_the_file(folder):
 
     assert called.code == 2
     assert "batchrunner.toml: there is no setting 'max_trys'" in called.err
+
+
+TABLES = """max_tries = 7
+
+[[upstream]]
+name = "box"
+base_url = "http://user:hidden@10.0.0.5:8000/v1?k=hidden"
+models = ["llama*"]
+aliases = { "fast one" = "llama-3" }
+window = 8
+
+[[upstream]]
+name = "cloud"
+base_url = "https://api.example.com/v1"
+api_key_file = "cloud.key"
+weight = 0
+"""
+
+
+def test_upstreams_are_shown_as_tables_with_their_origin_and_never_with_a_key(folder, monkeypatch):
+    (folder / "batchrunner.toml").write_text(TABLES)
+    (folder / "cloud.key").write_text(KEY)
+
+    text, found = call("config", "show", "--origin"), call("config", "show", "--origin", "--json").json
+    (folder / "batchrunner.toml").write_text(call("config", "show").out)
+    again = call("config", "show", "--origin", "--json").json
+
+    assert "[[upstream]]  # batchrunner.toml" in text.out
+    assert 'aliases = { "fast one" = "llama-3" }' in text.out
+    assert "key of box: none is named" in text.err
+    assert f"key of cloud: {folder / 'cloud.key'} is set" in text.err
+    assert KEY not in text.out + text.err + str(found)
+    assert "hidden" not in text.out + text.err + str(found)
+    assert [table["name"] for table in found["upstream"]["value"]] == ["box", "cloud"]
+    assert again["upstream"] == found["upstream"]
+
+
+def test_base_url_from_the_environment_goes_before_the_tables(folder, monkeypatch):
+    (folder / "batchrunner.toml").write_text(TABLES)
+    monkeypatch.setenv("BATCHRUNNER_BASE_URL", "http://one/v1")
+
+    shown = call("config", "show", "--origin", "--json").json
+
+    assert shown["upstream"] == {"value": [], "origin": "default"}
+    assert shown["base_url"]["value"] == "http://one/v1"
+
+
+def test_key_file_that_cannot_be_read_is_an_error_that_names_it(folder):
+    (folder / "batchrunner.toml").write_text(TABLES)
+
+    called = call("config", "show")
+
+    assert called.code == 2
+    assert "upstream cloud: api_key_file" in called.err

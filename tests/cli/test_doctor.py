@@ -170,3 +170,22 @@ def test_without_an_address_it_exits_2():
 
     assert called.code == 2
     assert "OPENAI_BASE_URL" in called.err
+
+
+def test_each_of_several_upstreams_is_looked_at(monkeypatch, tmp_path):
+    with simulator("--latency", "1ms", "--api-key", KEY) as box, simulator("--latency", "1ms") as cloud:
+        (tmp_path / "box.key").write_text(f"{KEY}\n")
+        (tmp_path / "batchrunner.toml").write_text(
+            f'[[upstream]]\nname = "box"\nbase_url = "{box}"\napi_key_file = "box.key"\n'
+            f'[[upstream]]\nname = "cloud"\nbase_url = "{cloud}"\napi_key_env = "NOT_THERE"\n'
+        )
+        called = call("doctor", "--json")
+        (tmp_path / "box.key").write_text("wrong")
+        refused = call("doctor", "--json")
+
+    assert called.code == 0
+    assert states(called)["box: models"] == states(called)["cloud: models"] == "ok"
+    assert "disk" in states(called)
+    assert KEY not in called.out
+    assert refused.code == 4
+    assert (states(refused)["box: models"], states(refused)["cloud: models"]) == ("fail", "ok")

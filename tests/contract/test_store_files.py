@@ -8,11 +8,12 @@ from datetime import timedelta
 
 import pytest
 
-from batchrunner.errors import BlobsUnavailable, NameTaken, NotFound, TransitionRefused
-from batchrunner.holdings import PartId, Upload, UploadId, UploadPart, UploadStatus
+from batchrunner.errors import BlobsUnavailable, NameTaken, NotFound, QuotaExceeded, TransitionRefused
+from batchrunner.holdings import KeyLimits, PartId, Upload, UploadId, UploadPart, UploadStatus
 from batchrunner.lifecycle import BatchEvent, BatchStatus
 from batchrunner.models import BatchId, File, FileId, TaskKind
 from batchrunner.ports import TenantScope
+from batchrunner.store import queries_expiry, queries_uploads
 from tests.contract.worlds import ANA, BEN, NOTHING, REJECTED, STEPS, World, accepted, bring_to, file_of, progress
 
 
@@ -173,7 +174,7 @@ def test_retry_of_a_deleted_input_keeps_its_bytes_while_they_are_there(world: Wo
     assert freed(world) == ["files/a"]
     with pytest.raises(NotFound):
         world.created("b3", parent_id=BatchId("b1"), input_file_id=FileId("a"), source="files/a")
-    assert [each.id for each in world.scope.children(BatchId("b1"))] == ["b2"]
+    assert [each.id for each in world.scope.family(BatchId("b1"))] == ["b1", "b2"]
 
 
 def test_published_files_live_as_long_as_their_batch_asks_for(world: World) -> None:
@@ -380,7 +381,7 @@ def test_upload_that_is_over_takes_nothing_more(world: World, status: UploadStat
         lambda scope, _: scope.parts(UploadId("u1")),
         lambda scope, _: scope.complete_upload(UploadId("u1"), file_of("mine", BEN)),
         lambda scope, _: scope.cancel_upload(UploadId("u1")),
-        lambda scope, _: scope.children(BatchId("b1")),
+        lambda scope, _: scope.family(BatchId("b1")),
         lambda scope, _: scope.delete_batch(BatchId("b1")),
         lambda scope, _: scope.live(BatchId("b1")),
     ],
@@ -422,3 +423,69 @@ def test_validate_task_of_a_missing_input_is_there(world: World) -> None:
 
     assert (claim.batch, batch.input_name, batch.input_file_id) == (batch, "file-missing", None)
     assert world.store.accept_input(claim.ref, accepted())
+
+
+def test_retry_is_refused_when_its_maker_has_not_seen_the_whole_family(world: World) -> None:
+    world.created("b1")
+    seen = [each.id for each in world.scope.family(BatchId("b1"))]
+    world.created("b2", parent_id=BatchId("b1"))
+
+    with pytest.raises(TransitionRefused, match="retried meanwhile, as b2"):
+        world.scope.create_batch(world.new("b3", parent_id=BatchId("b1")), family=seen)
+    made = world.scope.create_batch(world.new("b3", parent_id=BatchId("b2")), family=[*seen, BatchId("b2")])
+
+    assert [each.id for each in world.scope.family(BatchId("b2"))] == ["b1", "b2", "b3"]
+    assert world.scope.create_batch(world.new("b3", parent_id=BatchId("b2")), family=[]).id == made.id
+
+
+def test_batch_and_its_file_are_made_together_or_not_at_all(world: World) -> None:
+    world.store.register_blob("files/in", owner="api")
+    file = replace(file_of("in"), purpose="batch")
+
+    with pytest.raises(QuotaExceeded):
+        world.scope.create_batch(world.new(input_file_id=file.id), file=file, limits=KeyLimits(open_batches_max=0))
+    with pytest.raises(NotFound):
+        world.scope.file(file.id)
+    made = world.scope.create_batch(world.new(input_file_id=file.id), file=file)
+
+    assert world.scope.file(file.id) == file
+    assert made.input_file_id == file.id
+
+
+def test_upload_takes_no_more_parts_than_can_be_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries_uploads, "PARTS_MAX", 2)
+    world.scope.add_upload(upload_of(world))
+    for name in ("p1", "p2"):
+        world.scope.add_part(part_of(world, name))
+
+    with pytest.raises(QuotaExceeded, match="2 parts"):
+        world.scope.add_part(part_of(world, "p3"))
+
+    assert world.scope.add_part(part_of(world, "p2")).id == "p2"
+
+
+def test_any_number_of_late_uploads_is_ended_by_and_by(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries_uploads, "_EXPIRED_MAX", 2)
+    for name in ("u1", "u2", "u3"):
+        world.scope.add_upload(upload_of(world, name))
+    world.clock.advance(3600)
+
+    assert [world.store.expire().uploads for _ in range(3)] == [2, 1, 0]
+
+
+def test_any_number_of_late_files_is_hidden_by_and_by(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries_expiry, "_FILES_MAX", 2)
+    for name in ("f1", "f2", "f3"):
+        world.scope.add_file(fresh_file(world, name, expires_at=world.clock.wall + timedelta(hours=1)))
+    world.clock.advance(3600)
+
+    assert [world.store.expire().files for _ in range(3)] == [2, 1, 0]
+
+
+def test_journals_of_huge_batches_end_one_at_a_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries_expiry, "_LINES_MAX", 15)
+    for name in ("b1", "b2"):
+        world.store.publish(world.sealing(name).ref, NOTHING)
+    world.clock.advance(24 * 3600)
+
+    assert [len(world.store.expire().journals) for _ in range(3)] == [1, 2, 2]

@@ -141,6 +141,22 @@ def test_batch_beyond_the_queued_lines_of_a_key_is_refused(world: World) -> None
     assert world.scope.create_batch(world.new("b2"), limits=KeyLimits(queued_lines_max=11)).id == "b2"
 
 
+def test_lines_of_a_file_count_before_they_are_validated(world: World) -> None:
+    world.scope.add_file(replace(file_of("in"), line_count=6))
+    limits = KeyLimits(queued_lines_max=10)
+
+    with pytest.raises(QuotaExceeded, match="0 lines wait for their results and this batch has 6, at most 5"):
+        world.scope.create_batch(world.new("b1", input_file_id=FileId("in")), limits=KeyLimits(queued_lines_max=5))
+    world.scope.create_batch(world.new("b1", input_file_id=FileId("in")), limits=limits)
+
+    with pytest.raises(QuotaExceeded, match="6 lines"):
+        world.scope.create_batch(world.new("b2", input_file_id=FileId("in")), limits=limits)
+    inline = replace(file_of("inline"), line_count=4)
+    made = world.scope.create_batch(world.new("b3", input_file_id=inline.id), file=inline, limits=limits)
+    assert world.scope.open_counts() == OpenCounts(batches=2, lines=10)
+    assert made.id == "b3"
+
+
 # -- Idempotency-Keys --------------------------------------------------------------------------------------------------
 
 

@@ -79,17 +79,24 @@ class Server:
 
     async def upload(self, path: Path) -> str:
         """Upload a file; gives its id."""
+        status, file = await self.try_upload(path)
+        assert status == 200, file
+        return str(file["id"])
+
+    async def try_upload(self, path: Path) -> tuple[int, Any]:
+        """Upload a file; gives the status of the answer and what it says."""
         form = aiohttp.FormData()
         form.add_field("purpose", "batch")
-        form.add_field("file", await asyncio.to_thread(path.read_bytes), filename=path.name)
-        async with self.session.post(f"{self.base_url}/files", data=form) as answer:
-            file = await answer.json()
-            assert answer.status == 200, file
-            return str(file["id"])
+        with path.open("rb") as stream:
+            form.add_field("file", stream, filename=path.name)
+            async with self.session.post(f"{self.base_url}/files", data=form) as answer:
+                return answer.status, await answer.json()
 
-    async def batch_when(self, batch_id: str, is_reached: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    async def batch_when(
+        self, batch_id: str, is_reached: Callable[[dict[str, Any]], bool], *, within_s: float = WAIT_S
+    ) -> dict[str, Any]:
         """Ask for a batch until it is as wanted; the API may be gone for a while."""
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(within_s):
             while True:
                 with contextlib.suppress(aiohttp.ClientError):
                     batch: dict[str, Any] = await self.get(f"/batches/{batch_id}")
@@ -97,9 +104,9 @@ class Server:
                         return batch
                 await asyncio.sleep(LOOK_S)  # real time: the server is another process
 
-    async def ended_batch(self, batch_id: str) -> dict[str, Any]:
+    async def ended_batch(self, batch_id: str, *, within_s: float = WAIT_S) -> dict[str, Any]:
         """Wait for the end of a batch."""
-        return await self.batch_when(batch_id, lambda batch: batch["status"] in TERMINAL)
+        return await self.batch_when(batch_id, lambda batch: batch["status"] in TERMINAL, within_s=within_s)
 
     async def content(self, file_id: str | None) -> bytes:
         """Download a file, nothing if there is none."""

@@ -9,8 +9,6 @@ import resource
 import signal
 import socket
 import sqlite3
-import subprocess
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from batchrunner.models import LOCAL_TENANT
 from batchrunner.simulate import Simulator, SimulatorSettings
 from batchrunner.store.sqlite import SqliteStore
 from tests.e2e.harness import Bench, Command, bench, start
+from tests.e2e.small_disk import needs_root, small_disk
 
 pytestmark = pytest.mark.slow
 
@@ -252,22 +251,7 @@ async def test_run_ends_although_a_worker_stays_frozen(tmp_path: Path) -> None:
 # -- the disk --------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of a few megabytes, where one may be mounted."""
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"no small disk can be mounted: {mounted.stderr.decode().strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk takes root")
+@needs_root
 async def test_full_disk_is_said_and_the_run_goes_on_when_space_returns(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "24m") as disk:
         async with bench(disk, latency="20ms") as run:
@@ -289,7 +273,7 @@ async def test_full_disk_is_said_and_the_run_goes_on_when_space_returns(tmp_path
             run.check(repeats_max=0)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk takes root")
+@needs_root
 async def test_run_killed_on_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "24m") as disk:
         async with bench(disk, latency="20ms") as run:

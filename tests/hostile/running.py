@@ -146,10 +146,10 @@ async def _work(adapters: Adapters, folder: Path, settings: Settings, scope: Ten
     """Have one worker session take the batch to its end."""
 
     def pace(fanout: Fanout) -> None:
-        fanout.take_sample()
-        fanout.window = WINDOW
+        fanout.pools[0].take_sample()
+        fanout.pools[0].window = WINDOW
 
-    async with worker_session(adapters, folder, settings, api_key="sk-secret", pacer=pace) as worker:
+    async with worker_session(adapters, folder, settings, api_keys={"default": "sk-secret"}, pacer=pace) as worker:
         working = asyncio.create_task(worker.run())
         try:
             async with asyncio.timeout(LIMIT_S):

@@ -17,6 +17,7 @@ from batchrunner.journal import Journal
 from batchrunner.lifecycle import BatchStatus
 from batchrunner.limits import Cooldown, FirstContact, Gate, Outage
 from batchrunner.models import Attempt, Batch, BatchId, NewBatch, SessionId, TenantId
+from batchrunner.outlets import Outlet
 from batchrunner.pipeline import Pipeline
 from batchrunner.ports import AssetOwner
 from batchrunner.settings import Settings
@@ -120,19 +121,18 @@ class Crew:
         )
         gate = Gate(cooldown=Cooldown(), outage=Outage(), first_contact=FirstContact())
         fanout = Fanout(
-            upstream=self.upstream,
+            outlets=[Outlet(name="default", upstream=self.upstream, gate=gate)],
             journal=journal,
             clock=self.clock,
             rng=SteadyRng(),
             settings=self.settings,
-            gate=gate,
         )
         worker = Worker(
             session=name,
             store=store,
             pipeline=Pipeline(store=store, blobs=blobs, journal=journal, clock=self.clock, settings=self.settings),
             fanout=fanout,
-            pacer=lambda each: setattr(each, "window", window),
+            pacer=lambda each: setattr(each.pools[0], "window", window),
             reap=lambda: 0,
             clock=self.clock,
             settings=self.settings,

@@ -191,8 +191,8 @@ def test_what_a_killed_writer_left_is_dropped(s3_service: Callable[[str], Servic
         client.upload_part(Bucket=BUCKET, Key=f"killed/{name}", UploadId=upload["UploadId"], PartNumber=1, Body=CONTENT)
     other = client.create_multipart_upload(Bucket=BUCKET, Key="others/a")
 
-    young = blobs.drop_unfinished(older_than_s=3600)
-    dropped = blobs.drop_unfinished(older_than_s=0)
+    young = blobs.drop_unfinished()
+    dropped = blobs.drop_begun()
 
     assert (young, dropped) == (0, 3)
     assert uploads_left(url) == ["others/a"]

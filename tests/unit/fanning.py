@@ -34,6 +34,7 @@ from batchrunner.models import (
     TenantId,
     Usage,
 )
+from batchrunner.outlets import Outlet
 from batchrunner.ports import AssetOwner
 from batchrunner.settings import Settings
 from batchrunner.shards import ShardRun
@@ -348,24 +349,24 @@ async def scene(
 ) -> AsyncIterator[Scene]:
     clock, rng, journal = VirtualClock(), SteadyRng(uniform), PaperJournal()
     upstream = ScriptedUpstream(clock, script)
+    gate = Gate(
+        cooldown=Cooldown(),
+        outage=Outage(),
+        first_contact=FirstContact(),
+        requests=TokenBucket(rpm) if rpm else None,
+        tokens=TokenBucket(tpm) if tpm else None,
+    )
     fanout = Fanout(
-        upstream=upstream,
+        outlets=[Outlet(name="default", upstream=upstream, gate=gate)],
         journal=journal,  # type: ignore[arg-type]
         clock=clock,
         rng=rng,
         settings=settings or Settings(),
-        gate=Gate(
-            cooldown=Cooldown(),
-            outage=Outage(),
-            first_contact=FirstContact(),
-            requests=TokenBucket(rpm) if rpm else None,
-            tokens=TokenBucket(tpm) if tpm else None,
-        ),
     )
     told = Scene(clock, rng, upstream, journal, fanout)
     fanout.on_change = lambda: told.changes.append(clock.now_s)
-    fanout.window = window
-    fanout.stop_sends_at_s = float("inf")
+    fanout.pools[0].window = window
+    fanout.stop_sends_at(float("inf"))
     running = asyncio.create_task(fanout.run())
     try:
         yield told

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 import pytest
 
-from batchrunner.api.batch_object import STATUSES, batch_object, strict_object
+from batchrunner.api.batch_object import STATUSES, batch_object, strict_object, told_problems
 from batchrunner.api.progress import progress_of
 from batchrunner.holdings import LiveShare
 from batchrunner.lifecycle import TERMINAL, BatchStatus
@@ -221,9 +221,38 @@ def test_what_holds_a_batch_is_what_bounds_it():
     assert progress_of(replace(BATCH, blocked_by="disk_full"), [share()], NOW).bound_by == "disk_full"
 
 
+def test_tenants_are_told_codes_and_no_paths():
+    stuck = replace(BATCH, blocked_by="blobs_unavailable: /srv/data/blobs/files/x: Input/output error")
+    problem = LineProblem("internal_error", "stuck at /srv/data", None, None)
+    given_up = replace(stuck, status=BatchStatus.FAILED, problems=(problem,), problem_count=1)
+
+    for batch in (stuck, given_up):
+        assert b"/srv" not in msgspec.json.encode(batch_object(batch, [share()], NOW))
+    assert batch_object(stuck, [share()], NOW).blocked_by == "blobs_unavailable"
+    assert progress_of(stuck, [share()], NOW).bound_by == "blobs_unavailable"
+    assert [each.code for each in told_problems(given_up)] == ["internal_error"]
+
+
 def test_a_guess_far_away_is_still_a_date():
     found = progress_of(replace(BATCH, total_count=10**7), [share(done_per_s=1e-12)], NOW)
 
     assert found.eta_at is not None
     assert found.eta_latest_at is not None
     assert found.eta_at <= found.eta_latest_at
+
+
+def test_progress_names_upstreams_only_where_there_are_several():
+    here = {"name": "box", "window": 5, "bound_by": "growing", "in_flight": 3}
+    there = {"name": "box", "window": 7, "bound_by": "rate", "in_flight": 1}
+    other = {"name": "cloud", "window": 2, "bound_by": "failures", "in_flight": 0, "is_down": True}
+
+    found = progress_of(BATCH, [share(upstreams=[here, other]), share(upstreams=[there, other])], NOW)
+    one = msgspec.json.encode(progress_of(BATCH, [share()], NOW))
+    over = progress_of(replace(BATCH, status=BatchStatus.COMPLETED), [share(upstreams=[here, other])], NOW)
+
+    assert msgspec.to_builtins(found.upstreams) == (
+        {"name": "box", "in_flight": 4, "window": 12, "bound_by": "rate", "is_down": False},
+        {"name": "cloud", "in_flight": 0, "window": 4, "bound_by": "failures", "is_down": True},
+    )
+    assert b"upstreams" not in one
+    assert over.upstreams is msgspec.UNSET

@@ -51,14 +51,14 @@ async def test_window_grows_and_shrinks_without_aborting_anything() -> None:
         await told.clock.advance(0.5)
         assert len(told.upstream.in_flight) == 4
 
-        told.fanout.window = 20
+        told.fanout.pools[0].window = 20
         await told.clock.advance(0.1)
         assert len(told.upstream.in_flight) == 20
 
-        told.fanout.window = 2
+        told.fanout.pools[0].window = 2
         await told.clock.advance(2.0)
         assert len(told.upstream.in_flight) == 2
-        told.fanout.window = 50
+        told.fanout.pools[0].window = 50
         await told.finish(run)
     assert succeeded(run) == sorted(succeeded(run))
     assert len(succeeded(run)) == 200
@@ -76,12 +76,13 @@ async def test_window_of_nothing_sends_nothing() -> None:
 async def test_nothing_is_sent_when_the_lease_runs_out() -> None:
     run = shard_of(range(1, 100))
     async with scene(always(OK, latency_s=0.1), window=1) as told:
-        told.fanout.stop_sends_at_s = told.clock.now_s + 1.0
+        until_s = told.clock.now_s + 1.0
+        told.fanout.stop_sends_at(until_s)
         told.add(run)
         await told.clock.advance(10.0)
 
         assert 8 <= len(told.upstream.sent) <= 11
-        assert max(sent.at_s for sent in told.upstream.sent) < told.fanout.stop_sends_at_s
+        assert max(sent.at_s for sent in told.upstream.sent) < until_s
 
 
 async def test_nothing_fresh_is_sent_while_the_journal_is_full() -> None:
@@ -265,7 +266,7 @@ async def test_line_that_may_be_sent_once_is_not_repeated_after_a_death_of_the_u
     run = shard_of(range(1, 9), batch=batch_of(on_unknown=OnUnknown.FAIL))
     run.intent_mark = 8
     async with scene(lambda line, _nth: (0.1, broken() if line <= 4 else OK)) as told:
-        told.fanout.gate.first_contact.note_answer()
+        told.fanout.pools[0].gate.first_contact.note_answer()
         told.add(run)
         await told.finish(run)
 
@@ -388,7 +389,7 @@ async def test_outage_uses_up_no_tries_and_is_probed_by_one_line_at_a_time() -> 
 async def test_outage_is_over_within_the_longest_probe_interval() -> None:
     run = shard_of(range(1, 101))
     async with scene(always(broken(AttemptError.NOT_CONNECTED), latency_s=0.0), window=4) as told:
-        told.fanout.gate.first_contact.note_answer()
+        told.fanout.pools[0].gate.first_contact.note_answer()
         told.add(run)
         await told.clock.advance(300.0)
         told.upstream.script = always(OK)
@@ -425,7 +426,7 @@ async def test_line_that_always_resets_ends_whatever_else_there_is(window: int, 
     async with scene(
         lambda line, _nth: (0.1, broken() if line == 1 else OK), window=window, settings=Settings(max_tries=3)
     ) as told:
-        told.fanout.gate.first_contact.note_answer()
+        told.fanout.pools[0].gate.first_contact.note_answer()
         told.add(run)
         await told.finish(run, within_s=120.0)
 
@@ -438,7 +439,7 @@ async def test_several_lines_that_always_reset_do_not_keep_the_others_from_being
     async with scene(
         lambda line, _nth: (0.1, broken() if line <= 10 else OK), window=4, settings=Settings(max_tries=3)
     ) as told:
-        told.fanout.gate.first_contact.note_answer()
+        told.fanout.pools[0].gate.first_contact.note_answer()
         told.add(run)
         await told.finish(run, within_s=300.0)
 
@@ -455,7 +456,7 @@ async def test_long_outage_behind_a_proxy_fails_no_line(nobody: Attempt, lines: 
     """The proxy takes every connection and drops it, or answers for the server that it cannot reach."""
     run = shard_of(range(1, lines + 1))
     async with scene(always(nobody), window=4, settings=Settings(max_tries=2), uniform=0.5) as told:
-        told.fanout.gate.first_contact.note_answer()
+        told.fanout.pools[0].gate.first_contact.note_answer()
         told.upstream.knock_answer = nobody
         told.add(run)
         await told.clock.advance(900.0)
@@ -480,7 +481,7 @@ async def test_few_lines_that_fail_one_after_the_other_wait_for_the_upstream(nob
     async with scene(
         lambda line, _nth: (2.0 * line, nobody), window=3, settings=Settings(max_tries=3), uniform=0.5
     ) as told:
-        told.fanout.gate.first_contact.note_answer()
+        told.fanout.pools[0].gate.first_contact.note_answer()
         told.upstream.knock_answer = nobody
         told.add(run)
         await told.clock.advance(600.0)
@@ -514,7 +515,7 @@ async def test_suspects_are_not_sent_in_vain_where_knocks_are_known_to_be_answer
 async def test_upstream_that_knows_no_knocks_is_found_again() -> None:
     run = shard_of([1, 2])
     async with scene(always(broken()), window=2, settings=Settings(max_tries=1)) as told:
-        told.fanout.gate.first_contact.note_answer()
+        told.fanout.pools[0].gate.first_contact.note_answer()
         told.upstream.knock_answer = broken()
         told.add(run)
         await told.clock.advance(600.0)
@@ -546,7 +547,7 @@ async def test_line_that_kills_the_upstream_each_time_ends_although_nobody_answe
             return replaced(OK if now_s >= back_at_s else broken(), started_at_s=now_s)
 
         told.upstream.knock = knock  # type: ignore[method-assign]
-        told.fanout.gate.first_contact.note_answer()
+        told.fanout.pools[0].gate.first_contact.note_answer()
         told.add(run)
         await told.finish(run, within_s=600.0)
 
@@ -655,7 +656,7 @@ async def test_places_of_aborted_exchanges_serve_other_shards() -> None:
 async def test_stopped_shard_forgets_lines_that_were_to_go_alone() -> None:
     run, endless = shard_of([1]), shard_of(range(101, 200), batch=batch_of("batch_2"))
     async with scene(lambda line, _nth: (0.1, broken()) if line == 1 else (60.0, OK), window=1) as told:
-        told.fanout.gate.first_contact.note_answer()
+        told.fanout.pools[0].gate.first_contact.note_answer()
         told.add(run)
         await told.clock.advance(1.0)
         told.add(endless)
@@ -711,7 +712,7 @@ async def test_requests_a_minute_hold_for_every_minute_retries_included() -> Non
 async def test_probes_of_an_outage_take_tokens_too() -> None:
     run = shard_of(range(1, 100))
     async with scene(always(broken(AttemptError.NOT_CONNECTED), latency_s=0.0), window=4, rpm=6.0) as told:
-        told.fanout.gate.first_contact.note_answer()
+        told.fanout.pools[0].gate.first_contact.note_answer()
         told.add(run)
         await told.clock.advance(120.0)
 
@@ -741,7 +742,7 @@ async def test_budget_of_memory_limits_the_window_once_answers_are_large() -> No
     async with scene(always(large, latency_s=0.5), window=8, settings=settings) as told:
         told.add(run)
         await told.clock.advance(1.0)
-        told.fanout.window = 256
+        told.fanout.pools[0].window = 256
         await told.clock.advance(3.0)
 
         assert len(told.upstream.in_flight) <= 17
@@ -771,16 +772,16 @@ async def test_sample_tells_the_window_what_happened_since_the_last() -> None:
     run = shard_of(range(1, 1000))
     first = {1: REFUSED, 2: broken()}
     async with scene(lambda line, nth: (0.5, first.get(line, OK) if nth == 1 else OK), window=4) as told:
-        told.fanout.take_sample()
+        told.fanout.pools[0].take_sample()
         told.add(run)
         await told.clock.advance(1.0)
-        sample = told.fanout.take_sample()
+        sample = told.fanout.pools[0].take_sample()
 
         assert (sample.answered, sample.refused, sample.broken) == (2 + 3, 1, 1)
         assert sample.span_s == pytest.approx(1.0)
         assert sample.in_flight_mean == pytest.approx(4.0, rel=0.1)
         await told.clock.advance(1.0)
-        assert told.fanout.take_sample().refused == 0
+        assert told.fanout.pools[0].take_sample().refused == 0
 
 
 async def test_sweep_of_deadlines_comes_twice_a_second() -> None:

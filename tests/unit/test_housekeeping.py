@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from batchrunner import app, housekeeping
+from batchrunner.app import open_adapters, reap
 from batchrunner.blobs.local import LocalBlobs
-from batchrunner.errors import BatchrunnerError, BlobsUnavailable
+from batchrunner.errors import BatchrunnerError, BlobsUnavailable, DiskFull, StoreUnavailable
 from batchrunner.housekeeping import Cleared, clear
 from batchrunner.models import BatchId, FileId
+from batchrunner.session_locks import SessionLocks
+from batchrunner.settings import Settings
 from tests.contract.conftest import ManualClock, SqliteBackend
 from tests.contract.worlds import NOTHING, World, file_of
 
@@ -47,21 +51,21 @@ def names(blobs: LocalBlobs) -> list[str]:
 def test_nothing_goes_before_its_time(world: World, blobs: LocalBlobs) -> None:
     before = names(blobs)
 
-    assert clear(world.store, blobs, in_use=()) == Cleared()
+    assert clear(world.store, blobs, in_use=tuple) == Cleared()
     assert names(blobs) == before
 
 
 def test_journal_goes_after_a_day_and_media_with_the_output_file(world: World, blobs: LocalBlobs) -> None:
     world.clock.advance(DAY_S)
 
-    assert clear(world.store, blobs, in_use=()) == Cleared(journals=1)
+    assert clear(world.store, blobs, in_use=tuple) == Cleared(journals=1)
     assert names(blobs) == sorted([*OF_OTHERS, "assets/b1/1.png", "assets/b1/2.png", "files/out"])
     world.scope.delete_file(FileId("out"))
-    assert clear(world.store, blobs, in_use={"files/out"}) == Cleared()
-    assert clear(world.store, blobs, in_use=()) == Cleared(blobs=2)
+    assert clear(world.store, blobs, in_use=lambda: {"files/out"}) == Cleared()
+    assert clear(world.store, blobs, in_use=tuple) == Cleared(blobs=2)
 
     assert names(blobs) == sorted(OF_OTHERS)
-    assert clear(world.store, blobs, in_use=()) == Cleared()
+    assert clear(world.store, blobs, in_use=tuple) == Cleared()
 
 
 class Failing(LocalBlobs):
@@ -86,8 +90,70 @@ def test_sweep_that_broke_off_is_finished_by_the_next(
     world.scope.delete_file(FileId("out"))
     world.scope.delete_batch(BatchId("b1"))
 
-    with pytest.raises(BatchrunnerError):
-        clear(world.store, failing, in_use=())
-    clear(world.store, blobs, in_use=())
+    assert clear(world.store, failing, in_use=tuple).failed > 0
+    clear(world.store, blobs, in_use=tuple)
 
     assert names(blobs) == sorted(OF_OTHERS)
+
+
+def test_blob_that_cannot_be_deleted_keeps_no_other_from_going(
+    world: World, blobs: LocalBlobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(housekeeping, "_BLOBS_MAX", 1)
+    (tmp_path / "blobs" / "files" / "stubborn" / "a").mkdir(parents=True)
+    for number, name in enumerate(("files/stubborn", "files/lost", "assets/b1/1.png")):
+        world.store.register_blob(name, owner=f"o{number}")
+        world.store.abandon_blob(name)
+
+    cleared = clear(world.store, blobs, in_use=tuple)
+
+    assert cleared == Cleared(blobs=2, failed=1)
+    assert "assets/b1/1.png" not in names(blobs)
+    assert world.store.freeable_blobs(limit=9) == ["files/stubborn"]
+
+
+def test_what_a_dead_session_left_half_written_goes_when_it_is_reaped(tmp_path: Path) -> None:
+    adapters = open_adapters(tmp_path)
+    (tmp_path / "sessions" / "0123456789abcdef").touch()
+    left = tmp_path / "blobs" / "assets" / "b1" / "line_1~99-0123456789abcdef"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+
+    reap(adapters, SessionLocks(tmp_path))
+
+    assert not left.exists()
+    adapters.store.close()
+
+
+def test_half_written_blobs_that_cannot_be_swept_keep_nobody_from_reaping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = open_adapters(tmp_path)
+    (tmp_path / "sessions" / "0123456789abcdef").touch()
+
+    def fail(_self: LocalBlobs) -> int:
+        raise BlobsUnavailable("the folder is gone")
+
+    monkeypatch.setattr(LocalBlobs, "drop_unfinished", fail)
+
+    assert reap(adapters, SessionLocks(tmp_path)) == 0
+    assert not list((tmp_path / "sessions").iterdir())
+    adapters.store.close()
+
+
+@pytest.mark.parametrize("error", [DiskFull("no space"), StoreUnavailable("locked")])
+async def test_worker_that_cannot_be_buried_ends_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BatchrunnerError
+) -> None:
+    adapters = open_adapters(tmp_path)
+    settings = Settings(base_url="http://127.0.0.1:9/v1")
+    crew = app.process_crew(adapters, tmp_path, settings, {}, 1, is_server=True)
+
+    def fail(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(app, "reap", fail)
+
+    await crew._children[0].mourn()
+
+    adapters.store.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -385,3 +386,75 @@ def test_a_blob_whose_sync_failed_is_never_committed(
     writer.abort()
 
     assert not blobs.exists("a")
+
+
+# -- what the dead leave behind ------------------------------------------------------------------------------------
+
+
+def test_a_sweep_removes_what_a_killed_writer_left_and_nothing_else(blobs: LocalBlobs, tmp_path: Path) -> None:
+    root = tmp_path / "state" / "blobs"
+    program = """
+        import os, signal, sys
+        from pathlib import Path
+        from batchrunner.blobs.local import LocalBlobs
+        LocalBlobs(Path(sys.argv[1])).writer("assets/b/line_1").write(b"half" * 100_000)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(root)], check=False)
+    living = blobs.writer("assets/b/line_2")
+    living.write(b"whole")
+    whole = blobs.writer("assets/b/3.png")
+    whole.commit()
+    (left,) = [path for path in (root / "assets" / "b").iterdir() if path.name.startswith("line_1~")]
+
+    swept = LocalBlobs(root).drop_unfinished()
+    living.commit()
+
+    assert swept == 1
+    assert not left.exists()
+    assert list(blobs.list("")) == ["assets/b/3.png", "assets/b/line_2"]
+    assert blobs.drop_unfinished() == 0
+
+
+def test_a_writer_that_a_sweep_mistook_for_a_dead_one_begins_again(
+    blobs: LocalBlobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fcntl.flock
+    swept: list[int | None] = []
+
+    def flock(fd: int, how: int) -> None:
+        if not swept:
+            swept.append(None)
+            swept.append(blobs.drop_unfinished())
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    writer = blobs.writer("files/x")
+    writer.write(b"kept")
+    writer.commit()
+
+    assert swept == [None, 1]
+    assert blobs.read("files/x", 0, 9) == b"kept"
+
+
+def test_a_sweep_leaves_the_reserve_and_a_users_file(blobs: LocalBlobs, tmp_path: Path) -> None:
+    own = tmp_path / "in~1-0123456789abcdef"
+    own.write_bytes(b"mine")
+    blobs.adopt("input", own)
+    blobs.keep_reserve(4096)
+
+    assert blobs.drop_unfinished() == 0
+    assert blobs.read("input", 0, 9) == b"mine"
+    assert (tmp_path / "state" / "blobs" / "reserve~").stat().st_size == 4096
+
+
+def test_adopting_anew_removes_the_link_that_a_killed_run_left(blobs: LocalBlobs, tmp_path: Path) -> None:
+    own = tmp_path / "in.jsonl"
+    own.write_bytes(b"mine")
+    left = tmp_path / "state" / "blobs" / "input~12-0123456789abcdef"
+    left.symlink_to(own)
+
+    blobs.adopt("input", own)
+
+    assert not left.is_symlink()
+    assert blobs.read("input", 0, 9) == b"mine"

@@ -89,6 +89,24 @@ async def test_store_that_is_away_ends_neither_the_sweep_nor_the_process(
         process.stop(grace_s=1.0)
 
 
+async def test_bug_in_the_upkeep_does_not_end_the_process(
+    adapters: Adapters,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("a row that nobody thought of")
+
+    monkeypatch.setattr(adapters.store.__class__, "expire", broken)
+    monkeypatch.setattr(adapters.store.__class__, "has_keys", broken)
+    process = process_of(adapters)
+
+    async with running(process, capfd):
+        await until(lambda: "the sweep broke" in caplog.text and "the look around broke" in caplog.text)
+        process.stop(grace_s=1.0)
+
+
 async def test_request_that_outlasts_the_grace_is_cut_off(
     adapters: Adapters, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,7 +62,7 @@ def plans(store: SqliteStore, ask: Callable[[], object]) -> list[str]:
             lambda scope: scope.create_batch(new_batch("b2"), limits=KeyLimits(open_batches_max=9)),
             "batches_by_tenant_and_status (tenant=? AND status=?)",
         ),
-        (lambda scope: scope.children(BatchId("b1")), "batches_by_parent (parent_id=?)"),
+        (lambda scope: scope.family(BatchId("b1")), "batches_by_parent (parent_id=?)"),
     ],
 )
 def test_tenants_questions_are_answered_from_an_index(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import subprocess
 import sys
@@ -494,3 +495,11 @@ def test_claim_reads_no_shard_but_the_front_of_each_queue(path: Path) -> None:
     made_up = ("SCAN found", "SCAN CONSTANT ROW", "SCAN (subquery")
     assert [step for step in plan if step.startswith("SCAN") and not step.startswith(made_up)] == []
     assert any("front" in step and "first_index<?" in step for step in plan), plan
+
+
+def test_as_many_threads_read_at_once_as_there_are(tmp_path: Path) -> None:
+    store = SqliteStore.open(tmp_path / "state.db", SystemClock())
+    with contextlib.ExitStack() as stack:
+        for _ in range(40):
+            assert stack.enter_context(store.reading()).exec_driver_sql("select 1").scalar_one() == 1
+    store.close()

@@ -19,7 +19,8 @@ from batchrunner.errors import WorkerLost
 from batchrunner.metrics import Tally
 from batchrunner.pace import Sample
 from batchrunner.settings import Settings
-from batchrunner.supervisor import Report, Share, Supervisor, encode_message
+from batchrunner.supervisor import Activity, Part, Report, Share, Supervisor, encode_message
+from batchrunner.targets import Target
 from tests.hostile.peer import until
 from tests.unit.fanning import VirtualClock
 
@@ -29,8 +30,8 @@ GREETING = b'{"hello":1}\n'
 
 def report(*, in_flight: int = 0, waiting: int = 0, **fields: Any) -> Report:
     tally = fields.pop("tally", Tally())
-    sample = Sample(at_s=0.0, span_s=0.1)
-    return Report(sample=sample, in_flight=in_flight, waiting=waiting, tally=tally.to_wire(), **fields)
+    activity = Activity(sample=Sample(at_s=0.0, span_s=0.1), in_flight=in_flight, waiting=waiting)
+    return Report(activities=(activity,), waiting=waiting, tally=tally.to_wire(), **fields)
 
 
 # -- shares, without processes ---------------------------------------------------------------------------------------
@@ -47,6 +48,13 @@ class PaperStdin:
 
     def is_closing(self) -> bool:
         return False
+
+    @property
+    def transport(self) -> PaperStdin:
+        return self
+
+    def get_write_buffer_size(self) -> int:
+        return 0
 
 
 class PaperProcess:
@@ -76,7 +84,11 @@ def supervisor_of(count: int, *, clock: Any = None, **settings: Any) -> tuple[Su
     return made, children
 
 
-def told(child: Any) -> Share:
+def told(child: Any, place: int = 0) -> Part:
+    return last_share(child).parts[place]
+
+
+def last_share(child: Any) -> Share:
     share: Share = child.process.stdin.shares[-1]
     return share
 
@@ -131,7 +143,7 @@ def test_all_together_never_exceed_the_window_whatever_they_report(seed: int) ->
     made, children = supervisor_of(3, concurrency=24)
     for _ in range(60):
         made._hand_out()
-        limits = [max(*child.grants) for child in children]
+        limits = [max(*child.grants[0]) for child in children]
         for child, limit in zip(children, limits, strict=True):
             held = child.report.in_flight if child.report else 0
             in_flight = draw.randint(0, max(limit, min(held, limit)))
@@ -152,6 +164,43 @@ def test_rates_are_shared_out_and_never_more_than_the_limit() -> None:
         assert told(children[busy]).rpm == pytest.approx(600 / (busy + 1))
 
 
+def test_each_upstream_is_shared_out_apart_among_those_that_are_busy_with_it() -> None:
+    tables = (
+        Target(name="a", base_url="http://a", window=10, rpm=600),
+        Target(name="b", base_url="http://b", window=20, rpm=60),
+    )
+    made, children = supervisor_of(2, upstream=tables)
+    sample = Sample(at_s=0.0, span_s=0.1)
+    busy, idle = Activity(sample=sample, in_flight=3), Activity(sample=sample, in_flight=0)
+    children[0].report = Report(activities=(busy, idle), waiting=50, tally=Tally().to_wire())
+    children[1].report = Report(activities=(busy, busy), waiting=0, tally=Tally().to_wire())
+    for _ in range(3):
+        made._hand_out()
+
+    assert [told(child, 0).window for child in children] == [5, 5]
+    assert [told(child, 1).window for child in children] == [1, 19]
+    assert [told(child, 0).rpm for child in children] == [300, 300]
+    assert [told(child, 1).rpm for child in children] == [0, 60]
+    live = made.live()
+    assert (live.window, live.in_flight) == (30, 9)
+    assert [(each.name, each.window, each.in_flight) for each in live.upstreams] == [("a", 10, 6), ("b", 20, 3)]
+
+
+def test_window_of_one_upstream_does_not_move_with_the_other() -> None:
+    made, children = supervisor_of(1, upstream=tuple(Target(name=name, base_url="http://h") for name in "ab"))
+    for tick in range(100):
+        at_s = tick / 10
+        fine = Sample(at_s=at_s, span_s=0.1, answered=16, latency_sum_s=1.6, in_flight_mean=16.0)
+        bad = Sample(at_s=at_s, span_s=0.1, refused=50, in_flight_mean=16.0)
+        activities = (Activity(sample=fine, in_flight=16), Activity(sample=bad, in_flight=16))
+        children[0].hear(encode_message(Report(activities=activities, waiting=9, tally=Tally().to_wire())))
+        made._observe()
+
+    assert made.windows[1].size < made.windows[0].size
+    assert "a refusals" not in made.live().bound_by
+    assert "b refusals" in made.live().bound_by
+
+
 def test_without_limits_no_rate_is_told() -> None:
     made, children = supervisor_of(2)
     made._hand_out()
@@ -162,12 +211,12 @@ def test_without_limits_no_rate_is_told() -> None:
 def test_stop_is_told_to_all_and_again_with_a_shorter_grace() -> None:
     made, children = supervisor_of(2)
     made.stop(grace_s=30.0)
-    assert [told(child).stop_grace_s for child in children] == [30.0, 30.0]
+    assert [last_share(child).stop_grace_s for child in children] == [30.0, 30.0]
 
     made.stop(grace_s=0.0)
-    assert [told(child).stop_grace_s for child in children] == [0.0, 0.0]
+    assert [last_share(child).stop_grace_s for child in children] == [0.0, 0.0]
     made.stop(grace_s=60.0)
-    assert [told(child).stop_grace_s for child in children] == [0.0, 0.0]
+    assert [last_share(child).stop_grace_s for child in children] == [0.0, 0.0]
 
 
 def test_live_sums_up_all_workers_and_names_the_first_trouble() -> None:
@@ -254,6 +303,26 @@ async def test_crew_works_until_it_is_told_to_stop(caplog: pytest.LogCaptureFixt
     assert len(buried) == 2
     assert made.live().tally.succeeded == 4
     assert caplog.text.count('{"hello":1}') == 2
+
+
+async def test_what_a_worker_does_not_read_is_not_kept_without_end() -> None:
+    deaf = script("import sys, time\nsys.stdout.write(REPORT + '\\n')\nsys.stdout.flush()\ntime.sleep(60)")
+    async with crew(deaf, count=1) as (made, _):
+        running = asyncio.create_task(made.run())
+        await until_reported(made, 1, running)
+        (child,) = made._children
+        for _ in range(100):
+            child.send(b"x" * 20_000 + b"\n")
+
+        assert child.process is not None
+        assert child.process.stdin is not None
+        held = child.process.stdin.transport.get_write_buffer_size()
+
+        made.stop(grace_s=0.0)
+        child.kill()
+        await running
+
+    assert 0 < held < 300_000
 
 
 async def test_worker_that_dies_is_buried_and_started_again_and_its_counts_stay(

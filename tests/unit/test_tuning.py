@@ -71,3 +71,26 @@ print(is_raised, faults() - before)
 
     assert faults_before >= 2000
     assert faults < 500
+
+
+FILES_SCRIPT = """
+import resource, sys
+from batchrunner.tuning import allow_open_files
+soft, hard, wanted = map(int, sys.argv[1:])
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+print(allow_open_files(wanted), *resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+
+
+@pytest.mark.parametrize(
+    ("limits", "granted"),
+    [((64, 256, 128), (128, 128, 256)), ((64, 256, 1000), (256, 256, 256)), ((200, 256, 128), (128, 200, 256))],
+)
+def test_open_files_are_allowed_as_far_as_the_system_lets_them(
+    limits: tuple[int, ...], granted: tuple[int, ...]
+) -> None:
+    completed = subprocess.run(
+        [sys.executable, "-c", FILES_SCRIPT, *map(str, limits)], capture_output=True, text=True, timeout=60, check=True
+    )
+
+    assert tuple(map(int, completed.stdout.split())) == granted

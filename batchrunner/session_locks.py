@@ -1,4 +1,4 @@
-"""Which worker sessions of a data folder live: locks on files, which end with the process that holds them."""
+"""Which worker sessions of this host live, by locks that end with their process."""
 
 from __future__ import annotations
 
