@@ -101,7 +101,9 @@ def _make_bucket(url: str) -> None:
 def _started(command: list[str], url: str, folder: Path, env: dict[str, str]) -> Iterator[Service]:
     log = folder / "service.log"
     with log.open("wb") as stream:
-        process = subprocess.Popen(command, cwd=folder, stdout=stream, stderr=stream, env=os.environ | env)
+        # SeaweedFS leaves caches in the folder for temporary files, under names that another user's would have too.
+        surroundings = os.environ | {"TMPDIR": str(folder)} | env
+        process = subprocess.Popen(command, cwd=folder, stdout=stream, stderr=stream, env=surroundings)
     try:
         _await_answer(url, process, log)
         yield Service(url, process)
