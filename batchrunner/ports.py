@@ -387,7 +387,9 @@ class Store(KeyRing, Upkeep, Protocol):
         """Guarded. Shrink the shard to `head` and queue `tail` as a new shard; open_shards grows by one."""
 
     def quarantine(self, ref: TaskRef) -> None:
-        """Guarded. Mark the shard quarantined and put it back in the queue."""
+        """Guarded. Mark the shard quarantined and put it back in the queue; where lines may be sent again, without the
+        intent mark that it had.
+        """
 
     def watch(self, session: SessionId) -> Watch:
         """One statement: how each task of the session stands, and whether another session is hungry."""

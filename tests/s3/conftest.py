@@ -23,7 +23,10 @@ def environment_of(url: str, **settings: str) -> dict[str, str]:
 
 @pytest.fixture
 def on_seaweedfs(s3_service: Callable[[str], Service], monkeypatch: pytest.MonkeyPatch) -> str:
-    """Have every command of the test keep its blobs there; gives the service's address."""
+    """Have every command of the test keep its blobs there; gives the service's address.
+
+    Segments are as short as lets the bounds hold that the tests have for a folder.
+    """
     url = s3_service("seaweedfs").url
-    monkeypatch.setattr(harness, "AMBIENT", environment_of(url))
+    monkeypatch.setattr(harness, "AMBIENT", environment_of(url, BATCHRUNNER_SEGMENT_S="200ms"))
     return url
