@@ -123,7 +123,7 @@ def reap(adapters: Adapters, locks: SessionLocks, *, is_witnessed: bool = True) 
         count += adapters.store.release_session(session, died=is_witnessed)
         locks.bury(session)
     if dead:
-        drop_unfinished(adapters.blobs)
+        drop_unfinished(adapters.blobs, dead=dead)
     return count
 
 

@@ -84,9 +84,9 @@ class BlobUpkeep(Protocol):
     def release_reserve(self) -> None:
         """Give the reserve up; `keep_reserve` takes it again."""
 
-    def drop_unfinished(self) -> int:
+    def drop_unfinished(self, *, dead: Collection[str] = ()) -> int:
         """Remove what dead processes left half written, and count it; where nobody can tell the dead from the living,
-        what was begun more than a day ago. For sweepers; reads every name.
+        blobs whose names bear a word of `dead`, and those begun more than a day ago. For sweepers; reads every name.
         """
 
     def drop_begun(self) -> int:

@@ -9,7 +9,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -113,8 +113,9 @@ class LocalBlobs:
         except OSError as error:
             _translate(error, name)
 
-    def drop_unfinished(self) -> int:
+    def drop_unfinished(self, *, dead: Collection[str] = ()) -> int:
         """See Blobs. A living writer holds a lock on its file."""
+        del dead
         count = 0
         try:
             for folder, _, names in os.walk(self._root, onerror=_raise):

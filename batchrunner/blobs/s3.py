@@ -5,9 +5,9 @@ new because their makers' random ids are in them, and an object that stands in t
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from batchrunner.ports import Clock
 from batchrunner.settings import Settings
 
 if TYPE_CHECKING:
-    from types_boto3_s3.type_defs import ListObjectsV2OutputTypeDef
+    from types_boto3_s3.type_defs import ListObjectsV2OutputTypeDef, MultipartUploadTypeDef
 
 logger = logging.getLogger(__name__)
 
@@ -97,17 +97,19 @@ class S3Blobs:
     def release_reserve(self) -> None:
         """See Blobs."""
 
-    def drop_unfinished(self) -> int:
+    def drop_unfinished(self, *, dead: Collection[str] = ()) -> int:
         """See Blobs."""
-        return self._drop_uploads(before=self._clock.now() - _STALE_AGE)
+        before = self._clock.now() - _STALE_AGE
+        return self._drop_uploads(
+            lambda upload: upload["Initiated"] <= before or any(word in upload["Key"] for word in dead)
+        )
 
     def drop_begun(self) -> int:
         """See Blobs."""
-        return self._drop_uploads(before=None)
+        return self._drop_uploads(lambda _upload: True)
 
-    def _drop_uploads(self, *, before: datetime | None) -> int:
-        uploads = self._requests.uploads(self._within)
-        stale = [each for each in uploads if before is None or each["Initiated"] <= before]
+    def _drop_uploads(self, is_stale: Callable[[MultipartUploadTypeDef], bool]) -> int:
+        stale = [each for each in self._requests.uploads(self._within) if is_stale(each)]
         for each in stale:
             logger.info("unfinished upload of %s is dropped", each["Key"], extra={"action": "upload_dropped"})
             self._requests.drop_upload(each["Key"], each["UploadId"])

@@ -206,6 +206,8 @@ def _source(request: RunRequest, folder: RunFolder, old: RunRecord | None) -> tu
             places.fetch_source(path)
         if is_packed:
             spool(unpacked(path), spooled)
+        if is_packed and places.source is not None:
+            path.unlink()
     source = spooled if is_spooled else path.resolve()
     if is_known and old is not None:
         return source, Hashed(old.input_sha256, old.input_bytes, old.line_count_up_to), mark

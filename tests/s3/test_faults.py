@@ -192,9 +192,10 @@ def test_what_a_killed_writer_left_is_dropped(s3_service: Callable[[str], Servic
     other = client.create_multipart_upload(Bucket=BUCKET, Key="others/a")
 
     young = blobs.drop_unfinished()
+    of_the_dead = blobs.drop_unfinished(dead=["killed/b"])
     dropped = blobs.drop_begun()
 
-    assert (young, dropped) == (0, 3)
+    assert (young, of_the_dead, dropped) == (0, 1, 2)
     assert uploads_left(url) == ["others/a"]
     client.abort_multipart_upload(Bucket=BUCKET, Key="others/a", UploadId=other["UploadId"])
     blobs.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any
@@ -97,7 +97,7 @@ class Disk(Blobs):
         fault(self.plan("delete"))
         self.written.pop(name, None)
 
-    def drop_unfinished(self) -> int:
+    def drop_unfinished(self, *, dead: Collection[str] = ()) -> int:
         raise AssertionError("a journal is no sweeper")
 
     def free_bytes(self) -> int | None:
