@@ -23,6 +23,7 @@ _T = TypeVar("_T")
 
 # Parts on their way at a time; a third gathers meanwhile.
 _SENDING_MAX = 2
+_SMALL_BYTES = 64 * 1024
 # Source: Amazon S3, multipart upload limits.
 _PARTS_MAX = 10_000
 
@@ -65,7 +66,7 @@ class S3Writer:
         self._before: HeadObjectOutputTypeDef | None = None
         self._upload_id: str | None = None
         self._begun_count = 0
-        self._held: deque[bytes | memoryview] = deque()
+        self._held: deque[bytes | bytearray | memoryview] = deque()
         self._held_bytes = 0
         self._size_bytes = 0
         self._parts: list[_Part] = []
@@ -77,9 +78,19 @@ class S3Writer:
             raise BlobsUnavailable(f"{self._key} has ended")
         while self._held_bytes >= self._part_bytes:
             self._send_part()
-        self._held.append(chunk)
+        self._hold(chunk)
         self._held_bytes += len(chunk)
         self._size_bytes += len(chunk)
+
+    def _hold(self, chunk: bytes) -> None:
+        """Keep a chunk until its part is cut: as it is, or with others where many are small."""
+        last = self._held[-1] if self._held else None
+        if len(chunk) >= _SMALL_BYTES:
+            self._held.append(chunk)
+        elif isinstance(last, bytearray) and len(last) < _SMALL_BYTES:
+            last += chunk
+        else:
+            self._held.append(bytearray(chunk))
 
     def commit(self, last_part: str | None = None) -> None:
         """See BlobWriter."""
@@ -142,7 +153,7 @@ class S3Writer:
         """Take a part's bytes off what is held, copied once; some services want all parts but the last alike."""
         left = min(self._held_bytes, self._part_bytes)
         self._held_bytes -= left
-        pieces: list[bytes | memoryview] = []
+        pieces: list[bytes | bytearray | memoryview] = []
         while left:
             piece = self._held.popleft()
             if len(piece) > left:
