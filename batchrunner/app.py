@@ -20,13 +20,13 @@ from typing import Protocol, Self
 import msgspec
 
 from batchrunner import crash
-from batchrunner.blobs.local import LocalBlobs
+from batchrunner.blobs.folder import FolderBlobs, open_blobs
 from batchrunner.clock import SystemClock, SystemRng
 from batchrunner.errors import NotFound, UsageError
 from batchrunner.fanout import Fanout
 from batchrunner.holdings import UpstreamLive
 from batchrunner.housekeeping import drop_unfinished
-from batchrunner.journal import Journal
+from batchrunner.journal import open_journal
 from batchrunner.limits import Cooldown, FirstContact, Gate, Outage, ReadBudget, TokenBucket
 from batchrunner.log_line import LogLine
 from batchrunner.metrics import Tally
@@ -69,24 +69,25 @@ class Adapters:
     """What several sessions of one process share."""
 
     store: SqliteStore
-    blobs: LocalBlobs
+    blobs: FolderBlobs
     clock: SystemClock
     rng: SystemRng
 
 
-def open_adapters(folder: Path) -> Adapters:
+def open_adapters(folder: Path, settings: Settings | None = None) -> Adapters:
     """Open the store and the blobs of a data folder, making what is missing.
 
     Raises:
         FolderUnsuitable: the folder lies on a network file system.
         SchemaNewer: a newer version wrote it.
+        UsageError: the settings lead to no blobs.
     """
     clock, rng = SystemClock(), SystemRng()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sessions").mkdir(exist_ok=True)
     return Adapters(
+        blobs=open_blobs(folder, settings or Settings(), clock, rng),
         store=SqliteStore.open(folder / "state.db", clock),
-        blobs=LocalBlobs(folder / "blobs"),
         clock=clock,
         rng=rng,
     )
@@ -98,9 +99,9 @@ def schema_versions(folder: Path) -> tuple[str | None, str]:
     return (schema_of_file(path) if path.exists() else None), SCHEMA
 
 
-def was_anything_sent(folder: Path, batch_ids: Sequence[str]) -> bool:
+def was_anything_sent(folder: Path, settings: Settings, batch_ids: Sequence[str]) -> bool:
     """Tell whether any of a run's batches ever left validation: before that no line is handed out. Blocks."""
-    adapters = open_adapters(folder)
+    adapters = open_adapters(folder, settings)
     try:
         scope = adapters.store.scope(LOCAL_TENANT)
         return any(scope.batch(BatchId(each)).in_progress_at is not None for each in batch_ids)
@@ -122,8 +123,14 @@ def reap(adapters: Adapters, locks: SessionLocks, *, is_witnessed: bool = True) 
         count += adapters.store.release_session(session, died=is_witnessed)
         locks.bury(session)
     if dead:
-        drop_unfinished(adapters.blobs)
+        drop_unfinished(adapters.blobs, dead=dead)
     return count
+
+
+def begin_anew(adapters: Adapters, folder: Path) -> None:
+    """Free what a run or server that was killed as a whole held of the folder; nobody else works on it now. Blocks."""
+    reap(adapters, SessionLocks(folder), is_witnessed=False)
+    drop_unfinished(adapters.blobs, is_alone=True)
 
 
 @contextlib.asynccontextmanager
@@ -144,12 +151,8 @@ async def worker_session(
     session = SessionId(adapters.rng.token_hex(8))
     locks.hold(session)
     await asyncio.to_thread(adapters.store.open_session, session, host=socket.gethostname(), pid=os.getpid())
-    journal = Journal(
-        adapters.blobs,
-        session,
-        on_durable=lambda: _call_soon(loop, worker.durable),
-        tick_s=settings.journal_tick_s,
-    )
+    durable = lambda: _call_soon(loop, worker.durable)  # noqa: E731 - the worker is made below
+    journal = open_journal(adapters.blobs, session, settings, adapters.clock, on_durable=durable)
     outlets = _outlets(adapters, settings, api_keys, is_server=is_server)
     pipeline = Pipeline(
         store=adapters.store, blobs=adapters.blobs, journal=journal, clock=adapters.clock, settings=settings
@@ -352,8 +355,8 @@ class Runner:
         self._adapters: Adapters | None = None
 
     async def __aenter__(self) -> Self:
-        self._adapters = await asyncio.to_thread(open_adapters, self.folder)
-        await asyncio.to_thread(reap, self._adapters, SessionLocks(self.folder), is_witnessed=False)
+        self._adapters = await asyncio.to_thread(open_adapters, self.folder, self.settings)
+        await asyncio.to_thread(begin_anew, self._adapters, self.folder)
         return self
 
     async def __aexit__(
@@ -439,7 +442,7 @@ class _PipePacer:
 
 
 async def _work(greeting: _Greeting, stdin: asyncio.StreamReader) -> None:
-    adapters = open_adapters(Path(greeting.folder))
+    adapters = open_adapters(Path(greeting.folder), greeting.settings)
     workers: list[Worker] = []
     pacer = _PipePacer(lambda: workers[0], adapters.clock)
     session = worker_session(

@@ -108,10 +108,10 @@ def _bound_to(family: socket.AddressFamily, address: str, port: int) -> socket.s
     return made
 
 
-def _open(folder: Path) -> Adapters:
+def _open(folder: Path, settings: Settings) -> Adapters:
     from batchrunner.app import open_adapters
 
-    return open_adapters(folder)
+    return open_adapters(folder, settings)
 
 
 class _Api(ChildProcess):
@@ -217,7 +217,7 @@ class Host:
             async with asyncio.TaskGroup() as group:
                 # Its start takes as long as all that follows: they go side by side.
                 serving = group.create_task(self._api.keep())
-                adapters = await asyncio.to_thread(_open, self._folder)
+                adapters = await asyncio.to_thread(_open, self._folder, self._settings)
                 await self._prepare(adapters)
                 pulsing = group.create_task(self._pulse())
                 await self._first_of(serving, self._api.ready)
@@ -234,10 +234,9 @@ class Host:
 
     async def _prepare(self, adapters: Adapters) -> None:
         """Free what a server that was killed held, and see who may ask."""
-        from batchrunner.app import reap
-        from batchrunner.session_locks import SessionLocks
+        from batchrunner.app import begin_anew
 
-        await asyncio.to_thread(reap, adapters, SessionLocks(self._folder), is_witnessed=False)
+        await asyncio.to_thread(begin_anew, adapters, self._folder)
         self.has_keys = await asyncio.to_thread(adapters.store.has_keys)
         if not self.has_keys and not self._is_local:
             raise UsageError(

@@ -59,10 +59,12 @@ def clear(
     )
 
 
-def drop_unfinished(blobs: Blobs) -> None:
-    """Remove what dead writers left half written; where that fails, a later sweep does it."""
+def drop_unfinished(blobs: Blobs, *, is_alone: bool = False, dead: Collection[str] = ()) -> None:
+    """Remove what dead writers, among them the `dead` sessions, left half written, all of it for who `is_alone`; where
+    that fails, a later sweep does it.
+    """
     try:
-        count = blobs.drop_unfinished()
+        count = blobs.drop_begun() if is_alone else blobs.drop_unfinished(dead=dead)
     except BlobsUnavailable as error:
         logger.warning("half written blobs stay for now: %s", error, extra={"action": "unfinished_left"})
         return

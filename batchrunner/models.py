@@ -314,7 +314,8 @@ class TaskRef:
 class Shard:
     """Consecutive lines of one source: the unit of claim, of journal and of resumption.
 
-    `intent_mark` is the highest line whose sending was registered before it happened (`on_unknown: fail`), 0 if none.
+    `intent_mark` is the highest line whose sending was registered before it happened, 0 if none: under `on_unknown:
+    fail`, in quarantine, and wherever journals keep no marks.
     """
 
     task_id: TaskId

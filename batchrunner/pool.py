@@ -66,7 +66,7 @@ class Pool:
         self._slot_count = 0
         self._knocking: asyncio.Task[None] | None = None
         self._wants_knock = False
-        self._sampler = Sampler(shared.clock.monotonic_s())
+        self.sampler = Sampler(shared.clock.monotonic_s())
 
     # -- how it stands -----------------------------------------------------------------------------------------------
 
@@ -106,7 +106,7 @@ class Pool:
 
     def take_sample(self) -> Sample:
         """Give what happened since the last sample, for the window's controller."""
-        return self._sampler.take(self._clock.monotonic_s(), self.effective_window, self.short_of())
+        return self.sampler.take(self._clock.monotonic_s(), self.effective_window, self.short_of())
 
     def short_of(self) -> Bound:
         """What keeps the window from being full, if anything does."""
@@ -133,7 +133,7 @@ class Pool:
     def tick(self, group: asyncio.TaskGroup) -> None:
         """Follow the window; about twenty times a second."""
         now_s = self._clock.monotonic_s()
-        self._sampler.note_in_flight(now_s, len(self.in_flight))
+        self.sampler.note_in_flight(now_s, len(self.in_flight))
         if self._shared.is_closed:
             return
         self._allowed = self.effective_window
@@ -375,7 +375,7 @@ class Pool:
 
     def _accept(self, work: Work, attempt: Attempt, facts: ReplyFacts) -> None:
         run, line, usage, tally = work.run, work.line, facts.usage, self._tally
-        self._sampler.note_answer(attempt.elapsed_s)
+        self.sampler.note_answer(attempt.elapsed_s)
         run.breakers[self.place].note(None, line.line_number)
         self._shared.memory.note_reply(len(attempt.body))
         payload = run.results.answered(
@@ -426,18 +426,18 @@ class Pool:
             gate.outage.note_failure(now_s, len(self.in_flight) + 1)
             gate.first_contact.note_failure(now_s)
             self.contact_message = attempt.message or f"status {attempt.status}"
-            self._sampler.broken += 1
+            self.sampler.broken += 1
         elif error is not None:
-            self._sampler.broken += 1
+            self.sampler.broken += 1
         elif attempt.status in REFUSALS:
-            self._sampler.refused += 1
+            self.sampler.refused += 1
             self._refused_places += 1
             if attempt.retry_after_s is not None:
                 in_flight = len(self.in_flight) + 1
                 asked_s = min(attempt.retry_after_s, self._shared.policy.retry_after_max_s)
                 gate.cooldown.ask(now_s, asked_s, in_flight=in_flight, uniform=self._shared.rng.uniform())
         else:
-            self._sampler.note_answer(attempt.elapsed_s)
+            self.sampler.note_answer(attempt.elapsed_s)
             work.run.breakers[self.place].note(suspicion(attempt), work.line.line_number)
 
     def _retry(self, work: Work, attempt: Attempt, verdict: RetryAfter, now_s: float) -> None:

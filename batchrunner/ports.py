@@ -46,7 +46,7 @@ from batchrunner.models import (
     Watch,
 )
 from batchrunner.outbox import Outbox, TenantOutbox
-from batchrunner.upkeep import KeyRing, Upkeep
+from batchrunner.upkeep import BlobUpkeep, KeyRing, Upkeep
 
 
 class Clock(Protocol):
@@ -96,12 +96,17 @@ class Appender(Protocol):
         """Let go of it; adds no durability. May be called twice."""
 
 
-class Blobs(Protocol):
+class Blobs(BlobUpkeep, Protocol):
     """Named immutable bytes, and segments that grow. Names are relative slash paths of [A-Za-z0-9._-] parts.
+
+    Where `has_frozen_segments`, the first `sync` fixes a segment's bytes: nothing may be appended behind it, and one
+    that failed has to be repeated on the same Appender, for the bytes may be on their way still.
 
     Raises in every method: BlobsUnavailable when the folder or bucket does not answer, NotFound when a name that is
     read is not there, NameTaken when a name that is written exists already, DiskFull when there is no space.
     """
+
+    has_frozen_segments: bool
 
     def create_segment(self, name: str) -> Appender:
         """Open a new segment; its name is durable before the first `sync` returns."""
@@ -123,18 +128,6 @@ class Blobs(Protocol):
 
     def delete(self, name: str) -> None:
         """Remove the name; removing a missing one is no error."""
-
-    def drop_unfinished(self) -> int:
-        """Remove what dead processes left half written, and count it. For sweepers; reads every name."""
-
-    def free_bytes(self) -> int | None:
-        """Tell the space left for writing, None where that has no meaning."""
-
-    def keep_reserve(self, size_bytes: int) -> None:
-        """Hold back some space, so that the Store can still write statuses on a full disk. May do nothing."""
-
-    def release_reserve(self) -> None:
-        """Give the reserve up; `keep_reserve` takes it again."""
 
 
 class BlobWriter(Protocol):
@@ -393,7 +386,9 @@ class Store(KeyRing, Upkeep, Outbox, Protocol):
         """Guarded. Shrink the shard to `head` and queue `tail` as a new shard; open_shards grows by one."""
 
     def quarantine(self, ref: TaskRef) -> None:
-        """Guarded. Mark the shard quarantined and put it back in the queue."""
+        """Guarded. Mark the shard quarantined and put it back in the queue; where lines may be sent again, without the
+        intent mark that it had.
+        """
 
     def watch(self, session: SessionId) -> Watch:
         """One statement: how each task of the session stands, and whether another session is hungry."""

@@ -39,6 +39,7 @@ from batchrunner.models import (
     TaskId,
 )
 from batchrunner.ports import Blobs, BlobWriter, Clock, Store
+from batchrunner.read_ahead import Range, ReadAhead
 from batchrunner.results import ResultLines
 from batchrunner.shards import iter_lines, read_checked
 
@@ -265,8 +266,12 @@ class Sealing:
         self._begin()
         try:
             if self._batch.order is Order.COMPLETION:
-                self._copy_in_sequence(extents)
-            self._copy_shards(shards, extents)
+                with ReadAhead(self._blobs, _ranges([each] for each in extents)) as ahead:
+                    self._copy_in_sequence(extents, ahead)
+            of_task = _by_task(extents)
+            plan = _ranges(of_task.get(shard.ref.task_id, []) for shard in shards)
+            with ReadAhead(self._blobs, plan) as ahead:
+                self._copy_shards(shards, of_task, ahead)
             self._prove()
             self._output.commit()
             self._errors.commit()
@@ -275,14 +280,13 @@ class Sealing:
             self._errors.abort()
             raise
 
-    def _copy_in_sequence(self, extents: list[Extent]) -> None:
+    def _copy_in_sequence(self, extents: list[Extent], ahead: ReadAhead) -> None:
         for extent in extents:
             self._beat()
-            for _, kind, line in _read_results(self._blobs, [extent]):
+            for _, kind, line in _read_results(self._blobs, [extent], ahead):
                 self._put(kind, line)
 
-    def _copy_shards(self, shards: list[Claim], extents: list[Extent]) -> None:
-        of_task = _by_task(extents)
+    def _copy_shards(self, shards: list[Claim], of_task: dict[TaskId, list[Extent]], ahead: ReadAhead) -> None:
         refused = read_problems(self._blobs, self._batch.problems_blob)
         pending = next(refused, None)
         for shard in shards:
@@ -290,7 +294,7 @@ class Sealing:
             row = shard.shard
             assert row is not None
             results: dict[int, tuple[RecordKind, _Line]] = {}
-            for number, kind, line in _read_results(self._blobs, of_task.get(row.task_id, [])):
+            for number, kind, line in _read_results(self._blobs, of_task.get(row.task_id, []), ahead):
                 if number in results:
                     raise ReconciliationError(f"line {number} has two results")
                 results[number] = kind, line
@@ -423,7 +427,18 @@ class _FarPayload:
             start = stop
 
 
-def _read_results(blobs: Blobs, extents: list[Extent]) -> Iterator[_Result]:
+def _is_small(extents: list[Extent]) -> bool:
+    return sum(extent.byte_end - extent.byte_start for extent in extents) <= _WHOLE_BYTES
+
+
+def _ranges(groups: Iterable[list[Extent]]) -> Iterator[Range]:
+    """Give what is read at one go, in the order in which it is read."""
+    for extents in filter(_is_small, groups):
+        for each in extents:
+            yield Range(segment_of(each).blob, each.byte_start, each.byte_end)
+
+
+def _read_results(blobs: Blobs, extents: list[Extent], ahead: ReadAhead) -> Iterator[_Result]:
     """Give line number, kind and finished line of each record, in sequence order, all verified.
 
     The lines of extents that are small together are held in memory, in one piece each.
@@ -431,12 +446,12 @@ def _read_results(blobs: Blobs, extents: list[Extent]) -> Iterator[_Result]:
     Raises:
         JournalCorrupt: registered bytes are damaged.
     """
-    is_small = sum(extent.byte_end - extent.byte_start for extent in extents) <= _WHOLE_BYTES
+    is_small = _is_small(extents)
     for extent in extents:
         segment, start, end = segment_of(extent), extent.byte_start, extent.byte_end
         if is_small:
             try:
-                content = blobs.read(segment.blob, start, end)
+                content = ahead.read(segment.blob, start, end)
             except NotFound as error:
                 raise JournalCorrupt(f"{segment.blob} is registered and not there") from error
             if len(content) != end - start:

@@ -38,6 +38,7 @@ _T = TypeVar("_T")
 
 _LINE_BYTES_MAX = 1 << 20
 _LOOK_S = 2.0
+_UNFINISHED_S = 86400.0
 # What is under way when the parent is gone: nobody waits for this process any more, and a new one may start.
 _ORPHAN_GRACE_S = 1.0
 # How long a request that is cut off gets to take it in, and to undo what it began.
@@ -74,6 +75,7 @@ class ApiProcess:
         )
         self._grace_s = settings.drain_grace_s
         self._limit: asyncio.Timeout | None = None
+        self._unfinished_at_s = adapters.clock.monotonic_s() + _UNFINISHED_S
 
     def stop(self, *, grace_s: float) -> None:
         """Take no more requests and end within the grace; called again it shortens it."""
@@ -138,10 +140,13 @@ class ApiProcess:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def _keep_house(self) -> None:
-        """Sweep now and then; at first what an API process that died has left half written."""
+        """Sweep now and then; at first, and once a day, what writers that died have left half written."""
         await self._called(lambda: drop_unfinished(self._adapters.blobs))
         while True:
             await self._try("the sweep", self._sweep)
+            if self._adapters.clock.monotonic_s() >= self._unfinished_at_s:
+                self._unfinished_at_s += _UNFINISHED_S
+                await self._called(lambda: drop_unfinished(self._adapters.blobs))
             await self._adapters.clock.sleep(self._settings.sweep_s)
 
     async def _try(self, what: str, step: Callable[[], Awaitable[None]]) -> None:
@@ -227,7 +232,7 @@ async def _api_process() -> None:
     first = await stdin.readline()
     if not first:
         return
-    adapters = await asyncio.to_thread(open_adapters, Path(greeting.folder))
+    adapters = await asyncio.to_thread(open_adapters, Path(greeting.folder), greeting.settings)
     is_open = greeting.is_local and not await asyncio.to_thread(adapters.store.has_keys)
     process = ApiProcess(adapters, greeting, is_open=is_open)
     _follow(process, adapters.clock, first)

@@ -119,6 +119,20 @@ class Settings:
     )
     webhook_concurrency: int = _knob(32, "notifications under way to one receiver at a time")
     reserve_bytes: int = _knob(4 * MIB, "space held back so that statuses can be written on a full disk")
+    blobs: str | None = _knob(
+        None, "where files, journals and results are kept: s3://BUCKET/PREFIX; unset means the data folder"
+    )
+    s3_endpoint_url: str | None = _knob(None, "address of the S3 service; unset means what boto3 finds, else AWS")
+    s3_region: str | None = _knob(None, "region of the bucket; unset means what boto3 finds")
+    s3_addressing: str = _knob("auto", "how a bucket is named in an address: path, virtual, or auto")
+    s3_ca_bundle: str | None = _knob(None, "file with the certificates to trust; unset means what boto3 finds")
+    s3_sse: str | None = _knob(None, "encryption asked of the service: AES256, aws:kms or aws:kms:dsse")
+    s3_sse_kms_key_id: str | None = _knob(None, "the key that aws:kms encrypts with; unset means the bucket's")
+    s3_threads: int = _knob(8, "requests that one process has under way at the S3 service")
+    s3_timeout_s: float = _knob(30.0, "longest silence of the S3 service within a request")
+    s3_part_bytes: int = _knob(8 * MIB, "part of a multipart upload, 8 to 16 MiB; each upload holds three")
+    segment_s: float = _knob(2.0, "longest time until a finished line is durable on S3")
+    segment_bytes: int = _knob(MIB, "journal bytes of one shard that are written to S3 at once, without waiting")
 
 
 def targets_of(settings: Settings) -> tuple[Target, ...]:
@@ -272,6 +286,15 @@ _AT_LEAST = {
     "lease_s": 4.0,
     "request_timeout_s": 0.001,
     "idle_timeout_s": 0.001,
+    "s3_threads": 1,
+    "s3_timeout_s": 0.1,
+    "s3_part_bytes": 8 * MIB,
+    "segment_bytes": 1,
+}
+_AT_MOST = {"s3_part_bytes": 16 * MIB}
+_ONE_OF = {
+    "s3_addressing": ("auto", "path", "virtual"),
+    "s3_sse": (None, "AES256", "aws:kms", "aws:kms:dsse"),
 }
 
 
@@ -280,5 +303,11 @@ def _check(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and value < least:
             raise UsageError(f"{name} is {value}, at least {least}")
+    for name, most in _AT_MOST.items():
+        if (value := getattr(settings, name)) > most:
+            raise UsageError(f"{name} is {value}, at most {most}")
+    for name, words in _ONE_OF.items():
+        if (value := getattr(settings, name)) not in words:
+            raise UsageError(f"{name} is {value!r}, not one of {', '.join(word for word in words if word)}")
     if settings.renew_s >= settings.lease_s - 3:
         raise UsageError(f"renew_s is {settings.renew_s}, it must be less than lease_s - 3 = {settings.lease_s - 3}")

@@ -6,6 +6,7 @@ somebody else's business.
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import replace
@@ -13,9 +14,10 @@ from itertools import takewhile
 
 from batchrunner import crash
 from batchrunner.assets import Assets
+from batchrunner.doubt import doubtful_mark, unknown_mark, with_registered_marks
 from batchrunner.errors import InputChanged, ReconciliationError
 from batchrunner.frames import Salvaged, lost_count, salvage
-from batchrunner.journal import Journal, ShardJournal, copy_salvaged
+from batchrunner.journal import Journal, copy_salvaged
 from batchrunner.limits import Breaker
 from batchrunner.lines import LineRules, is_blank, reparse
 from batchrunner.models import (
@@ -35,13 +37,18 @@ from batchrunner.models import (
 )
 from batchrunner.ports import Blobs
 from batchrunner.results import ResultLines
+from batchrunner.shard_journal import ShardJournal
 
 # Lines that a mark reserves ahead of the one handed out. A takeover counts every line up to the mark as possibly sent,
 # so a longer reservation makes that bound looser, a shorter one makes hand-out wait for the disk more often.
 _AHEAD_MIN, _AHEAD_MAX = 16, 256
+# The same where the mark is a row in the store, which takes longer: half of it is asked for while there is still some.
+_FAR_MIN, _FAR_MAX = 64, 1024
 
 # A line that was open at this many deaths of its quarantined holder is given up.
 _POISON_DEATHS = 2
+
+_NEVER = sys.maxsize
 
 _UNKNOWN = "The worker died while this request was under way; it may have been processed and may be sent only once."
 _UNTOLD = "The run was stopped while this request was under way; it may have been processed and may be sent only once."
@@ -103,6 +110,17 @@ class ShardRun:
         self._begun_count = self._left_count
         self._untouched_count = self._left_count
         self._hold_at = claim.batch.hold_at
+        self._early_mark = _NEVER  # Behind it the next mark is asked for, so that hand-out need not wait.
+        self._begin_marks()
+
+    def _begin_marks(self) -> None:
+        """Where marks are kept in the store the first goes there with the claim; intents are marks enough."""
+        if self.journal.keeps_marks:
+            return
+        if self.intent_mark is None:
+            self.journal.reserve(self._line_number + _FAR_MIN)
+        else:
+            self.journal.mark_registered(self.intent_mark)
 
     @property
     def untouched_count(self) -> int:
@@ -192,9 +210,46 @@ class ShardRun:
                 self.on_need()
             return False
         if number > self.journal.durable_mark:
-            self.journal.reserve(number + min(_AHEAD_MAX, max(_AHEAD_MIN, 2 * self.in_flight_count)))
+            self._ask_mark(number)
             return False
+        if number > self._early_mark:
+            self._ask_mark(number)
         return True
+
+    def _ask_mark(self, number: int) -> None:
+        """Have a mark beyond this line made durable."""
+        journal = self.journal
+        if journal.keeps_marks:
+            journal.reserve(number + min(_AHEAD_MAX, max(_AHEAD_MIN, 2 * self.in_flight_count)))
+        elif self.intent_mark is None and journal.wanted_mark <= journal.durable_mark:
+            journal.reserve(number + min(_FAR_MAX, max(_FAR_MIN, 4 * self.in_flight_count)))
+            self.on_need()
+
+    def mark_to_register(self, window: int, *, lines_ahead: int) -> int | None:
+        """Give the mark that must be in the store before more lines may go out, None where nobody waits for one.
+
+        It covers as few unsent lines as it can where each may be sent once only, else as many as hand-out needs while
+        the store is asked.
+        """
+        if self.intent_mark is None:
+            journal = self.journal
+            if journal.keeps_marks or journal.wanted_mark <= journal.durable_mark:
+                return None
+            return max(journal.wanted_mark, self._line_number + min(_FAR_MAX, lines_ahead))
+        if self.intent_wanted <= self.intent_mark:
+            return None
+        ahead = 0 if self.is_quarantined else max(0, window - self.in_flight_count - 1)
+        return min(self.intent_wanted + ahead, self.last_line)
+
+    def mark_registered(self, mark: int) -> None:
+        """Go on to the mark, which is in the store."""
+        journal = self.journal
+        if self.intent_mark is not None:
+            self.intent_mark = mark
+        if not journal.keeps_marks:
+            before = journal.durable_mark
+            journal.mark_registered(mark)
+            self._early_mark = _NEVER if mark >= self.last_line else (max(before, self._line_number) + mark) // 2
 
     def record(self, line_number: int, kind: RecordKind, payload: bytes, usage: Usage) -> None:
         """Journal the final result of a line; it is durable after the next group commit."""
@@ -395,6 +450,8 @@ def load(blobs: Blobs, journal: Journal, claim: Claim, rules: LineRules) -> Shar
     is_at_most_once = claim.batch.on_unknown is OnUnknown.FAIL
     found = salvage(blobs, claim, lines=lines, keep_failures=is_at_most_once)
     own = journal.open(claim.batch.id, claim.ref, first_mark=first_mark)
+    if not own.keeps_marks:
+        found = with_registered_marks(claim, found)
     run = ShardRun(claim, buffer, rules, own, set(found.registered))
     run.take_over(found, blobs)
     crash.point("salvage.copied")
@@ -404,35 +461,15 @@ def load(blobs: Blobs, journal: Journal, claim: Claim, rules: LineRules) -> Shar
     if shard.deaths and not found.records:
         run.deaths_at_work = sum(epoch in found.marks for epoch, _ in claim.earlier[-shard.deaths :])
     if is_at_most_once:
-        for line in run.open_lines(_unknown_mark(claim, found)):
+        for line in run.open_lines(unknown_mark(claim, found)):
             run.end_open_line(line, LineCode.OUTCOME_UNKNOWN, _UNKNOWN)
     else:
-        again = len(run.open_lines(_doubtful_mark(claim, found))) + lost_count(found.repairs)
+        again = len(run.open_lines(doubtful_mark(claim, found))) + lost_count(found.repairs)
         run.re_executed_count = min(again, run.untouched_count)
     if shard.is_quarantined and shard.deaths >= _POISON_DEATHS:
         for line in run.open_lines(shard.intent_mark)[:1]:
             run.end_open_line(line, LineCode.POISON_REQUEST, _POISON)
     return run
-
-
-def _doubtful_mark(claim: Claim, found: Salvaged) -> int:
-    """The highest line that a holder may have sent without telling, 0 if the last that sent any gave the shard back
-    whole. Nothing is sent without a mark, so a claim that left none leaves no doubt either.
-    """
-    assert claim.shard is not None
-    is_told = max(found.marks, default=0) <= claim.whole_epoch
-    return 0 if is_told else max(found.mark, claim.shard.intent_mark)
-
-
-def _unknown_mark(claim: Claim, found: Salvaged) -> int:
-    """The highest line that may have been sent without telling, where it may be sent only once; 0 if the last holder
-    gave the shard back whole, for then the open lines were not sent, or refused.
-
-    The claims are asked and not the journal, which may be damaged: there an open line may have had its answer once.
-    """
-    assert claim.shard is not None
-    is_told = claim.earlier[-1][0] == claim.whole_epoch and not found.damages
-    return 0 if is_told else claim.shard.intent_mark
 
 
 def read_checked(blobs: Blobs, claim: Claim) -> bytes:

@@ -1,4 +1,4 @@
-"""The parts of the Store port that only a server needs: its keys, and what it drops when its time is over."""
+"""The parts of the Store and Blobs ports that serve no line: keys, and what is dropped when its time is over."""
 
 from __future__ import annotations
 
@@ -70,3 +70,27 @@ class Upkeep(Protocol):
 
     def forget_blobs(self, names: Collection[str]) -> None:
         """Say that these blobs, which `freeable_blobs` named, are deleted."""
+
+
+class BlobUpkeep(Protocol):
+    """The space of blobs, those that nobody finished, and downloads that pass the server by. Raises as Blobs does."""
+
+    def free_bytes(self) -> int | None:
+        """Tell the space left for writing, None where that has no meaning."""
+
+    def keep_reserve(self, size_bytes: int) -> None:
+        """Hold back some space, so that the Store can still write statuses on a full disk. May do nothing."""
+
+    def release_reserve(self) -> None:
+        """Give the reserve up; `keep_reserve` takes it again."""
+
+    def drop_unfinished(self, *, dead: Collection[str] = ()) -> int:
+        """Remove what dead processes left half written, and count it; where nobody can tell the dead from the living,
+        blobs whose names bear a word of `dead`, and those begun more than a day ago. For sweepers; reads every name.
+        """
+
+    def drop_begun(self) -> int:
+        """Remove whatever is half written, and count it: only for who knows that nobody is at work."""
+
+    def download_url(self, name: str, *, expires_s: float, filename: str) -> str | None:
+        """Give an address at which anybody can fetch the blob for a while; None where there is no such thing."""

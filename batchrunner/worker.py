@@ -225,13 +225,12 @@ class Worker:
                 await self._lead_out(run)
             elif run.is_finished:
                 await self._settle_if_durable(run)
-            elif run.intent_mark is not None and run.intent_wanted > run.intent_mark:
-                await self._register_intent(run)
             else:
                 if run.is_held:
                     await self._split(run, keep_lines=0)
-                if self._clock.monotonic_s() - run.registered_at_s >= self._settings.register_s:
-                    await self._register(run)
+                mark = self._mark_of(run)
+                if mark is not None or self._clock.monotonic_s() - run.registered_at_s >= self._settings.register_s:
+                    await self._register(run, intent_mark=mark)
         except Fenced:
             logger.warning(
                 "shard lost to a newer holder", extra={"action": "shard_fenced", "task_id": run.shard.task_id}
@@ -253,17 +252,18 @@ class Worker:
         await self._call(self._store.register, run.claim.ref, progress)
         crash.point("register.committed")
         self._registered(run, progress)
+        if intent_mark is not None:
+            run.mark_registered(intent_mark)
+            self.fanout.wake()
 
-    async def _register_intent(self, run: ShardRun) -> None:
-        ahead = 0 if run.is_quarantined else max(0, self.fanout.window - run.in_flight_count - 1)
-        mark = min(run.intent_wanted + ahead, run.last_line)
-        await self._register(run, intent_mark=mark)
-        run.intent_mark = mark
-        self.fanout.wake()
+    def _mark_of(self, run: ShardRun) -> int | None:
+        window = self.fanout.window
+        lines_ahead = sum(pool.sampler.lines_ahead(pool.window) for pool in self.fanout.pools)
+        return run.mark_to_register(window, lines_ahead=lines_ahead)
 
     async def _settle_if_durable(self, run: ShardRun) -> None:
         if run.journal.waiting_records:
-            self._pipeline.journal.request_sync()
+            run.journal.request_sync()
             return
         crash.point("settle.before_commit")
         if await self._call(self._store.settle, run.claim.ref, run.progress()):
@@ -284,7 +284,7 @@ class Worker:
             await self._settle_if_durable(run)
             return
         if run.journal.waiting_records and self._pipeline.journal.trouble is None:
-            self._pipeline.journal.request_sync()
+            run.journal.request_sync()
             return
         await self._call(self._store.give_back, run.claim.ref, run.last_progress())
         crash.point("give_back.committed")
@@ -424,7 +424,7 @@ class Worker:
                 return
             # What was salvaged and may be sent again is on record before the first line goes out: a second death must
             # not hide the repeats of the first.
-            await self._register(run)
+            await self._register(run, intent_mark=self._mark_of(run))
         except Fenced:
             return
         except InputChanged as error:

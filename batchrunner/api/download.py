@@ -11,6 +11,8 @@ from batchrunner.api.http import Answer, Call
 from batchrunner.errors import BlobsUnavailable, NotFound
 
 _PIECE_BYTES = 512 * 1024
+# Where each read is a request to another service.
+_FAR_PIECE_BYTES = 4 << 20
 _RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")
 
 
@@ -53,10 +55,12 @@ def content_disposition(filename: str) -> str:
 
 
 async def _pieces(call: Call, blob: str, start: int, end: int) -> AsyncIterator[bytes]:
+    blobs = call.parts.blobs
+    piece_bytes = _FAR_PIECE_BYTES if blobs.has_frozen_segments else _PIECE_BYTES
     with call.parts.reading.hold(blob):
         while start < end:
             try:
-                piece = await call.blocking(call.parts.blobs.read, blob, start, min(start + _PIECE_BYTES, end))
+                piece = await call.blocking(blobs.read, blob, start, min(start + piece_bytes, end))
             except NotFound as error:
                 # The file is known, so it is the bytes that are missing: that is no fault of the caller.
                 raise BlobsUnavailable(f"{blob} is not there") from error

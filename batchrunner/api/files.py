@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Annotated, Literal
 
 import msgspec
@@ -37,6 +38,8 @@ from batchrunner.settings import MIB
 # Who registers the names of blobs.
 OWNER = "api"
 STRICT_FILE_BYTES_MAX = 512 * MIB
+# How long an address that a download was sent to may be used.
+_SIGNED_S = 600.0
 # Source: the OpenAI API gives these back to nobody.
 _NOT_DOWNLOADABLE = frozenset({"assistants", "vision", "user_data"})
 
@@ -55,6 +58,12 @@ class ListFiles(msgspec.Struct, frozen=True):
     limit: Annotated[int, Meta(ge=1, le=10_000)] = 10_000
     order: Literal["asc", "desc"] = "desc"
     purpose: str | None = None
+
+
+class DownloadFile(msgspec.Struct, frozen=True):
+    """The query of a download; with `redirect` the bytes come from where they are kept, if that is another service."""
+
+    redirect: bool = False
 
 
 class LineReport(msgspec.Struct, frozen=True):
@@ -260,6 +269,10 @@ async def download_file(call: Call) -> Answer:
     file = await file_of(call)
     if file.purpose in _NOT_DOWNLOADABLE:
         raise Refusal(f"Not allowed to download files of purpose: {file.purpose}")
+    if call.parameters(DownloadFile).redirect:
+        sign = partial(call.parts.blobs.download_url, file.blob, expires_s=_SIGNED_S, filename=file.filename)
+        if (url := await call.blocking(sign)) is not None:
+            return Answer(status=307, headers={"location": url, "cache-control": "no-store"})
     headers: Mapping[str, str] = {"content-disposition": content_disposition(file.filename)}
     return blob_answer(
         call,
@@ -356,6 +369,7 @@ ROUTES = (
         path="/v1/files/{file_id}/content",
         handler=download_file,
         summary="Download a file's bytes; Range and If-None-Match are honoured",
+        query=DownloadFile,
         answer_media="application/octet-stream",
     ),
     Route(

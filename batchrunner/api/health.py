@@ -12,7 +12,7 @@ import msgspec
 
 from batchrunner.api.auth import check_open_door
 from batchrunner.api.exposition import TEXT, Counts, expose
-from batchrunner.api.http import Answer, Call, Route, json_answer
+from batchrunner.api.http import Answer, ApiParts, Call, Route, json_answer
 from batchrunner.errors import BatchrunnerError, DiskFull, SchemaNewer
 from batchrunner.holdings import KeyScope
 from batchrunner.metrics import Latencies
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 # The parent speaks once a second.
 PULSE_FRESH_S = 5.0
 _CHECK_S = 5.0
+_LOOKED_FOR = "ready"
 
 Outcome = Literal["ok", "failed"]
 
@@ -85,7 +86,7 @@ def _check_stored(call: Call) -> dict[str, Check]:
     if store.status == "failed":
         is_schema = (store.detail or "").startswith(SchemaNewer.code)
         store, schema = (_OK, store) if is_schema else (store, _OK)
-    blobs = _looked(lambda: _check_space(parts.blobs.free_bytes(), parts.settings.reserve_bytes))
+    blobs = _looked(lambda: _check_blobs(parts))
     return {"store": store, "schema": schema, "blobs": blobs}
 
 
@@ -98,8 +99,12 @@ def _looked(look: Callable[[], None]) -> Check:
     return _OK
 
 
-def _check_space(free_bytes: int | None, wanted_bytes: int) -> None:
-    if free_bytes is not None and free_bytes < wanted_bytes:
+def _check_blobs(parts: ApiParts) -> None:
+    free_bytes, wanted_bytes = parts.blobs.free_bytes(), parts.settings.reserve_bytes
+    if free_bytes is None:
+        # A bucket has no space to tell of, but it has to answer.
+        parts.blobs.exists(_LOOKED_FOR)
+    elif free_bytes < wanted_bytes:
         raise DiskFull(f"{free_bytes:,} bytes are left, at least {wanted_bytes:,} are wanted")
 
 

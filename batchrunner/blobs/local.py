@@ -9,13 +9,13 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
+from batchrunner.blobs.names import checked, is_name
 from batchrunner.errors import BlobsUnavailable, DiskFull, NameTaken, NotFound, OwnError
 
-_NAME = re.compile(r"(?!\.\.?(?:/|$))[A-Za-z0-9._-]+(?:/(?!\.\.?(?:/|$))[A-Za-z0-9._-]+)*")
 # EFBIG comes from a limit on the size of files, which is as good as full: another segment may still fit.
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP})
@@ -29,6 +29,8 @@ _UNFINISHED = re.compile(r".+~\d+-[0-9a-f]{16}")
 
 class LocalBlobs:
     """Blobs below `root`, which is made if it is missing. Several processes may share it; any thread may call."""
+
+    has_frozen_segments = False
 
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
@@ -111,8 +113,9 @@ class LocalBlobs:
         except OSError as error:
             _translate(error, name)
 
-    def drop_unfinished(self) -> int:
+    def drop_unfinished(self, *, dead: Collection[str] = ()) -> int:
         """See Blobs. A living writer holds a lock on its file."""
+        del dead
         count = 0
         try:
             for folder, _, names in os.walk(self._root, onerror=_raise):
@@ -155,6 +158,15 @@ class LocalBlobs:
         except OSError as error:
             _translate(error, _RESERVE)
 
+    def drop_begun(self) -> int:
+        """See Blobs."""
+        return self.drop_unfinished()
+
+    def download_url(self, name: str, *, expires_s: float, filename: str) -> str | None:
+        """See Blobs."""
+        del name, expires_s, filename
+        return None
+
     def adopt(self, name: str, path: Path) -> None:
         """Make `name` a link to a user's own file, so that it is read in place; an earlier adoption is replaced.
 
@@ -187,9 +199,7 @@ class LocalBlobs:
         return self._path(name)
 
     def _path(self, name: str) -> Path:
-        if not _NAME.fullmatch(name):
-            raise OwnError(f"{name!r} is not a blob's name")
-        return self._root / name
+        return self._root / checked(name)
 
     def _make_folder(self, folder: Path) -> None:
         """Have the folder, with its name and those of the folders above it, up to the root, on the disk."""
@@ -216,7 +226,7 @@ class LocalBlobs:
         for name in names:
             if name.endswith("/") and (name.startswith(prefix) or prefix.startswith(name)):
                 yield from self._walk(name, prefix)
-            elif name.startswith(prefix) and _NAME.fullmatch(name):
+            elif name.startswith(prefix) and is_name(name):
                 yield name
 
 

@@ -46,21 +46,28 @@ _FILES_OF_A_RUN = 128
 @click.command("doctor")
 @click.option("-u", "--base-url", metavar="URL", help="The upstream, as for run. [OPENAI_BASE_URL]")
 @click.option("--api-key-env", metavar="NAME", help="Environment variable that holds the key. [OPENAI_API_KEY]")
+@click.option("--blobs", metavar="s3://BUCKET/PREFIX", help="A bucket to try out as well. [BATCHRUNNER_BLOBS]")
 @click.option("--json", "is_json", is_flag=True, help="Print one JSON object.")
-def doctor(*, base_url: str | None, api_key_env: str | None, is_json: bool) -> None:
+def doctor(*, base_url: str | None, api_key_env: str | None, blobs: str | None, is_json: bool) -> None:
     """Check that the upstream answers, or each of several, and that this machine can keep many requests in flight.
     Nothing is paid for.
 
+    Where blobs are kept in a bucket, an object is written, read and deleted there too; then -u may be missing.
+
     Exit codes: 0 all is well or only warned of, 1 a check failed, 4 the upstream refused the key.
     """
-    settings, _ = load_settings({"base_url": base_url, "api_key_env": api_key_env})
-    if not has_upstream(settings):
+    settings, _ = load_settings({"base_url": base_url, "api_key_env": api_key_env, "blobs": blobs})
+    if not has_upstream(settings) and settings.blobs is None:
         raise UsageError("no upstream is named", hint="Give -u URL or set OPENAI_BASE_URL.")
     findings, keys = Findings(), read_api_keys(settings)
-    for target in targets_of(settings):
+    for target in targets_of(settings) if has_upstream(settings) else ():
         findings.about = f"{target.name}: " if settings.upstream else ""
         asyncio.run(_examine_upstream(findings, settings, target, keys.get(target.name)))
     findings.about = ""
+    if settings.blobs is not None:
+        from batchrunner.cli.doctor_bucket import examine_bucket
+
+        examine_bucket(findings, settings, settings.blobs)
     _examine_machine(findings, settings)
     if is_json:
         click.echo(orjson.dumps(findings.as_json()))
@@ -288,7 +295,7 @@ def _reason(error: BaseException) -> str:
 def _examine_machine(findings: Findings, settings: Settings) -> None:
     _descriptors(findings, settings)
     _disk(findings)
-    _versions(findings)
+    _versions(findings, settings)
 
 
 def _descriptors(findings: Findings, settings: Settings) -> None:
@@ -322,8 +329,8 @@ def _disk(findings: Findings) -> None:
         findings.ok("file system", f"{here} can hold a run's state")
 
 
-def _versions(findings: Findings) -> None:
-    names = ("batchrunner", "aiohttp", "uvloop")
+def _versions(findings: Findings, settings: Settings) -> None:
+    names = ("batchrunner", "aiohttp", "uvloop", "boto3") if settings.blobs else ("batchrunner", "aiohttp", "uvloop")
     found = {name: _version(name) for name in names}
     python = f"Python {platform.python_version()}"
     shown = ", ".join([python, *(f"{name} {number or 'not installed'}" for name, number in found.items())])

@@ -18,9 +18,11 @@ import orjson
 
 from batchrunner import __version__, crash
 from batchrunner.app import Runner
+from batchrunner.blobs.s3_address import S3Address, is_s3
 from batchrunner.choosing import read_error_line
 from batchrunner.cli.exits import ExitCode
 from batchrunner.cli.folding import Folded, fold
+from batchrunner.cli.places import Places
 from batchrunner.cli.preparing import Prepared, RunRequest
 from batchrunner.cli.run_folder import Fingerprint, fingerprint, sync_folder, write_whole
 from batchrunner.cli.summary import ErrorGroup, Outcome, Summary, counts_of, exit_code_for, given_up_because, usage_of
@@ -60,7 +62,10 @@ def is_untouched(prepared: Prepared) -> bool:
     """Tell whether a finished run's files are still those that it wrote; one that streams may have written none."""
     wanted = prepared.record.exported
     return (bool(wanted) or str(prepared.output_path) == "-") and all(
-        Path(path).is_file() and fingerprint(Path(path)) == mark for path, mark in wanted.items()
+        prepared.places.is_as_written(path, mark)
+        if is_s3(path)
+        else Path(path).is_file() and fingerprint(Path(path)) == mark
+        for path, mark in wanted.items()
     )
 
 
@@ -75,12 +80,22 @@ def assets_folder(output: Path) -> Path:
 def _export_assets(prepared: Prepared, runner: Runner) -> None:
     """Copy the media answers of all batches of the run beside OUTPUT; none, no folder."""
     blobs, folder = runner.adapters.blobs, assets_folder(prepared.assets_base)
+    address = prepared.places.objects.get(prepared.assets_base)
     for batch_id in prepared.record.batches:
-        for name in blobs.list(f"assets/{batch_id}/"):
+        for name in blobs.list(f"assets/{batch_id}/asset_"):
+            if address is not None:
+                _store_asset(prepared.places, blobs.path(name), address.beside(folder.name).below(Path(name).name))
+                continue
             folder.mkdir(exist_ok=True)
             target = folder / Path(name).name
             if not target.exists():
                 _place(blobs.path(name), target)
+
+
+def _store_asset(places: Places, source: Path, address: S3Address) -> None:
+    """Make a media answer an object, unless it is one: its name tells its bytes."""
+    if places.mark(address) is None:
+        places.store(source, address)
 
 
 def _sealed_files(prepared: Prepared, scope: TenantScope, folded: Folded) -> dict[Path, File]:
@@ -97,16 +112,35 @@ def _export(request: RunRequest, prepared: Prepared, runner: Runner, folded: Fol
     _export_assets(prepared, runner)
     exported: dict[str, Fingerprint] = {}
     if folded.errors is None:
-        prepared.errors_path.unlink(missing_ok=True)
+        _clear(prepared, prepared.errors_path)
     else:
-        exported |= _place(folded.errors, prepared.errors_path, sealed)
+        exported |= _put(prepared, folded.errors, prepared.errors_path, sealed)
     crash.point("export.errors_placed")
     _write_manifest(prepared, runner, folded, sealed)
     crash.point("export.manifest_written")
     if not request.is_streaming:
-        exported |= _place(folded.output, prepared.output_path, sealed)
+        exported |= _put(prepared, folded.output, prepared.output_path, sealed)
         crash.point("export.output_placed")
     prepared.record.exported = exported
+
+
+def _clear(prepared: Prepared, target: Path) -> None:
+    """Have no file at a place."""
+    address = prepared.places.objects.get(target)
+    if address is None:
+        target.unlink(missing_ok=True)
+    else:
+        prepared.places.remove(address)
+
+
+def _put(prepared: Prepared, source: Path | None, target: Path, sealed: Mapping[Path, File]) -> dict[str, Fingerprint]:
+    """Have the bytes of `source` at a place, on this disk or in a bucket. Raises as `_place`."""
+    address = prepared.places.objects.get(target)
+    if address is None:
+        return _place(source, target, sealed)
+    if source is not None and source.stat().st_size != (wanted := _size_bytes(source, sealed)):
+        raise BlobsUnavailable(f"{source} has {source.stat().st_size:,} bytes, {wanted:,} were sealed")
+    return prepared.places.store(source, address)
 
 
 def _place(source: Path | None, target: Path, sealed: Mapping[Path, File] = _NONE) -> dict[str, Fingerprint]:
@@ -156,7 +190,7 @@ def _copy(reading: BinaryIO, writing: BinaryIO) -> None:
 
 
 def _write_manifest(prepared: Prepared, runner: Runner, folded: Folded, sealed: Mapping[Path, File]) -> None:
-    record, batch = prepared.record, folded.batch
+    record, batch, places = prepared.record, folded.batch, prepared.places
     ended_at = batch.completed_at or batch.expired_at or batch.cancelled_at or batch.failed_at or batch.created_at
     manifest = {
         "manifest_version": 1,
@@ -174,13 +208,17 @@ def _write_manifest(prepared: Prepared, runner: Runner, folded: Folded, sealed: 
         "usage": usage_of(batch),
         "retries": batch.retry_count,
         "re_executed": batch.re_executed_count,
-        "output": _file_entry(folded.output, prepared.output_path, batch.succeeded_count, sealed),
-        "errors": _file_entry(folded.errors, prepared.errors_path, batch.total_count - batch.succeeded_count, sealed),
+        "output": _file_entry(folded.output, places.shown(prepared.output_path), batch.succeeded_count, sealed),
+        "errors": _file_entry(
+            folded.errors, places.shown(prepared.errors_path), batch.total_count - batch.succeeded_count, sealed
+        ),
     }
     write_whole(prepared.folder.path / "manifest.json", orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
 
 
-def _file_entry(source: Path | None, target: Path, lines: int, sealed: Mapping[Path, File]) -> dict[str, object] | None:
+def _file_entry(
+    source: Path | None, target: Path | str, lines: int, sealed: Mapping[Path, File]
+) -> dict[str, object] | None:
     """Describe one file. What was sealed was hashed while it was written, so that its bytes are not read again."""
     if source is None:
         return None
@@ -201,7 +239,7 @@ def _summary(
     done = max(0, batch.done_count - outcome.done_before)
     errors = prepared.errors_path if folded is not None and folded.errors is not None else None
     has_files = folded is not None and batch.total_count > 0
-    output = str(prepared.output_path) if has_files and not request.is_streaming else None
+    output = prepared.places.shown(prepared.output_path) if has_files and not request.is_streaming else None
     error = outcome.error
     return Summary(
         status=batch.status.value,
@@ -215,7 +253,7 @@ def _summary(
         re_executed=batch.re_executed_count,
         top_errors=_top_errors(folded.errors if folded is not None else None, outcome),
         output=output,
-        errors=str(errors) if errors is not None else None,
+        errors=prepared.places.shown(errors) if errors is not None else None,
         manifest=str(prepared.folder.path / "manifest.json") if has_files else None,
         error={"code": error.code, "message": error.message, "hint": error.advice} if error is not None else None,
         next_command=_next_command(prepared, batch, code),

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from batchrunner.app import was_anything_sent
 from batchrunner.cli.console import say
+from batchrunner.cli.places import Places
 from batchrunner.cli.run_folder import (
     Fingerprint,
     Hashed,
@@ -27,6 +28,7 @@ from batchrunner.cli.run_folder import (
     unpacked,
 )
 from batchrunner.errors import UsageError
+from batchrunner.settings import Settings
 
 _READ_BYTES = 1 << 20
 _PACKED = (".gz", ".zst")
@@ -34,8 +36,9 @@ _PACKED = (".gz", ".zst")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRequest:
-    """What the user asked for, as typed."""
+    """What the user asked for, as typed; paths may stand for objects in `places`."""
 
+    places: Places
     input_path: Path
     output_path: Path
     errors_path: Path | None
@@ -65,6 +68,7 @@ class RunRequest:
 class Prepared:
     """A locked folder, the record of the run, and the plain file that is sliced into shards."""
 
+    places: Places
     folder: RunFolder
     record: RunRecord
     source: Path
@@ -78,7 +82,7 @@ class Prepared:
         return self.errors_path if str(self.output_path) == "-" else self.output_path
 
 
-def prepare(request: RunRequest) -> Prepared:
+def prepare(request: RunRequest, settings: Settings) -> Prepared:
     """Lock the folder, find the input, compare identities. Blocks; the caller unlocks the folder.
 
     Raises:
@@ -92,7 +96,7 @@ def prepare(request: RunRequest) -> Prepared:
             kept = folder.set_aside()
             if kept is not None:
                 say(f"starting over; the old state is kept in {kept}")
-        return _prepare_locked(request, folder)
+        return _prepare_locked(request, folder, settings)
     except BaseException:
         folder.unlock()
         raise
@@ -101,34 +105,37 @@ def prepare(request: RunRequest) -> Prepared:
 def _require_input(request: RunRequest) -> None:
     """Refuse a missing input before anything is made or set aside."""
     path = request.input_path
-    if not request.is_from_stdin and not path.is_file():
+    request.places.require_source()
+    if request.places.source is None and not request.is_from_stdin and not path.is_file():
         said = "is not a file" if path.exists() else "is not there"
         raise UsageError(f"INPUT {path} {said}", hint="Check the path.")
 
 
-def _prepare_locked(request: RunRequest, folder: RunFolder) -> Prepared:
+def _prepare_locked(request: RunRequest, folder: RunFolder, settings: Settings) -> Prepared:
     output, errors = _paths(request, folder)
     old = folder.load()
     source, hashed, mark = _source(request, folder, old)
     new = RunRecord(
-        input=str(request.input_path if request.is_from_stdin else request.input_path.resolve()),
+        input=_shown_input(request),
         input_sha256=hashed.sha256,
         input_bytes=hashed.size_bytes,
         line_count_up_to=hashed.line_count_up_to,
         fingerprint=mark,
-        output=str(output),
-        errors=str(errors),
+        output=request.places.shown(output),
+        errors=request.places.shown(errors),
         endpoint=request.endpoint,
         on_invalid=request.on_invalid,
         on_unknown=request.on_unknown,
     )
-    record = _same_or_new(folder, old, new)
+    record = _same_or_new(folder, settings, old, new)
     if not record.batches and not request.is_fresh:
         for path, what in ((output, "OUTPUT"), (errors, "the errors file")):
-            if not (request.is_streaming and what == "OUTPUT"):
+            is_stream = request.is_streaming and what == "OUTPUT"
+            if not is_stream and not request.places.check_free(path, what=what):
                 check_free(path, what=what)
     folder.save(record)
     return Prepared(
+        places=request.places,
         folder=folder,
         record=record,
         source=source,
@@ -138,7 +145,13 @@ def _prepare_locked(request: RunRequest, folder: RunFolder) -> Prepared:
     )
 
 
-def _same_or_new(folder: RunFolder, old: RunRecord | None, new: RunRecord) -> RunRecord:
+def _shown_input(request: RunRequest) -> str:
+    if request.places.source is not None:
+        return str(request.places.source)
+    return str(request.input_path if request.is_from_stdin else request.input_path.resolve())
+
+
+def _same_or_new(folder: RunFolder, settings: Settings, old: RunRecord | None, new: RunRecord) -> RunRecord:
     """Go on with the old record if it is of the same run; start anew if nothing was ever sent; else refuse.
 
     Raises:
@@ -147,7 +160,7 @@ def _same_or_new(folder: RunFolder, old: RunRecord | None, new: RunRecord) -> Ru
     if old is None or not old.batches:
         return new
     if differences(old, new):
-        if was_anything_sent(folder.path, old.batches):
+        if was_anything_sent(folder.path, settings, old.batches):
             check_same_run(old, new)
         say("nothing was sent before; starting with the input as it is now")
         folder.clear()
@@ -182,13 +195,20 @@ def _source(request: RunRequest, folder: RunFolder, old: RunRecord | None) -> tu
     if request.is_from_stdin:
         spool(_chunks(sys.stdin.buffer), spooled)
         return spooled, hash_file(spooled), None
-    path = request.input_path
-    mark = fingerprint(path)
+    path, places = request.input_path, request.places
+    mark = fingerprint(path) if places.source is None else places.mark(places.source)
     is_known = old is not None and old.fingerprint == mark
     is_packed = path.suffix in _PACKED
-    if is_packed and not (is_known and spooled.is_file()):
-        spool(unpacked(path), spooled)
-    source = spooled if is_packed else path.resolve()
+    is_spooled = is_packed or places.source is not None
+    if is_spooled and not (is_known and spooled.is_file()):
+        if places.source is not None:
+            path = folder.path / f"fetched{path.suffix}" if is_packed else spooled
+            places.fetch_source(path)
+        if is_packed:
+            spool(unpacked(path), spooled)
+        if is_packed and places.source is not None:
+            path.unlink()
+    source = spooled if is_spooled else path.resolve()
     if is_known and old is not None:
         return source, Hashed(old.input_sha256, old.input_bytes, old.line_count_up_to), mark
     return source, hash_file(source), mark

@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import click
 
+from batchrunner.blobs.s3_address import is_s3
 from batchrunner.cli.console import say
 from batchrunner.cli.run_folder import RunFolder, RunRecord
 from batchrunner.cli.server_address import is_batch_id, server_of, server_option
@@ -100,7 +101,7 @@ def _follow(opened: OpenRun, kind: RecordKind | None, sink: BinaryIO) -> int:
 
 def _tell(opened: OpenRun, count: int) -> None:
     if opened.has_ended():
-        there = [path for path in (opened.record.output, opened.record.errors) if Path(path).is_file()]
+        there = [path for path in (opened.record.output, opened.record.errors) if is_s3(path) or Path(path).is_file()]
         say(f"{count:,} lines; the run has ended; its files: {', '.join(there) or 'not written yet'}")
     elif opened.is_worked_on():
         say(f"{count:,} lines so far; the run goes on")
@@ -125,8 +126,10 @@ def open_run(path: Path) -> Iterator[OpenRun]:
     if not (folder.path / "state.db").is_file():
         raise NotFound(f"{folder.path / 'state.db'} is not there: this run has not started")
     from batchrunner.app import open_adapters
+    from batchrunner.cli.configuring import load_settings
 
-    adapters = open_adapters(folder.path)
+    settings, _ = load_settings({})
+    adapters = open_adapters(folder.path, settings)
     try:
         yield OpenRun(folder, record, adapters.blobs, adapters.store.scope(LOCAL_TENANT))
     finally:

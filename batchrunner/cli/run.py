@@ -8,8 +8,11 @@ from pathlib import Path
 
 import click
 
+from batchrunner.blobs.s3_address import S3Address
 from batchrunner.cli.configuring import load_settings, read_api_keys
 from batchrunner.cli.exits import ExitCode
+from batchrunner.cli.places import Place, Places
+from batchrunner.cli.run_folder import errors_path_for
 from batchrunner.errors import UsageError
 from batchrunner.settings import Settings, has_upstream, parse_duration, targets_of
 
@@ -18,14 +21,14 @@ _PACKED = (".gz", ".zst")
 
 
 @click.command("run", short_help="Run a file of requests and write its output and error files.")
-@click.argument("input_path", metavar="INPUT", type=click.Path(allow_dash=True, path_type=Path))
+@click.argument("input_place", metavar="INPUT", type=Place())
 @click.option(
     "-o",
     "--output",
-    "output_path",
+    "output_place",
     required=True,
     metavar="OUTPUT",
-    type=click.Path(allow_dash=True, path_type=Path),
+    type=Place(),
     help="Where the finished lines go when the run ends; - streams them to stdout.",
 )
 @click.option(
@@ -83,9 +86,9 @@ _PACKED = (".gz", ".zst")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Run only the first N lines for now.")
 @click.option(
     "--errors",
-    "errors_path",
+    "errors_place",
     metavar="PATH",
-    type=click.Path(path_type=Path),
+    type=Place(),
     help="Where failed lines go. [OUTPUT with .errors]",
 )
 @click.option(
@@ -93,7 +96,7 @@ _PACKED = (".gz", ".zst")
     "state_path",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="Where the run's state lives. [OUTPUT.run]",
+    help="Where the run's state lives. [OUTPUT.run, of an s3:// OUTPUT in this folder]",
 )
 @click.option(
     "--webhook-url", metavar="URL", help="Who is told how the run ended; signed, see `webhooks secret --local`."
@@ -102,8 +105,9 @@ _PACKED = (".gz", ".zst")
 @click.option(
     "--json", "is_json", is_flag=True, help="Print one JSON object at the end instead of a panel and a summary."
 )
-def run(input_path: Path, output_path: Path, **options: object) -> None:
-    """Run INPUT, a file of requests (OpenAI Batch JSONL, .gz and .zst too, - for stdin), and write OUTPUT.
+def run(input_place: Path | S3Address, output_place: Path | S3Address, **options: object) -> None:
+    """Run INPUT, a file of requests (OpenAI Batch JSONL, .gz and .zst too, - for stdin), and write OUTPUT. Either may
+    be an object, s3://BUCKET/KEY.
 
     The same command again continues a run that was stopped, whatever stopped it, and pays for nothing twice.
 
@@ -113,25 +117,11 @@ def run(input_path: Path, output_path: Path, **options: object) -> None:
     from batchrunner.cli.preparing import RunRequest
     from batchrunner.cli.running import run_to_end
 
-    request = RunRequest(
-        input_path=input_path,
-        output_path=output_path,
-        errors_path=_path(options["errors_path"]),
-        state_path=_path(options["state_path"]),
-        endpoint=_text(options["endpoint"]),
-        completion_window=_window(_text(options["completion_window"])),
-        order=str(options["order"]),
-        on_invalid=str(options["on_invalid"]),
-        on_unknown=str(options["on_unknown"]),
-        retry_failed=_text(options["retry_failed"]),
-        limit=options["limit"] if isinstance(options["limit"], int) else None,
-        is_fresh=bool(options["fresh"]),
-        is_json=bool(options["is_json"]),
-    )
-    if output_path.suffix in _PACKED:
-        raise UsageError(
-            f"OUTPUT {output_path}: packed output is not written", hint=f"Write {output_path.stem}, then pack it."
-        )
+    errors_place = options["errors_place"]
+    assert errors_place is None or isinstance(errors_place, Path | S3Address)
+    output_path = _stand_in(output_place)
+    errors_path = None if errors_place is None else _stand_in(errors_place)
+    _refuse_packed(output_path)
     settings, _ = load_settings(
         {
             "base_url": options["base_url"],
@@ -144,6 +134,22 @@ def run(input_path: Path, output_path: Path, **options: object) -> None:
             "request_timeout_s": options["request_timeout"],
             "webhook_url": options["webhook_url"],
         }
+    )
+    request = RunRequest(
+        places=_places(settings, input_place=input_place, output_place=output_place, errors_place=errors_place),
+        input_path=_stand_in(input_place),
+        output_path=output_path,
+        errors_path=errors_path,
+        state_path=_path(options["state_path"]),
+        endpoint=_text(options["endpoint"]),
+        completion_window=_window(_text(options["completion_window"])),
+        order=str(options["order"]),
+        on_invalid=str(options["on_invalid"]),
+        on_unknown=str(options["on_unknown"]),
+        retry_failed=_text(options["retry_failed"]),
+        limit=options["limit"] if isinstance(options["limit"], int) else None,
+        is_fresh=bool(options["fresh"]),
+        is_json=bool(options["is_json"]),
     )
     if not has_upstream(settings):
         raise UsageError(
@@ -174,6 +180,38 @@ def _check_webhook(settings: Settings) -> None:
         # The URL is not repeated: it may hold a password.
         raise UsageError(f"--webhook-url: {why}")
     local_secret()
+
+
+def _refuse_packed(output_path: Path) -> None:
+    if output_path.suffix in _PACKED:
+        raise UsageError(
+            f"OUTPUT {output_path}: packed output is not written", hint=f"Write {output_path.stem}, then pack it."
+        )
+
+
+def _stand_in(place: Path | S3Address) -> Path:
+    """Give the path of a place; an object's bears its name."""
+    return place if isinstance(place, Path) else Path(place.key.rpartition("/")[2])
+
+
+def _places(
+    settings: Settings,
+    *,
+    input_place: Path | S3Address,
+    output_place: Path | S3Address,
+    errors_place: Path | S3Address | None,
+) -> Places:
+    """Gather what the paths of the run stand for. Without --errors the failed lines go beside OUTPUT."""
+    objects: dict[Path, S3Address] = {}
+    if isinstance(output_place, S3Address):
+        objects[_stand_in(output_place)] = output_place
+        if errors_place is None:
+            beside = errors_path_for(_stand_in(output_place))
+            objects[beside] = output_place.beside(beside.name)
+    if isinstance(errors_place, S3Address):
+        objects[_stand_in(errors_place)] = errors_place
+    source = input_place if isinstance(input_place, S3Address) else None
+    return Places(settings=settings, source=source, objects=objects)
 
 
 def _text(value: object) -> str | None:

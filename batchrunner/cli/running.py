@@ -41,7 +41,7 @@ async def run_to_end(request: RunRequest, settings: Settings, api_keys: Mapping[
         BatchrunnerError: whatever keeps the run from starting or going on; its state is kept.
     """
     arm_crash_point()
-    prepared = await asyncio.to_thread(prepare, request)
+    prepared = await asyncio.to_thread(prepare, request, settings)
     try:
         if prepared.record.finished_exit_code is not None and request.retry_failed is None:
             is_untouched = export.is_untouched(prepared)
@@ -262,7 +262,7 @@ def _already_done(request: RunRequest, prepared: Prepared) -> ExitCode:
     if request.is_json and prepared.record.summary is not None:
         click.echo(prepared.record.summary)
     else:
-        say(f"already done: {prepared.output_path} ({MEANINGS[code]}); --fresh starts over")
+        say(f"already done: {prepared.places.shown(prepared.output_path)} ({MEANINGS[code]}); --fresh starts over")
     return code
 
 

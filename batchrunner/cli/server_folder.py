@@ -41,8 +41,10 @@ def folder_of(settings: Settings) -> Path:
 def opened(folder: Path) -> Iterator[Adapters]:
     """Open the folder's store for a while, beside a server or without one."""
     from batchrunner.app import open_adapters
+    from batchrunner.cli.configuring import load_settings
 
-    adapters = open_adapters(folder)
+    settings, _ = load_settings({})
+    adapters = open_adapters(folder, settings)
     try:
         yield adapters
     finally:

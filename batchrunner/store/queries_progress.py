@@ -14,6 +14,7 @@ from batchrunner.models import (
     NO_USAGE,
     Extent,
     NewExtent,
+    OnUnknown,
     Progress,
     Repair,
     ShardCut,
@@ -340,6 +341,9 @@ def quarantine(conn: Connection, ref: TaskRef) -> None:
     ends = _LET_GO | {"state": TaskState.QUEUED, "not_before": None, "is_quarantined": True}
     if not task["is_quarantined"]:
         ends |= {"deaths": 0}
+        if lock_batch(conn, task["batch_id"])["on_unknown"] != OnUnknown.FAIL:
+            # Where lines may be sent again a mark is no promise, and must not stand for the intents to come.
+            ends |= {"intent_mark": 0}
     write_task(conn, task, ends)
 
 

@@ -1,24 +1,48 @@
-"""What every implementation of the Blobs port has to do; a new one joins by a line in `IMPLEMENTATIONS`."""
+"""What every implementation of the Blobs port has to do; a new one joins in `IMPLEMENTATIONS` and `reopen`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
 from batchrunner.blobs.local import LocalBlobs
+from batchrunner.blobs.s3 import S3Blobs
+from batchrunner.blobs.s3_address import S3Address
+from batchrunner.clock import SystemClock
 from batchrunner.errors import BlobsUnavailable, NameTaken, NotFound, OwnError
 from batchrunner.ports import Blobs
+from batchrunner.settings import Settings
 
-# Each entry makes blobs over a place; a second call with the same place opens what the first one wrote.
-IMPLEMENTATIONS: dict[str, Callable[[Path], Blobs]] = {"folder": LocalBlobs}
+IMPLEMENTATIONS = [
+    "folder",
+    "moto",
+    pytest.param("seaweedfs", marks=pytest.mark.real),
+    # It ignores preconditions, keeps no order in its lists, and its tags are no checksums.
+    pytest.param("juicefs", marks=pytest.mark.real),
+]
 
 
-@pytest.fixture(params=list(IMPLEMENTATIONS.values()), ids=list(IMPLEMENTATIONS))
-def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Blobs]:
+@pytest.fixture(params=IMPLEMENTATIONS)
+def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Blobs]]:
     """Open the same blobs, the way another process would."""
-    return lambda: request.param(tmp_path / "blobs")
+    if request.param == "folder":
+        yield lambda: LocalBlobs(tmp_path / "blobs")
+        return
+    service = request.getfixturevalue("s3_service")(request.param)
+    address = S3Address("batches", f"contract/{uuid4().hex}")
+    opened: list[S3Blobs] = []
+
+    def reopen() -> Blobs:
+        settings = Settings(s3_endpoint_url=service.url, s3_addressing="path")
+        opened.append(S3Blobs(address, settings, SystemClock()))
+        return opened[-1]
+
+    yield reopen
+    for each in opened:
+        each.close()
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from batchrunner.models import (
     Extent,
     FileId,
     NewBatch,
+    OnUnknown,
     Order,
     Progress,
     Publication,
@@ -1082,6 +1083,19 @@ def test_quarantined_shard_is_claimed_only_when_asked_for(world: World) -> None:
     assert world.claims_nothing(TWO, kinds=STEPS, quarantined=True)
     alone = world.claim(TWO, kinds=ANY, quarantined=True)
     assert (alone.ref.task_id, shard_in(alone).is_quarantined, shard_in(alone).deaths) == (claim.ref.task_id, True, 0)
+
+
+@pytest.mark.parametrize(("on_unknown", "mark"), [(OnUnknown.RETRY, 0), (OnUnknown.FAIL, 8)])
+def test_quarantine_begins_with_intents_of_its_own_unless_they_are_promises(
+    world: World, on_unknown: OnUnknown, mark: int
+) -> None:
+    world.running(on_unknown=on_unknown)
+    claim = world.claim(ONE)
+    world.store.register(claim.ref, Progress(intent_mark=8))
+
+    world.store.quarantine(claim.ref)
+
+    assert shard_in(world.claim(TWO, kinds=ANY, quarantined=True)).intent_mark == mark
 
 
 def test_quarantine_leaves_steps_alone(world: World) -> None:

@@ -225,6 +225,7 @@ class PaperShardJournal:
     def __init__(self) -> None:
         self.durable_mark = 1 << 60
         self.wanted_mark = 0
+        self.keeps_marks = True
         self.records: list[tuple[int, RecordKind, bytes, Usage]] = []
 
     def add(self, line_number: int, kind: RecordKind, usage: Usage, payload: bytes) -> None:

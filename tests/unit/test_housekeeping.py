@@ -131,7 +131,7 @@ def test_half_written_blobs_that_cannot_be_swept_keep_nobody_from_reaping(
     adapters = open_adapters(tmp_path)
     (tmp_path / "sessions" / "0123456789abcdef").touch()
 
-    def fail(_self: LocalBlobs) -> int:
+    def fail(_self: LocalBlobs, *, dead: object) -> int:
         raise BlobsUnavailable("the folder is gone")
 
     monkeypatch.setattr(LocalBlobs, "drop_unfinished", fail)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any
@@ -34,7 +34,7 @@ from batchrunner.frames import (
     salvage,
     scan_tail,
 )
-from batchrunner.journal import Journal, ShardJournal, copy_salvaged
+from batchrunner.journal import Journal, copy_salvaged
 from batchrunner.models import (
     NO_USAGE,
     Batch,
@@ -51,6 +51,7 @@ from batchrunner.models import (
     Usage,
 )
 from batchrunner.ports import Blobs, BlobWriter
+from batchrunner.shard_journal import ShardJournal
 
 BATCH = BatchId("batch_1")
 TASK = TaskId(7)
@@ -62,6 +63,8 @@ WAIT_S = 20.0
 
 class Disk(Blobs):
     """Blobs in memory. `plan` is asked before each operation and may answer with a fault."""
+
+    has_frozen_segments = False
 
     def __init__(self, plan: Callable[[str], str | None] = lambda operation: None) -> None:
         self.written: dict[str, bytearray] = {}
@@ -94,7 +97,7 @@ class Disk(Blobs):
         fault(self.plan("delete"))
         self.written.pop(name, None)
 
-    def drop_unfinished(self) -> int:
+    def drop_unfinished(self, *, dead: Collection[str] = ()) -> int:
         raise AssertionError("a journal is no sweeper")
 
     def free_bytes(self) -> int | None:
@@ -114,6 +117,12 @@ class Disk(Blobs):
 
     def release_reserve(self) -> None:
         raise AssertionError("a journal keeps no reserve")
+
+    def drop_begun(self) -> int:
+        raise AssertionError("a journal drops nothing")
+
+    def download_url(self, name: str, *, expires_s: float, filename: str) -> str | None:
+        raise AssertionError(f"a journal is not downloaded: {name}")
 
     def crash(self) -> None:
         """Lose what was not synced."""

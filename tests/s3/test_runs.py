@@ -1,0 +1,195 @@
+"""Runs on SeaweedFS: objects in and out, a service that fails, and many deaths."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from batchrunner.simulate import SimulatorStats
+from tests.e2e.harness import Bench, bench, start
+from tests.s3.conftest import environment_of
+from tests.s3.proxy import Fault, Proxy, proxied
+from tests.s3.services import BUCKET, Service, client_of
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+WINDOW = 16
+
+
+@pytest.fixture
+def proxy(s3_service: Callable[[str], Service]) -> Iterator[Proxy]:
+    with proxied(s3_service("seaweedfs").url) as made:
+        yield made
+
+
+def uploads_left(url: str, blobs: str) -> list[str]:
+    prefix = blobs.removeprefix(f"s3://{BUCKET}/")
+    found = client_of(url).list_multipart_uploads(Bucket=BUCKET, Prefix=prefix).get("Uploads", [])
+    return [each["Key"] for each in found if each["Key"].startswith(prefix)]
+
+
+def names_of(url: str, prefix: str) -> set[str]:
+    pages = client_of(url).get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+    return {each["Key"].removeprefix(prefix) for page in pages for each in page.get("Contents", [])}
+
+
+async def test_run_from_an_object_to_an_object_and_again(tmp_path: Path, s3_service: Callable[[str], Service]) -> None:
+    url = s3_service("seaweedfs").url
+    client = client_of(url)
+    environment = environment_of(url)
+    environment.pop("BATCHRUNNER_BLOBS")
+    async with bench(tmp_path) as run:
+        run.write_input(200)
+        client.upload_file(str(run.input), BUCKET, "own/in.jsonl")
+        command = ["run", f"s3://{BUCKET}/own/in.jsonl", "-o", f"s3://{BUCKET}/own/out.jsonl", "-u", run.simulator.url]
+
+        first = await (await start([*command, "--json"], tmp_path, environment)).ended()
+        sent = run.simulator.stats().total
+        second = await (await start(command, tmp_path, environment)).ended()
+        client.delete_object(Bucket=BUCKET, Key="own/out.jsonl")
+        third = await (await start(command, tmp_path, environment)).ended()
+        other = await (await start([*command, "--state", "other"], tmp_path, environment)).ended()
+
+        assert first.code == 0, first.stderr
+        assert first.summary["output"] == f"s3://{BUCKET}/own/out.jsonl"
+        assert "already done" in second.stderr
+        assert third.code == 0, third.stderr
+        assert run.simulator.stats().total == sent
+        assert other.code == 2
+        assert "exists and was not written by this run" in other.stderr
+        client.download_file(BUCKET, "own/out.jsonl", str(run.output))
+        run.check()
+        manifest = json.loads((run.state / "manifest.json").read_bytes())
+        assert manifest["output"]["sha256"] == hashlib.sha256(run.output.read_bytes()).hexdigest()
+
+
+async def test_failed_lines_become_an_object_beside_the_output(
+    tmp_path: Path, s3_service: Callable[[str], Service]
+) -> None:
+    url = s3_service("seaweedfs").url
+    environment = environment_of(url)
+    async with bench(tmp_path) as run:
+        run.write_input(3, simulate=["400"])
+        output = f"s3://{BUCKET}/failed/out.jsonl"
+        command = ["run", "in.jsonl", "-o", output, "-u", run.simulator.url, "--json"]
+
+        ended = await (await start(command, tmp_path, environment)).ended()
+
+    assert ended.code == 3, ended.stderr
+    assert ended.summary["errors"] == f"s3://{BUCKET}/failed/out.errors.jsonl"
+    assert names_of(url, "failed/") == {"out.jsonl", "out.errors.jsonl"}
+
+
+@pytest.mark.parametrize("fault", [Fault.BUSY, Fault.CUT, Fault.HELD])
+async def test_service_that_fails_for_a_while_stops_the_sending_and_the_run_goes_on(
+    tmp_path: Path, proxy: Proxy, fault: Fault
+) -> None:
+    """What may wait for the service is what comes within a segment's time and a second, and what is in flight."""
+    environment = environment_of(proxy.url, BATCHRUNNER_SEGMENT_S="500ms")
+    async with bench(tmp_path, latency="20ms") as run:
+        run.environment = environment
+        run.write_input(6_000)
+        command = await run.start("--workers", "1", "--json")
+        await run.reach(lambda stats: stats.total >= 1_500, command)
+
+        proxy.rule = lambda request: fault if request.method in ("PUT", "POST") else None
+        stopped_at = await still(run)
+        proxy.rule = lambda _request: None
+        proxy.release()
+        ended = await command.ended()
+
+        assert ended.code == 0, ended.stderr
+        # 16 requests of 20 ms are 800 a second at most.
+        assert stopped_at < 1_500 + 800 * 4
+        run.check(repeats_max=0)
+        assert uploads_left(proxy.url, environment["BATCHRUNNER_BLOBS"]) == []
+
+
+async def still(run: Bench) -> int:
+    """Wait until nothing has been sent for a second; gives how much was sent before."""
+    import asyncio
+
+    before = -1
+    while (now := run.simulator.stats().total) != before:
+        before = now
+        await asyncio.sleep(1.0)  # real time: the run is another process
+    return now
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    lines: int
+    kills: int
+    latency: str
+    window: int
+
+
+QUICK = Scale(lines=3_000, kills=3, latency="20ms", window=16)
+FULL = Scale(lines=50_000, kills=20, latency="20ms", window=32)
+
+
+@pytest.mark.parametrize("scale", [QUICK, pytest.param(FULL, marks=pytest.mark.long)])
+async def test_run_killed_at_random_repeats_what_a_segment_holds_and_ends_as_in_a_folder(
+    tmp_path: Path, s3_service: Callable[[str], Service], scale: Scale
+) -> None:
+    url = s3_service("seaweedfs").url
+    rng = random.Random(7)
+    per_s = scale.window / 0.02
+    # What was answered within the interval, the time of its request, and a look of the journal's.
+    per_kill_max = scale.window + int(per_s * (2.0 + 1.0))
+    async with bench(tmp_path, latency=scale.latency) as run:
+        run.flags = ["--concurrency", str(scale.window), "--workers", "2"]
+        run.environment = environment_of(url)
+        run.write_input(scale.lines)
+        repeats = 0
+        for _ in range(scale.kills):
+            command = await run.start()
+            target = run.simulator.stats().total + rng.randint(1, scale.lines // scale.kills)
+            await run.reach(partial(is_sent, target), command)
+            command.kill_group()
+            assert (await command.ended()).code == -signal.SIGKILL
+            assert run.simulator.stats().repeats - repeats <= per_kill_max
+            repeats = run.simulator.stats().repeats
+        ended = await (await run.start("--json")).ended(within_s=600)
+
+        assert ended.code == 0, ended.stderr
+        run.check(repeats_max=ended.summary["re_executed"])
+        assert uploads_left(url, run.environment["BATCHRUNNER_BLOBS"]) == []
+        manifest = json.loads((run.state / "manifest.json").read_bytes())
+        (name,) = [each for each in names_of(url, key_of(run)) if each.endswith("-output.jsonl")]
+        sealed = client_of(url).get_object(Bucket=BUCKET, Key=key_of(run) + name)["Body"].read()
+        assert hashlib.sha256(sealed).hexdigest() == manifest["output"]["sha256"]
+        print(f"{scale.kills} kills, {run.simulator.stats().repeats} repeats, at most {per_kill_max} a kill")
+        assert sums(sealed) == await sums_in_a_folder(tmp_path, run)
+
+
+def is_sent(count: int, stats: SimulatorStats) -> bool:
+    return stats.total >= count
+
+
+def key_of(run: Bench) -> str:
+    return (run.state / "blobs.address").read_text().strip().removeprefix(f"s3://{BUCKET}/") + "/"
+
+
+def sums(output: bytes) -> str:
+    """Sum up an output without what each run draws anew: the ids of batch and exchange."""
+    digest = hashlib.sha256()
+    for raw in output.splitlines():
+        line = json.loads(raw)
+        del line["id"], line["response"]["request_id"]
+        digest.update(json.dumps(line).encode())
+    return digest.hexdigest()
+
+
+async def sums_in_a_folder(tmp_path: Path, run: Bench) -> str:
+    command = ["run", str(run.input), "-o", "folder.jsonl", "-u", run.simulator.url, *run.flags]
+    ended = await (await start(command, tmp_path, {})).ended(within_s=600)
+    assert ended.code == 0, ended.stderr
+    return sums((tmp_path / "folder.jsonl").read_bytes())
