@@ -20,9 +20,7 @@ from batchrunner.upkeep import Upkeep
 from batchrunner.validation import Validation, Validator
 
 _BOM = b"\xef\xbb\xbf"
-# `{"custom_id"` and the newline before it.
-_BEGINNING_BYTES = 13
-_BRACE = b"\n{"
+_BRACE = ord("{")
 _encode = msgspec.json.Encoder().encode
 
 
@@ -39,58 +37,47 @@ class Taken:
 class LineCounter:
     """Counts the lines that are not blank, however the bytes are cut.
 
-    Where all lines of a chunk begin alike none is blank and nothing has to be cut. They nearly always do, as they come
-    from one program, and the longer the beginning, the faster it is searched for.
+    Where all lines of a chunk begin with a brace none is blank and nothing has to be cut. They nearly always do.
     """
 
-    __slots__ = ("_beginning", "_count", "_is_inside")
+    __slots__ = ("_count", "_is_inside")
 
     def __init__(self) -> None:
         self._count = 0
         self._is_inside = False
-        self._beginning = b""
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes."""
-        newlines = chunk.count(b"\n")
-        if not newlines:
+        first = chunk.find(b"\n")
+        if first < 0:
             self._is_inside = self._is_inside or not is_blank(chunk)
             return
-        first = chunk.find(b"\n")
         self._count += self._is_inside or not is_blank(chunk[:first])
-        begun = newlines - chunk.endswith(b"\n")
-        if self._begins_alike(chunk, first, begun):
-            self._count += newlines - 1
-            self._is_inside = begun == newlines
+        whole_count = _braced_lines(chunk, first)
+        if whole_count is not None:
+            self._count += whole_count
+            self._is_inside = not chunk.endswith(b"\n")
             return
         *whole, rest = chunk[first + 1 :].split(b"\n")
         self._count += sum(not is_blank(each) for each in whole)
         self._is_inside = not is_blank(rest)
-
-    def _begins_alike(self, chunk: bytes, newline: int, begun: int) -> bool:
-        """Tell whether each of the lines that begin in the chunk begins like the first of them that was ever seen, or
-        at least with a brace.
-        """
-        if not self._beginning:
-            self._beginning = _beginning(chunk, newline)
-        last = chunk[chunk.rfind(b"\n") :]
-        # The chunk may end within the beginning of its last line.
-        is_cut = 1 < len(last) < len(self._beginning) and self._beginning.startswith(last)
-        if chunk.count(self._beginning) + is_cut == begun:
-            return True
-        self._beginning = _BRACE
-        return chunk.count(_BRACE) == begun
 
     def count(self) -> int:
         """Give the number of lines so far, the one under way included."""
         return self._count + self._is_inside
 
 
-def _beginning(chunk: bytes, newline: int) -> bytes:
-    """Take the beginning of the line after a newline, if it is none of a blank one."""
-    beginning = chunk[newline : newline + _BEGINNING_BYTES]
-    is_usable = len(beginning) == _BEGINNING_BYTES and beginning.count(b"\n") == 1 and not beginning[1:2].isspace()
-    return beginning if is_usable else _BRACE
+def _braced_lines(chunk: bytes, newline: int) -> int | None:
+    """Count the whole lines behind a newline; None if one of them, or what follows them, begins with no brace."""
+    find, last, count = chunk.find, len(chunk) - 1, 0
+    while newline < last:
+        if chunk[newline + 1] != _BRACE:
+            return None
+        newline = find(b"\n", newline + 2)
+        if newline < 0:
+            break
+        count += 1
+    return count
 
 
 class Intake:
