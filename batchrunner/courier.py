@@ -57,8 +57,8 @@ class Courier:
     """One session's deliveries, of the running loop. `run` returns after `stop`, when what was under way has ended or
     its grace is over.
 
-    At most `each_max` go to one receiver at a time, `in_flight_max` in all. Store calls run in `threads`, the loop's own
-    if there are none.
+    At most `each_max` go to one receiver at a time, `in_flight_max` in all. Store calls run in `threads`, else in the
+    loop's own.
     """
 
     def __init__(
