@@ -38,7 +38,7 @@ demo: setup ## set up, then run the sample chat file through the built-in simula
 	$(BIN)/batchrunner demo
 
 test: $(REAL_STAMP) ## set up, then run every test of the fast lane (minutes)
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" -n 3 --dist worksteal
 
 test-long: $(REAL_STAMP) ## full counts: 50 kills, a million lines (up to hours)
 	$(BIN)/python -m pytest -m long -o faulthandler_timeout=7200

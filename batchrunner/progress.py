@@ -14,6 +14,8 @@ from batchrunner.models import Batch
 
 # The last minute's rate and that since the start bound the guess; this is what both may be off by.
 _MARGIN = 0.1
+# Exchanges may be under way then.
+_SENDING = (BatchStatus.IN_PROGRESS, BatchStatus.CANCELLING)
 _FARTHEST_S = 10 * 365 * 86400.0
 
 
@@ -60,8 +62,10 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
 
 def progress_of(batch: Batch, shares: Sequence[LiveShare], now: datetime) -> Progress:
     """Give the progress of a batch whose workers report `shares`, empty where none works on it."""
-    is_over = batch.status in TERMINAL
-    rate = 0.0 if is_over else sum(share.done_per_s for share in shares)
+    if batch.status not in _SENDING:
+        # What they said a second ago no longer holds.
+        shares = ()
+    rate = sum(share.done_per_s for share in shares)
     ends = _ends(batch, rate, now)
     return Progress(
         total=batch.total_count,
@@ -72,20 +76,20 @@ def progress_of(batch: Batch, shares: Sequence[LiveShare], now: datetime) -> Pro
         expired=batch.expired_count,
         cancelled=batch.cancelled_count,
         remaining=batch.pending_count,
-        in_flight=0 if is_over else sum(share.in_flight for share in shares),
-        waiting=0 if is_over else sum(share.waiting for share in shares),
+        in_flight=sum(share.in_flight for share in shares),
+        waiting=sum(share.waiting for share in shares),
         rate=round(rate, 3),
         eta_at=_seconds(ends[1]) if ends else None,
         eta_earliest_at=_seconds(ends[0]) if ends else None,
         eta_latest_at=_seconds(ends[2]) if ends else None,
         deadline_risk=_risk(batch, ends),
-        window=0 if is_over else sum(share.window for share in shares),
+        window=sum(share.window for share in shares),
         bound_by=_bound_by(batch, shares),
         retries=batch.retry_count,
         re_executed=batch.re_executed_count,
         tokens=batch.usage.total_tokens,
         last_sequence=max(0, batch.next_sequence - 1),
-        upstreams=UNSET if is_over else _upstreams(shares) or UNSET,
+        upstreams=_upstreams(shares) or UNSET,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from bench import end_to_end, found_window, kills, memory, notified, scaling, server, starting, validation
+from bench import end_to_end, fairness, found_window, kills, memory, notified, scaling, server, starting, validation
 from bench.results import Figure
 
 Bench = Callable[[bool], list[Figure]]
@@ -52,6 +52,10 @@ def _server(is_quick: bool) -> list[Figure]:  # noqa: FBT001
     return server.measure(server.Sizes())
 
 
+def _fairness(is_quick: bool) -> list[Figure]:  # noqa: FBT001
+    return fairness.measure(lines=50_000, batches=10) if is_quick else fairness.measure()
+
+
 def _window(is_quick: bool) -> list[Figure]:  # noqa: FBT001
     return found_window.measure(slots=(64,), workers=(1,)) if is_quick else found_window.measure()
 
@@ -75,6 +79,7 @@ BENCHES: Mapping[str, Bench] = MappingProxyType(
         "starting": _starting,
         "window": _window,
         "server": _server,
+        "fairness": _fairness,
         "webhooks": _webhooks,
     }
 )
