@@ -133,13 +133,13 @@ async def test_trigger_log_and_resend(tmp_path: Path, api: Served) -> None:
 async def test_a_test_tells_what_the_receiver_answers(tmp_path: Path, api: Served, status: int, code: int) -> None:
     server = ("--server", api.base)
     async with receiving(lambda _number: status) as receiver:
-        wanted = {"name": "mine", "url": receiver.base, "event_types": ["batch.completed"]}
+        wanted = {"name": "\x1b]0;mine", "url": receiver.base, "event_types": ["batch.completed"]}
         made = (await api.call("POST", "/v1/webhook_endpoints", json=wanted)).json
         listed = await called(tmp_path, "webhooks", "list", "--endpoints", *server)
         tested = await called(tmp_path, "webhooks", "test", made["id"], *server)
 
     assert tested[:2] == (code, f"{status}\n")
-    assert listed[1] == f"{made['id']}  {receiver.base}  mine  batch.completed\n"
+    assert listed[1] == f"{made['id']}  {receiver.base}  ?]0;mine  batch.completed\n"
 
 
 async def test_a_receiver_that_is_not_there_has_not_taken_its_test(tmp_path: Path, api: Served) -> None:
