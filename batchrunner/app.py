@@ -143,16 +143,15 @@ async def worker_session(
     pacer: Callable[[Fanout], None],
     is_server: bool = False,
 ) -> AsyncIterator[Worker]:
-    """Assemble one worker session; its lock, its connections and its leases end with the block. `api_keys` are those of
-    the upstreams by their names.
-    """
+    """Assemble one worker session; its lock, connections and leases end with the block. `api_keys` go by upstream."""
     loop = asyncio.get_running_loop()
     locks = SessionLocks(folder)
     session = SessionId(adapters.rng.token_hex(8))
     locks.hold(session)
     await asyncio.to_thread(adapters.store.open_session, session, host=socket.gethostname(), pid=os.getpid())
-    durable = lambda: _call_soon(loop, worker.durable)  # noqa: E731 - the worker is made below
-    journal = open_journal(adapters.blobs, session, settings, adapters.clock, on_durable=durable)
+    journal = open_journal(
+        adapters.blobs, session, settings, adapters.clock, on_durable=lambda: _call_soon(loop, worker.durable)
+    )
     outlets = _outlets(adapters, settings, api_keys, is_server=is_server)
     pipeline = Pipeline(
         store=adapters.store, blobs=adapters.blobs, journal=journal, clock=adapters.clock, settings=settings

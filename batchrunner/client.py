@@ -32,6 +32,7 @@ from batchrunner.errors import (
     ServerUnavailable,
     TransitionRefused,
     UsageError,
+    WebhookUnreachable,
 )
 from batchrunner.ports import Clock, Rng
 
@@ -473,7 +474,7 @@ def _error_of(status: int, said: _Complaint) -> BatchrunnerError:
         case _ if status >= 500:
             return ServerUnavailable(message)
         case _:
-            return ServerRefused(message)
+            return WebhookUnreachable(message) if said.code == WebhookUnreachable.code else ServerRefused(message)
 
 
 def _path(batch_id: str) -> str:

@@ -34,7 +34,7 @@ _BEGIN_S = LEASE_S - TIMEOUT_S - 3.0
 LOOK_S = 0.25
 # While answers come in, those of so long are recorded at one go.
 _GATHER_S = 0.01
-_IN_FLIGHT_MAX = 1024
+IN_FLIGHT_MAX = 1024
 _BODY_BYTES_MAX = 64 << 20
 
 
@@ -57,7 +57,8 @@ class Courier:
     """One session's deliveries, of the running loop. `run` returns after `stop`, when what was under way has ended or
     its grace is over.
 
-    At most `each_max` go to one receiver at a time. Store calls run in `threads`, the loop's own if there are none.
+    At most `each_max` go to one receiver at a time, `in_flight_max` in all. Store calls run in `threads`, else in the
+    loop's own.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Courier:
         clock: Clock,
         rng: Rng,
         each_max: int,
+        in_flight_max: int = IN_FLIGHT_MAX,
         threads: Executor | None = None,
     ) -> None:
         self.posts = Posts()
@@ -78,6 +80,7 @@ class Courier:
         self._clock = clock
         self._rng = rng
         self._each_max = each_max
+        self._in_flight_max = in_flight_max
         self._threads = threads
         self._busy: Counter[str] = Counter()
         self._body_bytes = 0
@@ -159,7 +162,7 @@ class Courier:
             session=self._session,
             lease_s=LEASE_S,
             each_max=self._each_max,
-            room=_IN_FLIGHT_MAX - self._busy.total() if bytes_left > 0 else 0,
+            room=self._in_flight_max - self._busy.total() if bytes_left > 0 else 0,
             busy=dict(+self._busy),
             bytes_max=bytes_left,
         )

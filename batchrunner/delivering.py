@@ -10,7 +10,7 @@ from pathlib import Path
 
 from batchrunner.addresses import AddressRules, parse_networks
 from batchrunner.app import Adapters, reap
-from batchrunner.courier import Courier
+from batchrunner.courier import IN_FLIGHT_MAX, Courier
 from batchrunner.models import SessionId
 from batchrunner.outbox import Poster
 from batchrunner.poster import AiohttpPoster
@@ -34,7 +34,13 @@ def open_poster(adapters: Adapters, rules: AddressRules) -> Poster:
 
 @contextlib.asynccontextmanager
 async def carrying(
-    adapters: Adapters, folder: Path, settings: Settings, poster: Poster, *, threads: Executor | None = None
+    adapters: Adapters,
+    folder: Path,
+    settings: Settings,
+    poster: Poster,
+    *,
+    in_flight_max: int = IN_FLIGHT_MAX,
+    threads: Executor | None = None,
 ) -> AsyncIterator[Courier]:
     """Make a courier session over a data folder; its lock and what it holds end with the block."""
     locks = SessionLocks(folder)
@@ -50,6 +56,7 @@ async def carrying(
             clock=adapters.clock,
             rng=adapters.rng,
             each_max=settings.webhook_concurrency,
+            in_flight_max=in_flight_max,
             threads=threads,
         )
     finally:

@@ -23,7 +23,8 @@ BatchrunnerError
 │   ├── AuthenticationRefused   every line was answered 401 or 403
 │   ├── ModelUnknown            every line was answered "no such model or route"
 │   ├── ServerUnavailable       a batch server does not answer, or cannot work now
-│   └── ServerRefused           a batch server refused a request of the command line
+│   ├── ServerRefused           a batch server refused a request of the command line
+│   └── WebhookUnreachable      the receiver of a test did not answer
 └── OwnError                    our side or its disk, database or network is at fault
     ├── StoreUnavailable        the database cannot be reached or is locked for too long
     ├── SchemaNewer             the database was written by a newer version
@@ -229,6 +230,14 @@ class ServerRefused(PeerError):
 
     code = "server_refused"
     hint = "The message is the server's own; correct what it names and run the same command again."
+
+
+class WebhookUnreachable(PeerError):
+    """The receiver of a test did not answer."""
+
+    code = "webhook_unreachable"
+    http_status = 400
+    hint = "Is the receiver up, and may the server reach it? See docs/webhooks.md, Where it may lead."
 
 
 class OwnError(BatchrunnerError):

@@ -92,8 +92,8 @@ class TenantOutbox(Protocol):
     def event_serial(self, event_id: EventId) -> int:
         """The serial of an event; it counts those of all tenants, so it is not for their eyes. Raises: NotFound."""
 
-    def last_event_serial(self) -> int:
-        """The serial of the newest event, 0 without one."""
+    def last_event(self) -> WebhookEvent | None:
+        """The newest event."""
 
     def delivery(self, delivery_id: DeliveryId) -> Delivery:
         """Raises: NotFound."""

@@ -7,6 +7,7 @@ round it.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -200,7 +201,10 @@ def _told(problem: Exception, timeout_s: float) -> tuple[PostError, str]:
         case aiohttp.ClientSSLError():
             return PostError.TLS, "the TLS handshake failed or its certificate is not trusted"
         case aiohttp.ClientConnectorError(os_error=cause):
-            return PostError.UNREACHABLE, f"cannot connect: {cause.strerror or type(cause).__name__}"
+            # asyncio puts the address where the reason would stand.
+            number = cause.errno or 0
+            reason = os.strerror(number) if number > 0 else type(cause).__name__
+            return PostError.UNREACHABLE, f"cannot connect: {reason}"
         case aiohttp.ServerDisconnectedError() | aiohttp.ClientResponseError() | aiohttp.ClientPayloadError():
             return PostError.BROKEN_ANSWER, "the connection ended before a whole answer"
         case _:

@@ -23,7 +23,7 @@ from batchrunner.api.http import ApiParts
 from batchrunner.api.routes import build_app, make_runner
 from batchrunner.api.vitals import Vitals
 from batchrunner.app import Adapters, arm_crash_point, open_adapters
-from batchrunner.courier import Courier
+from batchrunner.courier import IN_FLIGHT_MAX, Courier
 from batchrunner.delivering import address_rules, carrying, open_poster
 from batchrunner.errors import BatchrunnerError, DiskFull
 from batchrunner.housekeeping import clear, drop_unfinished
@@ -89,21 +89,28 @@ class ApiProcess:
 
     async def run(self) -> None:
         """Listen and answer until `stop`."""
+        # A request may read a file or two while it is answered, and each notification has a socket.
+        third = allow_open_files(2 * CONNECTIONS_MAX + IN_FLIGHT_MAX) // 3
         poster = open_poster(self._adapters, self._rules)
         try:
-            session = carrying(self._adapters, self._folder, self._settings, poster, threads=self._executor)
-            async with session as courier:
+            async with carrying(
+                self._adapters,
+                self._folder,
+                self._settings,
+                poster,
+                in_flight_max=min(IN_FLIGHT_MAX, third),
+                threads=self._executor,
+            ) as courier:
                 self.vitals.posts = courier.posts
-                await self._serve(courier, replace(self._parts, poster=poster))
+                parts = replace(self._parts, poster=poster)
+                await self._serve(courier, parts, connections_max=min(CONNECTIONS_MAX, third))
         finally:
             await poster.close()
 
-    async def _serve(self, courier: Courier, parts: ApiParts) -> None:
+    async def _serve(self, courier: Courier, parts: ApiParts, *, connections_max: int) -> None:
         runner = make_runner(build_app(parts), shutdown_s=_CUT_S)
         await runner.setup()
         assert runner.server is not None
-        # A request may read a file or two while it is answered.
-        connections_max = min(CONNECTIONS_MAX, allow_open_files(2 * CONNECTIONS_MAX) // 2)
         door = Door(runner.server, self.vitals.busy, connections_max=connections_max)
         loop = asyncio.get_running_loop()
         listening = [await loop.create_server(door, sock=socket.socket(fileno=fd)) for fd in self._fds]

@@ -80,9 +80,8 @@ class _Deliveries(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """An event off the stream: its place, and its JSON as receivers get it."""
+    """An event off the stream, and its JSON as receivers get it."""
 
-    place: str
     event: RemoteEvent
     body: bytes
 
@@ -132,10 +131,18 @@ class WebhookClient(BatchClient):
 
         async def take(answer: aiohttp.ClientResponse) -> None:
             nonlocal last
-            async for heard in _heard(answer):
+            fields: dict[str, bytes] = {}
+            async for line in _lines(answer):
+                # Whatever comes says that the server is there.
                 self._progress_s = self._clock.monotonic_s()
-                await hear(heard)
-                last = heard.place
+                if line and not line.startswith(b":"):
+                    name, _, value = line.partition(b": ")
+                    fields[name.decode()] = value
+                elif not line:
+                    if "data" in fields:
+                        await hear(Heard(_decoded(fields["data"], RemoteEvent), fields["data"]))
+                    last = fields.get("id", b"").decode() or last
+                    fields = {}
 
         async def once() -> None:
             headers = {"Last-Event-ID": last} if last else {}
@@ -148,20 +155,6 @@ class WebhookClient(BatchClient):
 
     async def _post(self, path: str, fields: Mapping[str, object]) -> bytes:
         return await self._json("POST", path, body=msgspec.json.encode(fields), headers=_JSON)
-
-
-async def _heard(answer: aiohttp.ClientResponse) -> AsyncIterator[Heard]:
-    """Take a stream of events apart; every line is whole, and each field stands on one."""
-    fields: dict[str, bytes] = {}
-    async for line in _lines(answer):
-        if line.startswith(b":"):
-            continue
-        if line:
-            name, _, value = line.partition(b": ")
-            fields[name.decode()] = value
-        elif "data" in fields:
-            yield Heard(fields["id"].decode(), _decoded(fields["data"], RemoteEvent), fields["data"])
-            fields = {}
 
 
 async def _lines(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

@@ -31,7 +31,8 @@ from batchrunner.webhooks import sample_event
 
 LOOK_S = 0.5
 _PAGE = 100
-_BEGIN = b": listening\n\n"
+# No event has it: behind it are all.
+_BEFORE_ALL = EventId("evt_none")
 _HEARTBEAT = b": still here\n\n"
 
 
@@ -208,20 +209,25 @@ async def trigger_webhook_event(call: Call) -> Answer:
 async def follow_webhook_events(call: Call) -> Answer:
     """Stream the tenant's events from now on, or from behind Last-Event-ID; behind one that is dropped, all of them."""
     known = call.request.headers.get("Last-Event-ID")
-    try:
-        after = await call.blocking(_place, call, known)
-    except NotFound:
-        after = 0
+    after, place = await call.blocking(_place, call, known)
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    return Answer(content_type=EVENT_STREAM, headers=headers, chunks=_events(call, after))
+    return Answer(content_type=EVENT_STREAM, headers=headers, chunks=_events(call, after, place))
 
 
-def _place(call: Call, known: str | None) -> int:
-    return call.scope.event_serial(EventId(known)) if known else call.scope.last_event_serial()
+def _place(call: Call, known: str | None) -> tuple[int, EventId]:
+    """Find where to begin: the serial, and the id that stands for it."""
+    if known:
+        try:
+            return call.scope.event_serial(EventId(known)), EventId(known)
+        except NotFound:
+            return 0, _BEFORE_ALL
+    last = call.scope.last_event()
+    return (0, _BEFORE_ALL) if last is None else (last.serial, last.id)
 
 
-async def _events(call: Call, after: int) -> AsyncIterator[bytes]:
-    yield _BEGIN
+async def _events(call: Call, after: int, place: EventId) -> AsyncIterator[bytes]:
+    # Whoever loses the stream before its first event comes back with this.
+    yield b": listening\nid: %b\n\n" % place.encode()
     clock = call.parts.clock
     silent_since_s = admitted_at_s = clock.monotonic_s()
     while True:

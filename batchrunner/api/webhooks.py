@@ -16,7 +16,7 @@ from batchrunner.addresses import URL_CHARS_MAX, url_problem
 from batchrunner.api.envelope import Refusal
 from batchrunner.api.http import Answer, ApiParts, Call, Route, json_answer
 from batchrunner.deliveries import DEFAULT_TYPES, EndpointId, EventId, EventType, Secrets, WebhookEndpoint
-from batchrunner.errors import NotFound
+from batchrunner.errors import NotFound, WebhookUnreachable
 from batchrunner.holdings import KeyScope
 from batchrunner.webhooks import (
     OLD_SECRET_KEPT,
@@ -301,7 +301,7 @@ async def test_webhook_endpoint(call: Call) -> Answer:
     posted = await parts.poster.post(endpoint.url, body, headers | {"x-inference-webhook-id": endpoint.id})
     if posted.status is None:
         why = f"The endpoint did not answer: {posted.error} ({posted.message})."
-        raise Refusal(why, status=400, param="url", code="webhook_unreachable")
+        raise Refusal(why, status=WebhookUnreachable.http_status, param="url", code=WebhookUnreachable.code)
     return json_answer(
         EndpointTested(webhook_endpoint_id=endpoint.id, event_type=wanted.event_type, status_code=posted.status)
     )

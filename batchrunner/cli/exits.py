@@ -16,6 +16,7 @@ from batchrunner.errors import (
     RunDiffers,
     ServerRefused,
     UsageError,
+    WebhookUnreachable,
 )
 
 
@@ -56,6 +57,7 @@ _OF_ERROR: tuple[tuple[type[BatchrunnerError], ExitCode], ...] = (
     (RunDiffers, ExitCode.USAGE),
     (OutputExists, ExitCode.USAGE),
     (ServerRefused, ExitCode.USAGE),
+    (WebhookUnreachable, ExitCode.SOME_FAILED),
 )
 
 

@@ -13,6 +13,7 @@ from batchrunner.cli.exits import ExitCode
 from batchrunner.cli.remote import with_client
 from batchrunner.cli.server_address import server_of, server_option
 from batchrunner.errors import UsageError
+from batchrunner.grouping import printable
 from batchrunner.ports import Clock
 from batchrunner.webhook_client import RemoteDelivery, RemoteEndpoint, WebhookClient
 
@@ -112,7 +113,7 @@ def list_deliveries(
 
 def _endpoint_text(each: RemoteEndpoint) -> str:
     state = f"disabled: {each.disabled_reason}" if each.disabled_reason else ",".join(each.event_types)
-    return f"{each.id}  {each.url}  {each.name}  {state}"
+    return f"{each.id}  {each.url}  {printable(each.name)}  {state}"
 
 
 def _delivery_text(each: RemoteDelivery) -> str:

@@ -234,11 +234,10 @@ def events_after(conn: Connection, tenant: TenantId, *, after: int, limit: int) 
     return conn.execute(query.order_by(_events.serial).limit(limit)).mappings().all()
 
 
-def last_serial(conn: Connection, tenant: TenantId) -> int:
-    """Read the serial of a tenant's newest event."""
-    return int(
-        conn.execute(select(func.coalesce(func.max(_events.serial), 0)).where(_events.tenant == tenant)).scalar_one()
-    )
+def last_event(conn: Connection, tenant: TenantId) -> RowMapping | None:
+    """Read a tenant's newest event."""
+    query = select(webhook_events).where(_events.tenant == tenant).order_by(_events.serial.desc()).limit(1)
+    return conn.execute(query).mappings().one_or_none()
 
 
 def serial_of(conn: Connection, tenant: TenantId, event_id: EventId) -> int:

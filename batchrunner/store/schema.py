@@ -32,8 +32,8 @@ def use_write_ahead_log(path: Path, *, timeout_s: float) -> None:
         connection.close()
 
 
-def prepare(conn: Connection) -> None:
-    """Make or migrate the schema inside the caller's transaction.
+def prepare(conn: Connection) -> bool:
+    """Make or migrate the schema inside the caller's transaction; tells whether there was anything to do.
 
     Raises:
         SchemaNewer: the file has a version that this program does not know.
@@ -41,19 +41,20 @@ def prepare(conn: Connection) -> None:
     """
     found = version_of(conn)
     if found == VERSION:
-        return
+        return False
     if found is not None and found > VERSION:
         raise SchemaNewer(f"the database has schema {found}, this program knows up to {VERSION}")
     if found is not None:
         from batchrunner.store.migrations import upgrade
 
         upgrade(conn)
-        return
+        return True
     if tables := inspect(conn).get_table_names():
         raise FolderUnsuitable(f"the database has tables that are not ours: {', '.join(tables[:3])}")
     schema.create_all(conn)
     stamp.create_all(conn)
     conn.execute(insert(alembic_version), {"version_num": VERSION})
+    return True
 
 
 def check(conn: Connection) -> None:

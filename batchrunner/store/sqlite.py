@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from batchrunner.ports import Clock
 from batchrunner.store import queries_claims, schema
 from batchrunner.store.moments import Availability, Moment
 from batchrunner.store.sql import SqlStore
+
+logger = logging.getLogger(__name__)
 
 _BUSY_TIMEOUT_S = 30.0
 _WRITER_WAIT_S = 60.0
@@ -239,7 +242,20 @@ class SqliteStore(SqlStore):
         except sqlite3.Error as error:
             raise translated(DBAPIError("PRAGMA journal_mode", None, error)) from error
         with self.writing() as conn:
-            schema.prepare(conn)
+            is_changed = schema.prepare(conn)
+        if is_changed:
+            self._keep_to_owner()
+
+    def _keep_to_owner(self) -> None:
+        """Take what signs webhooks, which it is about to hold, out of others' sight; whoever wants to share it may."""
+        for suffix in ("", "-wal", "-shm"):
+            path = self._path.with_name(f"{self._path.name}{suffix}")
+            try:
+                path.chmod(0o600)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                logger.warning("others may read %s: %s", path, error.strerror, extra={"action": "store_readable"})
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:

@@ -141,10 +141,11 @@ class SqlTenantOutbox:
         with self._store.reading() as conn:
             return queries_webhooks.serial_of(conn, self._tenant, event_id)
 
-    def last_event_serial(self) -> int:
+    def last_event(self) -> WebhookEvent | None:
         """See TenantOutbox."""
         with self._store.reading() as conn:
-            return queries_webhooks.last_serial(conn, self._tenant)
+            row = queries_webhooks.last_event(conn, self._tenant)
+            return None if row is None else event_of_row(row)
 
     def delivery(self, delivery_id: DeliveryId) -> Delivery:
         """See TenantOutbox."""

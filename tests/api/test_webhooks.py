@@ -416,7 +416,8 @@ async def test_resend_to_a_deleted_endpoint_is_refused(api: Served) -> None:
 
 
 async def test_events_are_streamed_and_the_stream_resumes(api: Served) -> None:
-    await trigger(api, "batch.failed")
+    first = await trigger(api, "batch.failed")
+    places: list[str] = []
     seen: list[tuple[str, str, Any]] = []
 
     async def follow(count: int, **headers: str) -> None:
@@ -429,7 +430,9 @@ async def test_events_are_streamed_and_the_stream_resumes(api: Served) -> None:
                     begun.set()
                 elif line and not line.startswith(":"):
                     name, _, fields[name] = line.partition(": ")
-                elif "id" in fields:
+                elif "data" not in fields:
+                    places.append(fields["id"])
+                else:
                     seen.append((fields["event"], fields["id"], json.loads(fields["data"])))
                     fields = {}
                     if len(seen) >= count:
@@ -446,6 +449,7 @@ async def test_events_are_streamed_and_the_stream_resumes(api: Served) -> None:
 
     assert [each[0] for each in seen] == ["batch.completed", "batch.expired"], "what was before is not told"
     assert seen[0][2]["id"] == made["id"]
+    assert places == [first["id"], seen[0][1]], "where it begins is told at once"
     assert [each[1] for each in seen] == [each[2]["id"] for each in seen], "a place tells nothing of other tenants"
 
 
@@ -458,4 +462,4 @@ async def test_a_stream_whose_place_is_not_kept_any_more_tells_all_that_is(api: 
             told += await answer.content.readany()
 
     places = [line.removeprefix(b"id: ").decode() for line in told.splitlines() if line.startswith(b"id: ")]
-    assert places == [each["id"] for each in made]
+    assert places == ["evt_none", *(each["id"] for each in made)]

@@ -133,13 +133,23 @@ async def test_trigger_log_and_resend(tmp_path: Path, api: Served) -> None:
 async def test_a_test_tells_what_the_receiver_answers(tmp_path: Path, api: Served, status: int, code: int) -> None:
     server = ("--server", api.base)
     async with receiving(lambda _number: status) as receiver:
-        wanted = {"name": "mine", "url": receiver.base, "event_types": ["batch.completed"]}
+        wanted = {"name": "\x1b]0;mine", "url": receiver.base, "event_types": ["batch.completed"]}
         made = (await api.call("POST", "/v1/webhook_endpoints", json=wanted)).json
         listed = await called(tmp_path, "webhooks", "list", "--endpoints", *server)
         tested = await called(tmp_path, "webhooks", "test", made["id"], *server)
 
     assert tested[:2] == (code, f"{status}\n")
-    assert listed[1] == f"{made['id']}  {receiver.base}  mine  batch.completed\n"
+    assert listed[1] == f"{made['id']}  {receiver.base}  ?]0;mine  batch.completed\n"
+
+
+async def test_a_receiver_that_is_not_there_has_not_taken_its_test(tmp_path: Path, api: Served) -> None:
+    wanted = {"name": "mine", "url": "http://127.0.0.1:1023/", "event_types": ["batch.completed"]}
+    made = (await api.call("POST", "/v1/webhook_endpoints", json=wanted)).json
+
+    code, out, err = await called(tmp_path, "webhooks", "test", made["id"], "--server", api.base)
+
+    assert (code, out) == (3, "")
+    assert "did not answer: unreachable (cannot connect: Connection refused)" in err
 
 
 async def test_rotate_prints_another_secret(tmp_path: Path, api: Served) -> None:

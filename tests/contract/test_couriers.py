@@ -73,7 +73,13 @@ class ScriptedPoster:
 
 
 def courier_of(
-    world: World, poster: ScriptedPoster, *, name: str = "courier", clock=None, each_max: int = 8
+    world: World,
+    poster: ScriptedPoster,
+    *,
+    name: str = "courier",
+    clock=None,
+    each_max: int = 8,
+    in_flight_max: int = 1024,
 ) -> Courier:
     return Courier(
         session=SessionId(name),
@@ -82,6 +88,7 @@ def courier_of(
         clock=clock or world.clock,
         rng=SystemRng(),
         each_max=each_max,
+        in_flight_max=in_flight_max,
     )
 
 
@@ -264,6 +271,22 @@ async def test_a_process_that_was_stopped_after_its_claim_sends_no_more(world: W
 
     assert (only(world).state, only(world).attempt_count) == (DeliveryState.DELIVERED, 1)
     assert [each.error for each in only(world).attempts] == [PostError.UNKNOWN, None]
+
+
+async def test_attempts_under_way_are_bounded(world: World) -> None:
+    poster = ScriptedPoster(world.clock.now, lambda _number, _url: None)
+    for number in range(8):
+        tell(world, number, f"https://{number}.example/")
+    courier = courier_of(world, poster, in_flight_max=4)
+
+    for _ in range(5):
+        await courier._turn()
+        await asyncio.sleep(0)
+    under_way = len(poster.posts)
+    courier.stop(grace_s=0.0)
+    await courier.run()
+
+    assert 1 <= under_way <= 4
 
 
 async def test_bodies_in_memory_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,12 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+import openai
 import pytest
 
+from batchrunner.webhooks import secret_of
 from tests.api.receiving import Got, carrying, receiving
 from tests.api.serving import serving
 from tests.sdk.packages import NODE
@@ -55,7 +58,7 @@ async def shell(folder: Path, script: str, environment: dict[str, str]) -> Async
 
 
 async def test_quickstart_in_two_shells_works_as_printed(tmp_path: Path) -> None:
-    first, second, _ = blocks("sh")
+    first, second, *_ = blocks("sh")
     upstream, server, receiver = free_ports(3)
     (tmp_path / "receiver.py").write_text(blocks("python")[0].replace("3000", receiver))
     first = first.replace("9000", upstream).replace("3000", receiver)
@@ -103,6 +106,20 @@ async def test_openssl_by_hand_tells_true_from_forged(tmp_path: Path, end: bytes
     process = await asyncio.create_subprocess_exec("bash", "-c", blocks("sh")[2], cwd=tmp_path, env=environment)
 
     assert await process.wait() == code
+
+
+async def test_curl_by_hand_sends_what_verifies(tmp_path: Path) -> None:
+    secret = secret_of("17" * 32)
+    environment = dict(os.environ) | {"OPENAI_WEBHOOK_SECRET": secret}
+    async with receiving() as receiver:
+        script = blocks("sh")[3].replace("http://localhost:3000", receiver.base)
+        async with shell(tmp_path, script, environment) as curl:
+            out, _ = await curl.communicate()
+
+    (got,) = receiver.got
+    assert (curl.returncode, out) == (0, b"200\n")
+    event: Any = openai.OpenAI(api_key="none").webhooks.unwrap(got.body, got.headers, secret=secret)
+    assert (event.type, event.data.id) == ("batch.completed", "batch_by_hand")
 
 
 @pytest.mark.real

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import stat
 import subprocess
 import sys
 import threading
@@ -550,3 +551,26 @@ def test_batch_of_the_second_schema_tells_its_end(path: Path) -> None:
     store.close()
 
     assert (delivery.batch_id, delivery.url, delivery.type) == (batch.id, "https://hooks.example/", "batch.failed")
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_only_its_owner_reads_what_signs(path: Path, is_old: bool) -> None:
+    if is_old:
+        written_by_0002(path)
+        path.chmod(0o644)
+    store = SqliteStore.open(path, SystemClock())
+    store.scope(LOCAL_TENANT).signing_secrets("whsec_secret")
+
+    found = {each.name: stat.S_IMODE(each.stat().st_mode) for each in path.parent.glob(f"{path.name}*")}
+    store.close()
+
+    assert {found[path.name], found[f"{path.name}-wal"], found[f"{path.name}-shm"]} == {0o600}
+
+
+def test_whoever_shares_a_database_may_go_on_to(path: Path) -> None:
+    SqliteStore.open(path, SystemClock()).close()
+    path.chmod(0o640)
+
+    SqliteStore.open(path, SystemClock()).close()
+
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
