@@ -151,21 +151,26 @@ def run(input_place: Path | S3Address, output_place: Path | S3Address, **options
         is_fresh=bool(options["fresh"]),
         is_json=bool(options["is_json"]),
     )
+    _check_upstreams(settings)
+    _check_webhook(settings)
+    from batchrunner.tuning import tune_process
+
+    with asyncio.Runner(loop_factory=tune_process()) as loop:
+        code = loop.run(run_to_end(request, settings, read_api_keys(settings)))
+    sys.exit(int(code or ExitCode.OK))
+
+
+def _check_upstreams(settings: Settings) -> None:
+    """Refuse what is no upstream before --fresh sets anything aside."""
     if not has_upstream(settings):
         raise UsageError(
             "no upstream is named",
             hint="Give -u URL or set OPENAI_BASE_URL; without a server, try `batchrunner simulate`.",
         )
-    _check_webhook(settings)
-    from batchrunner.tuning import tune_process
     from batchrunner.upstream import join_url
 
-    # Checked before --fresh sets anything aside.
     for target in targets_of(settings):
         join_url(target.base_url, "/v1/chat/completions")
-    with asyncio.Runner(loop_factory=tune_process()) as loop:
-        code = loop.run(run_to_end(request, settings, read_api_keys(settings)))
-    sys.exit(int(code or ExitCode.OK))
 
 
 def _check_webhook(settings: Settings) -> None:
