@@ -23,7 +23,7 @@ from batchrunner.settings import Settings, targets_of
 logger = logging.getLogger(__name__)
 
 _PACE_S = 0.1
-# What has not changed is said again after this time, to whoever did not hear it.
+# What has not changed is said again after this time to a worker without work.
 _REPEAT_S = 1.0
 # A worker that is slow to report is waited for so many rounds.
 _ROUNDS_MAX = 3
@@ -139,10 +139,16 @@ class _Child(ChildProcess):
         in_flight = self.report.activities[place].in_flight if self.report is not None else 0
         return max(*self.grants.get(place, (0, 0)), in_flight)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it said that it has nothing to send to anybody."""
+        report = self.report
+        return report is not None and not report.waiting and not any(each.in_flight for each in report.activities)
+
     def tell(self, share: Share) -> None:
         """Say what it may use. A worker without work would be kept busy by hearing the same all the time."""
         line, now_s = encode_message(share), self.clock.monotonic_s()
-        if line != self._told or now_s - self._told_at_s >= _REPEAT_S:
+        if not self.is_idle or line != self._told or now_s - self._told_at_s >= _REPEAT_S:
             self._told, self._told_at_s = line, now_s
             self.send(line)
 

@@ -219,9 +219,18 @@ def test_stop_is_told_to_all_and_again_with_a_shorter_grace() -> None:
     assert [last_share(child).stop_grace_s for child in children] == [0.0, 0.0]
 
 
-async def test_what_has_not_changed_is_told_once_a_second() -> None:
+async def test_a_worker_at_work_is_told_what_it_may_use_in_every_round() -> None:
+    made, (child,) = supervisor_of(1, concurrency=9)
+    child.report = report(in_flight=1)
+    for _ in range(30):
+        made._hand_out()
+    assert len(child.process.stdin.shares) == 30
+
+
+async def test_an_idle_worker_is_told_what_has_not_changed_once_a_second() -> None:
     clock = VirtualClock()
     made, (child,) = supervisor_of(1, clock=clock, concurrency=9)
+    child.report = report(in_flight=0)
     for _ in range(30):
         made._hand_out()
         await clock.advance(0.1)
