@@ -128,8 +128,8 @@ def moto(_folder: Path) -> Iterator[Service]:
         server.stop()
 
 
-def _distinct_ports(count: int) -> list[int]:
-    """Free ports whose gRPC siblings, 10,000 above, are free as well."""
+def distinct_ports(count: int) -> list[int]:
+    """Find free ports whose gRPC siblings, 10,000 above, are free as well."""
     found: list[int] = []
     while len(found) < count:
         port = free_port()
@@ -139,9 +139,12 @@ def _distinct_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def seaweedfs(folder: Path, *, port: int | None = None, env: dict[str, str] | None = None) -> Iterator[Service]:
-    """Run SeaweedFS: its whole stack in one process."""
-    master, volume, filer, s3 = _distinct_ports(4)
+def seaweedfs(
+    folder: Path, *, port: int | None = None, ports: list[int] | None = None, env: dict[str, str] | None = None
+) -> Iterator[Service]:
+    """Run SeaweedFS: its whole stack in one process. With four `ports` it may be one that ran there before."""
+    is_new = ports is None or not any(folder.iterdir())
+    master, volume, filer, s3 = ports or distinct_ports(4)
     s3 = port or s3
     url = f"http://127.0.0.1:{s3}"
     command = [
@@ -162,7 +165,8 @@ def seaweedfs(folder: Path, *, port: int | None = None, env: dict[str, str] | No
     ]
     keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
     with _started(command, url, folder, keys | (env or {})) as service:
-        _make_bucket(url)
+        if is_new:
+            _make_bucket(url)
         yield service
 
 

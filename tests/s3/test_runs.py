@@ -17,7 +17,7 @@ from batchrunner.simulate import SimulatorStats
 from tests.e2e.harness import Bench, bench, start
 from tests.s3.conftest import environment_of
 from tests.s3.proxy import Fault, Proxy, proxied
-from tests.s3.services import BUCKET, Service, client_of
+from tests.s3.services import BUCKET, Service, client_of, distinct_ports, seaweedfs
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 WINDOW = 16
@@ -112,6 +112,27 @@ async def test_service_that_fails_for_a_while_stops_the_sending_and_the_run_goes
         assert uploads_left(proxy.url, environment["BATCHRUNNER_BLOBS"]) == []
 
 
+async def test_service_killed_in_mid_run_is_waited_for_and_the_run_goes_on(tmp_path: Path) -> None:
+    folder, ports = tmp_path / "weed", distinct_ports(4)
+    folder.mkdir()
+    async with bench(tmp_path, latency="20ms") as run:
+        run.write_input(6_000)
+        with seaweedfs(folder, ports=ports) as service:
+            run.environment = environment_of(service.url, BATCHRUNNER_SEGMENT_S="500ms")
+            command = await run.start("--workers", "1", "--json")
+            await run.reach(lambda stats: stats.total >= 1_500, command)
+            assert service.process is not None
+            service.process.kill()
+            stopped_at = await still(run)
+        with seaweedfs(folder, ports=ports) as service:
+            ended = await command.ended(within_s=120)
+
+            assert ended.code == 0, ended.stderr
+            assert stopped_at < 1_500 + 800 * 4
+            run.check(repeats_max=0)
+            assert uploads_left(service.url, run.environment["BATCHRUNNER_BLOBS"]) == []
+
+
 async def still(run: Bench) -> int:
     """Wait until nothing has been sent for a second; gives how much was sent before."""
     import asyncio
@@ -142,8 +163,8 @@ async def test_run_killed_at_random_repeats_what_a_segment_holds_and_ends_as_in_
     url = s3_service("seaweedfs").url
     rng = random.Random(7)
     per_s = scale.window / 0.02
-    # What was answered within the interval, the time of its request, and a look of the journal's.
-    per_kill_max = scale.window + int(per_s * (2.0 + 1.0))
+    # What is in flight, and what was answered within one interval.
+    per_kill_max = scale.window + int(per_s * 2.0)
     async with bench(tmp_path, latency=scale.latency) as run:
         run.flags = ["--concurrency", str(scale.window), "--workers", "2"]
         run.environment = environment_of(url)
