@@ -122,16 +122,6 @@ class ExtendedBatch(BatchObject, frozen=True, kw_only=True):
     progress: Progress
 
 
-class BatchList(msgspec.Struct, frozen=True, kw_only=True):
-    """A page of batches, newest first; the next one is behind `last_id`."""
-
-    object: Literal["list"] = "list"
-    data: tuple[ExtendedBatch, ...]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-
-
 def batch_object(batch: Batch, shares: Sequence[LiveShare], now: datetime) -> ExtendedBatch:
     """Map a batch to the wire."""
     return ExtendedBatch(

@@ -12,6 +12,7 @@ from batchrunner.api.auth import CACHED_S
 from batchrunner.api.envelope import Refusal
 from batchrunner.api.events import EVENT_STREAM, HEARTBEAT_S, is_admitted
 from batchrunner.api.http import Answer, Call, Route, json_answer
+from batchrunner.api.paging import Page, page_of
 from batchrunner.api.webhooks import Url, check_url, seconds_of
 from batchrunner.deliveries import (
     Delivery,
@@ -81,14 +82,10 @@ class DeliveryObject(msgspec.Struct, frozen=True, kw_only=True):
     attempts: tuple[AttemptObject, ...]
 
 
-class DeliveryList(msgspec.Struct, frozen=True, kw_only=True):
+class DeliveryList(Page, frozen=True, kw_only=True):
     """A page of deliveries, newest first; the next one is behind `last_id`."""
 
-    object: Literal["list"] = "list"
     data: tuple[DeliveryObject, ...]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 class TriggerRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,14 +163,7 @@ async def list_webhook_deliveries(call: Call) -> Answer:
         found = await call.blocking(call.scope.deliveries, limit=wanted.limit + 1, after=after, only=narrowed)
     except NotFound:
         raise _no_such_delivery(wanted.after or "") from None
-    shown = tuple(map(_shown, found[: wanted.limit]))
-    page = DeliveryList(
-        data=shown,
-        first_id=shown[0].id if shown else None,
-        last_id=shown[-1].id if shown else None,
-        has_more=len(found) > wanted.limit,
-    )
-    return json_answer(page)
+    return json_answer(page_of(DeliveryList, list(map(_shown, found)), limit=wanted.limit))
 
 
 async def retrieve_webhook_delivery(call: Call) -> Answer:

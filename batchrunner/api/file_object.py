@@ -8,6 +8,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from batchrunner.api.envelope import Refusal
+from batchrunner.api.paging import Page
 from batchrunner.holdings import Upload
 from batchrunner.models import File
 
@@ -43,14 +44,10 @@ class FileObject(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str | UnsetType = UNSET
 
 
-class FileList(msgspec.Struct, frozen=True, kw_only=True):
+class FileList(Page, frozen=True, kw_only=True):
     """A page of files."""
 
-    object: Literal["list"] = "list"
-    data: list[FileObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+    data: tuple[FileObject, ...]
 
 
 class FileDeleted(msgspec.Struct, frozen=True, kw_only=True):

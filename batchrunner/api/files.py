@@ -27,6 +27,7 @@ from batchrunner.api.file_object import (
 from batchrunner.api.http import JSON, Answer, ApiParts, Call, Route, json_answer
 from batchrunner.api.idempotency import fields_fingerprint, settle_streamed
 from batchrunner.api.multipart import MULTIPART, Form, receive
+from batchrunner.api.paging import page_of
 from batchrunner.api.typed import read_parameters
 from batchrunner.errors import BlobsUnavailable, NotFound
 from batchrunner.holdings import KeyScope
@@ -224,14 +225,8 @@ def _page(call: Call, wanted: ListFiles) -> Answer:
         )
     except NotFound:
         raise no_such_file(wanted.after or "") from None
-    shown = [file_object(each, is_strict=call.is_strict) for each in found[: wanted.limit]]
-    page = FileList(
-        data=shown,
-        first_id=shown[0].id if shown else None,
-        last_id=shown[-1].id if shown else None,
-        has_more=len(found) > wanted.limit,
-    )
-    return json_answer(page)
+    shown = [file_object(each, is_strict=call.is_strict) for each in found]
+    return json_answer(page_of(FileList, shown, limit=wanted.limit))
 
 
 async def file_of(call: Call) -> File:

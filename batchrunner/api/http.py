@@ -16,7 +16,6 @@ from functools import partial
 from typing import ParamSpec, Protocol, TypeVar
 
 import msgspec
-import orjson
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
@@ -138,16 +137,9 @@ class Answer:
     size_bytes: int | None = None
 
 
-def json_answer(value: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
-    """Answer with a struct, or anything that is JSON, in the order of its fields."""
-    body = _encode(value) if isinstance(value, msgspec.Struct) else orjson.dumps(value, default=_encode_struct)
-    return Answer(body=body, status=status, headers=headers or {})
-
-
-def _encode_struct(value: object) -> object:
-    if isinstance(value, msgspec.Struct):
-        return orjson.Fragment(_encode(value))
-    raise TypeError(f"{type(value).__name__} has no JSON")
+def json_answer(value: msgspec.Struct, *, status: int = 200) -> Answer:
+    """Answer with a struct, in the order of its fields."""
+    return Answer(body=_encode(value), status=status)
 
 
 class Handler(Protocol):

@@ -15,6 +15,7 @@ from msgspec import Meta
 from batchrunner.addresses import URL_CHARS_MAX, url_problem
 from batchrunner.api.envelope import Refusal
 from batchrunner.api.http import Answer, ApiParts, Call, Route, json_answer
+from batchrunner.api.paging import Page, page_of
 from batchrunner.deliveries import DEFAULT_TYPES, EndpointId, EventId, EventType, Secrets, WebhookEndpoint
 from batchrunner.errors import NotFound, WebhookUnreachable
 from batchrunner.holdings import KeyScope
@@ -90,14 +91,10 @@ class EndpointWithSecret(EndpointObject, frozen=True, kw_only=True):
     signing_secret: str
 
 
-class EndpointList(msgspec.Struct, frozen=True, kw_only=True):
+class EndpointList(Page, frozen=True, kw_only=True):
     """A page of receivers, newest first; the next one is behind `last_id`."""
 
-    object: Literal["list"] = "list"
     data: tuple[EndpointObject, ...]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 class EndpointDeleted(msgspec.Struct, frozen=True, kw_only=True):
@@ -233,14 +230,7 @@ async def list_webhook_endpoints(call: Call) -> Answer:
         found = await call.blocking(call.scope.endpoints, limit=wanted.limit + 1, after=after)
     except NotFound:
         raise no_such_endpoint(wanted.after or "") from None
-    shown = tuple(map(_plain, found[: wanted.limit]))
-    page = EndpointList(
-        data=shown,
-        first_id=shown[0].id if shown else None,
-        last_id=shown[-1].id if shown else None,
-        has_more=len(found) > wanted.limit,
-    )
-    return json_answer(page)
+    return json_answer(page_of(EndpointList, list(map(_plain, found)), limit=wanted.limit))
 
 
 async def update_webhook_endpoint(call: Call) -> Answer:
