@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from batchrunner.api.auth import CACHED_S
-from batchrunner.api.envelope import Refusal
+from batchrunner.api.envelope import Refusal, refused_if_missing
 from batchrunner.api.events import EVENT_STREAM, HEARTBEAT_S, is_admitted
 from batchrunner.api.http import Answer, Call, Route, json_answer
 from batchrunner.api.paging import Page, page_of
@@ -159,29 +159,24 @@ async def list_webhook_deliveries(call: Call) -> Answer:
         endpoint_id=EndpointId(wanted.webhook_endpoint_id) if wanted.webhook_endpoint_id is not None else None,
     )
     after = DeliveryId(wanted.after) if wanted.after is not None else None
-    try:
+    with refused_if_missing(_no_such_delivery(wanted.after or "")):
         found = await call.blocking(call.scope.deliveries, limit=wanted.limit + 1, after=after, only=narrowed)
-    except NotFound:
-        raise _no_such_delivery(wanted.after or "") from None
     return json_answer(page_of(DeliveryList, list(map(_shown, found)), limit=wanted.limit))
 
 
 async def retrieve_webhook_delivery(call: Call) -> Answer:
     """Show one delivery with its attempts."""
     delivery_id = _delivery_id(call)
-    try:
+    with refused_if_missing(_no_such_delivery(delivery_id)):
         return json_answer(_shown(await call.blocking(call.scope.delivery, delivery_id)))
-    except NotFound:
-        raise _no_such_delivery(delivery_id) from None
 
 
 async def resend_webhook_delivery(call: Call) -> Answer:
     """Begin a delivery again at once; receivers see the same `webhook-id`."""
     delivery_id = _delivery_id(call)
     try:
-        return json_answer(_shown(await call.blocking(call.scope.resend, delivery_id)))
-    except NotFound:
-        raise _no_such_delivery(delivery_id) from None
+        with refused_if_missing(_no_such_delivery(delivery_id)):
+            return json_answer(_shown(await call.blocking(call.scope.resend, delivery_id)))
     except TransitionRefused as error:
         raise Refusal(f"Cannot resend: {error.message}.", status=409, code=error.code) from None
 

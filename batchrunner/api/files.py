@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from batchrunner.api.download import blob_answer, content_disposition
-from batchrunner.api.envelope import Refusal, no_such_file
+from batchrunner.api.envelope import Refusal, no_such_file, refused_if_missing
 from batchrunner.api.file_object import (
     BATCH,
     ExpiresAfter,
@@ -216,15 +216,13 @@ async def list_files(call: Call) -> Answer:
 
 
 def _page(call: Call, wanted: ListFiles) -> Answer:
-    try:
+    with refused_if_missing(no_such_file(wanted.after or "")):
         found = call.scope.files(
             limit=wanted.limit + 1,
             after=FileId(wanted.after) if wanted.after is not None else None,
             purpose=wanted.purpose,
             newest_first=wanted.order == "desc",
         )
-    except NotFound:
-        raise no_such_file(wanted.after or "") from None
     shown = [file_object(each, is_strict=call.is_strict) for each in found]
     return json_answer(page_of(FileList, shown, limit=wanted.limit))
 
@@ -232,10 +230,8 @@ def _page(call: Call, wanted: ListFiles) -> Answer:
 async def file_of(call: Call) -> File:
     """Give the file that the path names. Raises: Refusal."""
     file_id = FileId(call.path_params["file_id"])
-    try:
+    with refused_if_missing(no_such_file(file_id)):
         return await call.blocking(call.scope.file, file_id)
-    except NotFound:
-        raise no_such_file(file_id) from None
 
 
 async def retrieve_file(call: Call) -> Answer:
@@ -252,10 +248,8 @@ async def present_file(call: Call, file_id: str) -> Answer:
 async def delete_file(call: Call) -> Answer:
     """Hide a file; its bytes stay while a batch reads them."""
     file_id = FileId(call.path_params["file_id"])
-    try:
+    with refused_if_missing(no_such_file(file_id)):
         await call.blocking(call.scope.delete_file, file_id)
-    except NotFound:
-        raise no_such_file(file_id) from None
     return json_answer(FileDeleted(id=file_id))
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from batchrunner.api.envelope import Refusal, no_such_part, no_such_upload
+from batchrunner.api.envelope import Refusal, no_such_part, no_such_upload, refused_if_missing
 from batchrunner.api.file_object import (
     ExpiresAfter,
     Purpose,
@@ -222,10 +222,8 @@ def _check_sum(upload: Upload, parts: Sequence[UploadPart]) -> None:
 
 async def _upload_of(call: Call) -> Upload:
     upload_id = UploadId(call.path_params["upload_id"])
-    try:
+    with refused_if_missing(no_such_upload(upload_id)):
         return await call.blocking(call.scope.upload, upload_id)
-    except NotFound:
-        raise no_such_upload(upload_id) from None
 
 
 async def _shown(call: Call, upload: Upload) -> Answer:

@@ -13,11 +13,11 @@ import msgspec
 from msgspec import Meta
 
 from batchrunner.addresses import URL_CHARS_MAX, url_problem
-from batchrunner.api.envelope import Refusal
+from batchrunner.api.envelope import Refusal, refused_if_missing
 from batchrunner.api.http import Answer, ApiParts, Call, Route, json_answer
 from batchrunner.api.paging import Page, page_of
 from batchrunner.deliveries import DEFAULT_TYPES, EndpointId, EventId, EventType, Secrets, WebhookEndpoint
-from batchrunner.errors import NotFound, WebhookUnreachable
+from batchrunner.errors import WebhookUnreachable
 from batchrunner.holdings import KeyScope
 from batchrunner.webhooks import (
     OLD_SECRET_KEPT,
@@ -216,20 +216,16 @@ async def retrieve_webhook_endpoint(call: Call) -> Answer:
 
 async def _found(call: Call) -> WebhookEndpoint:
     endpoint_id = _endpoint_id(call)
-    try:
+    with refused_if_missing(no_such_endpoint(endpoint_id)):
         return await call.blocking(call.scope.endpoint, endpoint_id)
-    except NotFound:
-        raise no_such_endpoint(endpoint_id) from None
 
 
 async def list_webhook_endpoints(call: Call) -> Answer:
     """Give a page of the tenant's receivers."""
     wanted = call.parameters(ListEndpoints)
     after = EndpointId(wanted.after) if wanted.after is not None else None
-    try:
+    with refused_if_missing(no_such_endpoint(wanted.after or "")):
         found = await call.blocking(call.scope.endpoints, limit=wanted.limit + 1, after=after)
-    except NotFound:
-        raise no_such_endpoint(wanted.after or "") from None
     return json_answer(page_of(EndpointList, list(map(_plain, found)), limit=wanted.limit))
 
 
@@ -239,22 +235,18 @@ async def update_webhook_endpoint(call: Call) -> Answer:
     check_url(call.parts, wanted.url, param="url")
     types = tuple(dict.fromkeys(wanted.event_types)) if wanted.event_types is not None else None
     endpoint_id = _endpoint_id(call)
-    try:
+    with refused_if_missing(no_such_endpoint(endpoint_id)):
         changed = await call.blocking(
             call.scope.change_endpoint, endpoint_id, name=wanted.name, url=wanted.url, event_types=types
         )
-    except NotFound:
-        raise no_such_endpoint(endpoint_id) from None
     return json_answer(_plain(changed))
 
 
 async def delete_webhook_endpoint(call: Call) -> Answer:
     """Forget a receiver; what it was still to be told is given up."""
     endpoint_id = _endpoint_id(call)
-    try:
+    with refused_if_missing(no_such_endpoint(endpoint_id)):
         await call.blocking(call.scope.delete_endpoint, endpoint_id)
-    except NotFound:
-        raise no_such_endpoint(endpoint_id) from None
     return json_answer(EndpointDeleted(id=endpoint_id))
 
 
@@ -268,10 +260,8 @@ async def rotate_webhook_endpoint_secret(call: Call) -> Answer:
     """Sign with a new secret, and for a day with the old one too if that is wanted."""
     old_until = await _rotation(call)
     endpoint_id, secret = _endpoint_id(call), new_secret(call.parts)
-    try:
+    with refused_if_missing(no_such_endpoint(endpoint_id)):
         rotated = await call.blocking(call.scope.rotate_endpoint_secret, endpoint_id, secret, old_until=old_until)
-    except NotFound:
-        raise no_such_endpoint(endpoint_id) from None
     return json_answer(_with_secret(rotated))
 
 
