@@ -32,6 +32,7 @@ from batchrunner.deliveries import (
 from batchrunner.errors import UsageError
 from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import OPENAI_STRICT, Batch, TenantId
+from batchrunner.progress import seconds_of
 from batchrunner.samples import sample_batch
 
 USER_AGENT = "batchrunner/1.0 (+webhooks)"
@@ -98,7 +99,7 @@ def _event(event_id: EventId, kind: EventType, batch: Batch, at: datetime) -> We
     if batch.dialect == OPENAI_STRICT:
         assert isinstance(shown, ExtendedBatch)
         shown = strict_object(shown)
-    body = _Body(id=event_id, type=kind, created_at=int(at.timestamp()), data=msgspec.Raw(_encode(shown)))
+    body = _Body(id=event_id, type=kind, created_at=seconds_of(at), data=msgspec.Raw(_encode(shown)))
     return WebhookEvent(
         id=event_id, tenant=batch.tenant, batch_id=batch.id, type=kind, body=_encode(body).decode(), created_at=at
     )
@@ -164,7 +165,7 @@ def _key_of(secret: str) -> bytes:
 
 def signed_headers(webhook_id: str, kind: str, body: bytes, secrets: Sequence[str], at: datetime) -> dict[str, str]:
     """Give the headers of one attempt, whose signature holds for its own time only: receivers refuse old ones."""
-    timestamp = int(at.timestamp())
+    timestamp = seconds_of(at)
     return {
         "content-type": "application/json",
         "user-agent": USER_AGENT,

@@ -13,7 +13,7 @@ from batchrunner.api.envelope import Refusal, refused_if_missing
 from batchrunner.api.events import EVENT_STREAM, HEARTBEAT_S, is_admitted
 from batchrunner.api.http import Answer, Call, Route, json_answer
 from batchrunner.api.paging import Page, page_of
-from batchrunner.api.webhooks import Url, check_url, seconds_of
+from batchrunner.api.webhooks import Url, check_url
 from batchrunner.deliveries import (
     Delivery,
     DeliveryAttempt,
@@ -28,6 +28,7 @@ from batchrunner.deliveries import (
 from batchrunner.errors import NotFound, TransitionRefused
 from batchrunner.holdings import KeyScope
 from batchrunner.models import BatchId
+from batchrunner.progress import seconds_of
 from batchrunner.webhooks import sample_event
 
 LOOK_S = 0.5
@@ -115,7 +116,7 @@ class HookEvent(msgspec.Struct, frozen=True, kw_only=True):
 def _attempt(attempt: DeliveryAttempt) -> AttemptObject:
     return AttemptObject(
         number=attempt.number,
-        started_at=int(attempt.started_at.timestamp()),
+        started_at=seconds_of(attempt.started_at),
         elapsed_ms=None if attempt.elapsed_s is None else round(attempt.elapsed_s * 1000),
         status_code=attempt.status,
         error=attempt.error,
@@ -133,7 +134,7 @@ def _shown(delivery: Delivery) -> DeliveryObject:
         batch_id=delivery.batch_id,
         webhook_endpoint_id=delivery.endpoint_id,
         url=delivery.url,
-        created_at=int(delivery.created_at.timestamp()),
+        created_at=seconds_of(delivery.created_at),
         next_attempt_at=seconds_of(delivery.due_at),
         ended_at=seconds_of(delivery.ended_at),
         attempt_count=delivery.attempt_count,
@@ -188,7 +189,7 @@ async def trigger_webhook_event(call: Call) -> Answer:
     event_id = EventId(f"evt_test_{call.parts.rng.token_hex(12)}")
     event = sample_event(wanted.type, call.tenant, event_id, call.parts.clock.now())
     made = await call.blocking(call.scope.announce, event, url=wanted.url)
-    return json_answer(Triggered(id=made.id, type=made.type, created_at=int(made.created_at.timestamp())))
+    return json_answer(Triggered(id=made.id, type=made.type, created_at=seconds_of(made.created_at)))
 
 
 async def follow_webhook_events(call: Call) -> Answer:

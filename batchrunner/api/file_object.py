@@ -11,6 +11,7 @@ from batchrunner.api.envelope import Refusal
 from batchrunner.api.paging import Page
 from batchrunner.holdings import Upload
 from batchrunner.models import File
+from batchrunner.progress import seconds_of
 
 # Source: the purposes of the OpenAI API, in the order in which it lists them in its refusal.
 PURPOSES = ("fine-tune", "assistants", "batch", "user_data", "vision", "evals")
@@ -86,8 +87,8 @@ def file_object(file: File, *, is_strict: bool) -> FileObject:
     return FileObject(
         id=file.id,
         bytes=file.size_bytes,
-        created_at=int(file.created_at.timestamp()),
-        expires_at=int(file.expires_at.timestamp()) if file.expires_at else None,
+        created_at=seconds_of(file.created_at),
+        expires_at=seconds_of(file.expires_at),
         filename=file.filename,
         purpose=file.purpose,
         line_count=UNSET if is_strict else file.line_count,
@@ -100,11 +101,11 @@ def upload_object(upload: Upload, file: File | None, *, is_strict: bool) -> Uplo
     return UploadObject(
         id=upload.id,
         bytes=upload.size_bytes,
-        created_at=int(upload.created_at.timestamp()),
+        created_at=seconds_of(upload.created_at),
         filename=upload.filename,
         purpose=upload.purpose,
         status=upload.status.value,
-        expires_at=int(upload.expires_at.timestamp()),
+        expires_at=seconds_of(upload.expires_at),
         file=file_object(file, is_strict=is_strict) if file else None,
     )
 

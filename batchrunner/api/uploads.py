@@ -27,6 +27,7 @@ from batchrunner.errors import BlobsUnavailable, NotFound, TransitionRefused
 from batchrunner.holdings import KeyScope, PartId, Upload, UploadId, UploadPart, UploadStatus
 from batchrunner.models import File
 from batchrunner.pipeline import read_blob
+from batchrunner.progress import seconds_of
 
 _FILENAME_CHARS_MAX = 1024
 _PARTS_MAX = 10_000
@@ -238,7 +239,7 @@ async def _shown(call: Call, upload: Upload) -> Answer:
 
 
 def _part_object(part: UploadPart) -> UploadPartObject:
-    return UploadPartObject(id=part.id, created_at=int(part.created_at.timestamp()), upload_id=part.upload_id)
+    return UploadPartObject(id=part.id, created_at=seconds_of(part.created_at), upload_id=part.upload_id)
 
 
 def _check_pending(upload: Upload) -> None:

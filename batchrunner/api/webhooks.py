@@ -5,7 +5,6 @@ Source: the webhook endpoints of the OpenAI API; `disabled_at` and what follows 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Literal
 
@@ -19,6 +18,7 @@ from batchrunner.api.paging import Page, page_of
 from batchrunner.deliveries import DEFAULT_TYPES, EndpointId, EventId, EventType, Secrets, WebhookEndpoint
 from batchrunner.errors import WebhookUnreachable
 from batchrunner.holdings import KeyScope
+from batchrunner.progress import seconds_of
 from batchrunner.webhooks import (
     OLD_SECRET_KEPT,
     SECRET_BYTES,
@@ -130,40 +130,24 @@ class SigningSecret(msgspec.Struct, frozen=True, kw_only=True):
     old_secret_until: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Shown:
-    """The members that a receiver has with and without its secret."""
-
-    endpoint: WebhookEndpoint
-
-    def members(self) -> dict[str, object]:
-        each = self.endpoint
-        return {
-            "id": each.id,
-            "name": each.name,
-            "url": each.url,
-            "event_types": each.event_types,
-            "created_at": int(each.created_at.timestamp()),
-            "updated_at": int(each.updated_at.timestamp()),
-            "signing_secret_hint": hint_of(each.secrets.secret),
-            "failing_since": seconds_of(each.failing_since),
-            "disabled_at": seconds_of(each.disabled_at),
-            "disabled_reason": each.disabled_reason,
-        }
-
-
-def seconds_of(at: datetime | None) -> int | None:
-    """Give an instant as it stands on the wire."""
-    return None if at is None else int(at.timestamp())
-
-
 def _plain(endpoint: WebhookEndpoint) -> EndpointObject:
-    return EndpointObject(**_Shown(endpoint).members())  # type: ignore[arg-type]
+    return EndpointObject(
+        id=endpoint.id,
+        name=endpoint.name,
+        url=endpoint.url,
+        event_types=endpoint.event_types,
+        created_at=seconds_of(endpoint.created_at),
+        updated_at=seconds_of(endpoint.updated_at),
+        signing_secret_hint=hint_of(endpoint.secrets.secret),
+        failing_since=seconds_of(endpoint.failing_since),
+        disabled_at=seconds_of(endpoint.disabled_at),
+        disabled_reason=endpoint.disabled_reason,
+    )
 
 
 def _with_secret(endpoint: WebhookEndpoint) -> EndpointWithSecret:
-    members = _Shown(endpoint).members()
-    return EndpointWithSecret(signing_secret=endpoint.secrets.secret, **members)  # type: ignore[arg-type]
+    members = msgspec.structs.asdict(_plain(endpoint))
+    return EndpointWithSecret(signing_secret=endpoint.secrets.secret, **members)
 
 
 def check_url(parts: ApiParts, url: str | None, *, param: str) -> None:
