@@ -18,7 +18,6 @@ from batchrunner.api.http import Call
 from batchrunner.api.webhooks import Url, check_url
 from batchrunner.choosing import failed_ids, lines_of, write_chosen
 from batchrunner.errors import NotFound, TransitionRefused
-from batchrunner.holdings import NO_LIMITS
 from batchrunner.lifecycle import TERMINAL, BatchStatus
 from batchrunner.models import Batch, BatchId, FileId, NewBatch
 from batchrunner.pipeline import give_up, read_blob
@@ -44,7 +43,7 @@ class RetryRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 async def read_retry(call: Call) -> RetryRequest:
     """Read and check the body. Raises: Refusal."""
-    wanted = await call.json(RetryRequest) if (await call.body()).strip() else RetryRequest()
+    wanted = await call.json_if_any(RetryRequest)
     if wanted.completion_window is not None:
         window_s(wanted.completion_window, is_strict=call.is_strict)
     if wanted.priority is not None:
@@ -96,9 +95,8 @@ def _retry(call: Call, parent: Batch, wanted: RetryRequest) -> Batch:
 
 def _created(call: Call, new: NewBatch, family: list[Batch]) -> Batch:
     try:
-        limits = call.key.limits if call.key is not None else NO_LIMITS
         seen = [each.id for each in family]
-        return call.scope.create_batch(new, replay=call.replay, limits=limits, family=seen)
+        return call.scope.create_batch(new, replay=call.replay, limits=call.limits, family=seen)
     except NotFound:
         raise _gone(f"The input of batch {new.parent_id} was deleted") from None
 
@@ -164,5 +162,5 @@ def _new_batch(call: Call, parent: Batch, wanted: RetryRequest) -> NewBatch:
 
 def _inherited_priority(call: Call, parent: Batch) -> int:
     """The parent's priority, as far as the key may ask for it: another key may have made the parent."""
-    priority_max = call.key.limits.priority_max if call.key is not None else None
+    priority_max = call.limits.priority_max
     return parent.priority if priority_max is None else min(parent.priority, priority_max)

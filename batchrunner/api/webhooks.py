@@ -236,7 +236,7 @@ async def delete_webhook_endpoint(call: Call) -> Answer:
 
 async def _rotation(call: Call) -> datetime | None:
     """Read how long the old secret is to sign as well."""
-    wanted = await call.json(SecretRotation) if (await call.body()).strip() else SecretRotation()
+    wanted = await call.json_if_any(SecretRotation)
     return call.parts.clock.now() + OLD_SECRET_KEPT if wanted.keep_old_secret_active_for_24_hours else None
 
 
