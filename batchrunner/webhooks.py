@@ -163,8 +163,12 @@ def _key_of(secret: str) -> bytes:
     return base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
 
 
-def signed_headers(webhook_id: str, kind: str, body: bytes, secrets: Sequence[str], at: datetime) -> dict[str, str]:
-    """Give the headers of one attempt, whose signature holds for its own time only: receivers refuse old ones."""
+def signed_headers(
+    webhook_id: str, kind: str, body: bytes, secrets: Sequence[str], at: datetime, *, endpoint_id: str | None = None
+) -> dict[str, str]:
+    """Give the headers of one attempt, whose signature holds for its own time only: receivers refuse old ones. A
+    registered receiver is called by its own id, too.
+    """
     timestamp = seconds_of(at)
     return {
         "content-type": "application/json",
@@ -173,16 +177,8 @@ def signed_headers(webhook_id: str, kind: str, body: bytes, secrets: Sequence[st
         "webhook-timestamp": str(timestamp),
         "webhook-signature": " ".join(signature(each, webhook_id, timestamp, body) for each in secrets),
         "x-inference-event": kind,
-        "x-inference-webhook-id": webhook_id,
+        "x-inference-webhook-id": endpoint_id or webhook_id,
     }
-
-
-def headers_of(dispatch: Dispatch, secrets: Sequence[str], at: datetime) -> dict[str, str]:
-    """Give the headers of an attempt of a delivery; a registered receiver is called by its own id, too."""
-    headers = signed_headers(dispatch.id, dispatch.type, dispatch.body, secrets, at)
-    if dispatch.endpoint_id is not None:
-        headers["x-inference-webhook-id"] = dispatch.endpoint_id
-    return headers
 
 
 # -- when it is tried again --------------------------------------------------------------------------------------------
@@ -190,11 +186,10 @@ def headers_of(dispatch: Dispatch, secrets: Sequence[str], at: datetime) -> dict
 
 def judge(dispatch: Dispatch, posted: Posted, now: datetime, *, chance: float) -> Recorded:
     """Decide what follows from an attempt that ended `now`; `chance` is a number from [0, 1) for the jitter."""
-    attempt = replace_attempt(dispatch.attempt, posted)
     recorded = Recorded(
         id=dispatch.id,
         epoch=dispatch.epoch,
-        attempt=attempt,
+        attempt=_ended(dispatch.attempt, posted),
         attempt_count=dispatch.attempt_count,
         state=DeliveryState.UNDELIVERED,
         endpoint_id=dispatch.endpoint_id,
@@ -202,7 +197,7 @@ def judge(dispatch: Dispatch, posted: Posted, now: datetime, *, chance: float) -
     if posted.is_taken:
         return replace(recorded, state=DeliveryState.DELIVERED)
     if posted.status == _GONE:
-        return replace(recorded, reason=EndReason.GONE, is_gone=True)
+        return replace(recorded, reason=EndReason.GONE)
     due_at = next_attempt_at(
         dispatch.attempt_count,
         first_at=dispatch.first_at,
@@ -215,8 +210,7 @@ def judge(dispatch: Dispatch, posted: Posted, now: datetime, *, chance: float) -
     return replace(recorded, state=DeliveryState.PENDING, due_at=due_at)
 
 
-def replace_attempt(attempt: DeliveryAttempt, posted: Posted) -> DeliveryAttempt:
-    """Give an attempt with its end."""
+def _ended(attempt: DeliveryAttempt, posted: Posted) -> DeliveryAttempt:
     return msgspec.structs.replace(
         attempt,
         elapsed_s=round(posted.elapsed_s, 4),

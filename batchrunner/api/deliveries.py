@@ -13,7 +13,7 @@ from batchrunner.api.envelope import Refusal, refused_if_missing
 from batchrunner.api.events import EVENT_STREAM, HEARTBEAT_S, is_admitted
 from batchrunner.api.http import Answer, Call, Route, json_answer
 from batchrunner.api.paging import Page, page_of
-from batchrunner.api.webhooks import Url, check_url
+from batchrunner.api.webhooks import Url, check_url, new_sample
 from batchrunner.deliveries import (
     Delivery,
     DeliveryAttempt,
@@ -29,7 +29,6 @@ from batchrunner.errors import NotFound, TransitionRefused
 from batchrunner.holdings import KeyScope
 from batchrunner.models import BatchId
 from batchrunner.progress import seconds_of
-from batchrunner.webhooks import sample_event
 
 LOOK_S = 0.5
 _PAGE = 100
@@ -186,8 +185,7 @@ async def trigger_webhook_event(call: Call) -> Answer:
     """Tell an event of a batch that never was."""
     wanted = await call.json(TriggerRequest)
     check_url(call.parts, wanted.url, param="url")
-    event_id = EventId(f"evt_test_{call.parts.rng.token_hex(12)}")
-    event = sample_event(wanted.type, call.tenant, event_id, call.parts.clock.now())
+    event = new_sample(call, wanted.type, call.parts.clock.now())
     made = await call.blocking(call.scope.announce, event, url=wanted.url)
     return json_answer(Triggered(id=made.id, type=made.type, created_at=seconds_of(made.created_at)))
 

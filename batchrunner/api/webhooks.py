@@ -15,7 +15,7 @@ from batchrunner.addresses import URL_CHARS_MAX, url_problem
 from batchrunner.api.envelope import Refusal, refused_if_missing
 from batchrunner.api.http import Answer, ApiParts, Call, Route, json_answer
 from batchrunner.api.paging import Page, page_of
-from batchrunner.deliveries import DEFAULT_TYPES, EndpointId, EventId, EventType, Secrets, WebhookEndpoint
+from batchrunner.deliveries import DEFAULT_TYPES, EndpointId, EventId, EventType, Secrets, WebhookEndpoint, WebhookEvent
 from batchrunner.errors import WebhookUnreachable
 from batchrunner.holdings import KeyScope
 from batchrunner.progress import seconds_of
@@ -170,6 +170,11 @@ def new_secret(parts: ApiParts) -> str:
     return secret_of(parts.rng.token_hex(SECRET_BYTES))
 
 
+def new_sample(call: Call, kind: EventType, at: datetime) -> WebhookEvent:
+    """Make an event of a batch that never was."""
+    return sample_event(kind, call.tenant, EventId(f"evt_test_{call.parts.rng.token_hex(12)}"), at)
+
+
 async def create_webhook_endpoint(call: Call) -> Answer:
     """Register a receiver."""
     wanted = await call.json(EndpointRequest)
@@ -255,14 +260,13 @@ async def test_webhook_endpoint(call: Call) -> Answer:
     endpoint = await _found(call)
     parts = call.parts
     now = parts.clock.now()
-    event = sample_event(wanted.event_type, call.tenant, EventId(f"evt_test_{parts.rng.token_hex(12)}"), now)
+    event = new_sample(call, wanted.event_type, now)
     body = event.body.encode()
-    headers = signed_headers(
-        delivery_id(event.id, endpoint.id), wanted.event_type, body, endpoint.secrets.valid(now), now
-    )
+    told_id, secrets = delivery_id(event.id, endpoint.id), endpoint.secrets.valid(now)
+    headers = signed_headers(told_id, wanted.event_type, body, secrets, now, endpoint_id=endpoint.id)
     if parts.poster is None:
         raise Refusal("This server sends no webhooks.", status=503, code="webhooks_off")
-    posted = await parts.poster.post(endpoint.url, body, headers | {"x-inference-webhook-id": endpoint.id})
+    posted = await parts.poster.post(endpoint.url, body, headers)
     if posted.status is None:
         why = f"The endpoint did not answer: {posted.error} ({posted.message})."
         raise Refusal(why, status=WebhookUnreachable.http_status, param="url", code=WebhookUnreachable.code)
