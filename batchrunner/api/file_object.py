@@ -9,6 +9,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from batchrunner.api.envelope import Refusal
 from batchrunner.api.paging import Page
+from batchrunner.grouping import printable
 from batchrunner.holdings import Upload
 from batchrunner.models import File
 from batchrunner.progress import seconds_of
@@ -113,8 +114,7 @@ def upload_object(upload: Upload, file: File | None, *, is_strict: bool) -> Uplo
 def check_purpose(purpose: str) -> None:
     """Source: recorded answer of the OpenAI API. Raises: Refusal."""
     if purpose not in PURPOSES:
-        shown = "".join(each if each.isprintable() else "?" for each in purpose[:200])
-        raise Refusal(f"'{shown}' is not one of {list(PURPOSES)} - 'purpose'", param="purpose")
+        raise Refusal(f"'{printable(purpose)}' is not one of {list(PURPOSES)} - 'purpose'", param="purpose")
 
 
 def not_json_lines() -> Refusal:
