@@ -21,7 +21,7 @@ from batchrunner.errors import NotFound, TransitionRefused
 from batchrunner.lifecycle import TERMINAL, BatchStatus
 from batchrunner.models import Batch, BatchId, FileId, NewBatch
 from batchrunner.pipeline import give_up, read_blob
-from batchrunner.seal import read_problems
+from batchrunner.seal import refused_numbers
 
 _CHOICES_MAX = 100_000
 _TRIES = 3
@@ -103,7 +103,7 @@ def _created(call: Call, new: NewBatch, family: list[Batch]) -> Batch:
 
 def _write(call: Call, parent: Batch, name: str, failed: set[str]) -> int:
     blobs = call.parts.blobs
-    refused = {problem.line_number for problem in read_problems(blobs, parent.problems_blob)}
+    refused = refused_numbers(blobs, parent.problems_blob)
     line_bytes_max = call.parts.settings.line_bytes_max
     among = chosen_numbers(blobs, parent.chosen_blob) if parent.chosen_blob is not None else None
     source = read_blob(blobs, parent.source)
