@@ -45,7 +45,7 @@ class _Named(msgspec.Struct):
 
 
 read_error_line = msgspec.json.Decoder(ErrorLine).decode
-_read_id = msgspec.json.Decoder(_Named).decode
+read_id = msgspec.json.Decoder(_Named).decode
 
 
 def failed_ids(
@@ -68,7 +68,7 @@ def failed_ids(
 def custom_id_of(raw: bytes) -> str | None:
     """Read the custom_id of an input or result line, None for a blank or refused one that has none to read."""
     try:
-        return _read_id(raw).custom_id
+        return read_id(raw).custom_id
     except (msgspec.DecodeError, RecursionError):
         return None
 

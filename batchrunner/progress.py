@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from typing import overload
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -79,9 +80,9 @@ def progress_of(batch: Batch, shares: Sequence[LiveShare], now: datetime) -> Pro
         in_flight=sum(share.in_flight for share in shares),
         waiting=sum(share.waiting for share in shares),
         rate=round(rate, 3),
-        eta_at=_seconds(ends[1]) if ends else None,
-        eta_earliest_at=_seconds(ends[0]) if ends else None,
-        eta_latest_at=_seconds(ends[2]) if ends else None,
+        eta_at=seconds_of(ends[1]) if ends else None,
+        eta_earliest_at=seconds_of(ends[0]) if ends else None,
+        eta_latest_at=seconds_of(ends[2]) if ends else None,
         deadline_risk=_risk(batch, ends),
         window=sum(share.window for share in shares),
         bound_by=_bound_by(batch, shares),
@@ -161,5 +162,10 @@ def code_of(blocked_by: str | None) -> str | None:
     return blocked_by.partition(":")[0] if blocked_by is not None else None
 
 
-def _seconds(at: datetime) -> int:
-    return int(at.timestamp())
+@overload
+def seconds_of(at: datetime) -> int: ...
+@overload
+def seconds_of(at: datetime | None) -> int | None: ...
+def seconds_of(at: datetime | None) -> int | None:
+    """Give an instant as it stands on the wire: whole seconds since 1970."""
+    return int(at.timestamp()) if at is not None else None

@@ -11,8 +11,9 @@ from msgspec import Meta
 from batchrunner.api.creating import INLINE_BYTES_MAX, BatchRequest, create, read_request
 from batchrunner.api.envelope import Refusal, no_such_batch
 from batchrunner.api.http import Answer, Call, Route, json_answer
+from batchrunner.api.paging import Page, page_of
 from batchrunner.api.retrying import RetryRequest, read_retry, retry
-from batchrunner.batch_object import BatchList, ExtendedBatch, batch_object, strict_object
+from batchrunner.batch_object import BatchObject, ExtendedBatch, batch_object, strict_object
 from batchrunner.errors import NotFound, TransitionRefused
 from batchrunner.holdings import KeyScope
 from batchrunner.lifecycle import TERMINAL, BatchEvent, BatchStatus, allows
@@ -28,6 +29,18 @@ class ListBatches(msgspec.Struct, frozen=True):
 
     after: str | None = None
     limit: Annotated[int, Meta(ge=1, le=100)] = 20
+
+
+class BatchList(Page, frozen=True, kw_only=True):
+    """A page of batches, newest first; the next one is behind `last_id`."""
+
+    data: tuple[ExtendedBatch, ...]
+
+
+class StrictBatchList(Page, frozen=True, kw_only=True):
+    """The same as OpenAI shows it."""
+
+    data: tuple[BatchObject, ...]
 
 
 class BatchDeleted(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,16 +94,9 @@ async def list_batches(call: Call) -> Answer:
     """Give a page of the tenant's batches, newest first."""
     wanted = call.parameters(ListBatches)
     found = await call.blocking(_page, call, wanted)
-    page = BatchList(
-        data=tuple(found[: wanted.limit]),
-        first_id=found[0].id if found else None,
-        last_id=found[min(len(found), wanted.limit) - 1].id if found else None,
-        has_more=len(found) > wanted.limit,
-    )
-    if not call.is_strict:
-        return json_answer(page)
-    members = {name: getattr(page, name) for name in BatchList.__struct_fields__}
-    return json_answer(members | {"data": [strict_object(each) for each in page.data]})
+    if call.is_strict:
+        return json_answer(page_of(StrictBatchList, list(map(strict_object, found)), limit=wanted.limit))
+    return json_answer(page_of(BatchList, found, limit=wanted.limit))
 
 
 def _page(call: Call, wanted: ListBatches) -> Sequence[ExtendedBatch]:

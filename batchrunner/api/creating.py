@@ -14,7 +14,6 @@ from batchrunner.api.files import BlobSink, new_file
 from batchrunner.api.http import Call
 from batchrunner.api.webhooks import Url, check_url
 from batchrunner.errors import NotFound, UsageError
-from batchrunner.holdings import NO_LIMITS, KeyLimits
 from batchrunner.models import (
     OPENAI,
     OPENAI_STRICT,
@@ -124,7 +123,7 @@ def window_s(window: str, *, is_strict: bool) -> float:
 
 def check_priority(call: Call, priority: int) -> None:
     """Raises: Refusal when the key may not ask for so much."""
-    priority_max = call.key.limits.priority_max if call.key is not None else None
+    priority_max = call.limits.priority_max
     if priority_max is not None and priority > priority_max:
         raise Refusal(
             f"This key may ask for a priority of at most {priority_max}, not {priority}.",
@@ -142,15 +141,15 @@ def create(call: Call, wanted: BatchRequest) -> Batch:
         QuotaExceeded: the key's limits are reached.
     """
     batch_id = BatchId(f"batch_{call.parts.rng.token_hex(16)}")
-    limits = call.key.limits if call.key is not None else NO_LIMITS
     if wanted.requests is not None:
-        return _create_inline(call, batch_id, wanted, limits)
+        return _create_inline(call, batch_id, wanted)
     new = _new_batch(call, batch_id, wanted, _input_file(call, wanted))
     try:
-        return call.scope.create_batch(new, replay=call.replay, limits=limits)
+        return call.scope.create_batch(new, replay=call.replay, limits=call.limits)
     except NotFound:
         # Deleted since it was looked up.
-        return call.scope.create_batch(_new_batch(call, batch_id, wanted, None), replay=call.replay, limits=limits)
+        new = _new_batch(call, batch_id, wanted, None)
+        return call.scope.create_batch(new, replay=call.replay, limits=call.limits)
 
 
 def _input_file(call: Call, wanted: BatchRequest) -> File | None:
@@ -169,7 +168,7 @@ def _input_file(call: Call, wanted: BatchRequest) -> File | None:
     return file
 
 
-def _create_inline(call: Call, batch_id: BatchId, wanted: BatchRequest, limits: KeyLimits) -> Batch:
+def _create_inline(call: Call, batch_id: BatchId, wanted: BatchRequest) -> Batch:
     """Write the requests as the file that somebody else would have uploaded, so that the engine has one way only; file
     and batch are made together or not at all.
     """
@@ -189,7 +188,7 @@ def _create_inline(call: Call, batch_id: BatchId, wanted: BatchRequest, limits: 
             expires_after_s=None,
         )
         new = _new_batch(call, batch_id, wanted, file)
-        return call.scope.create_batch(new, replay=call.replay, limits=limits, file=file)
+        return call.scope.create_batch(new, replay=call.replay, limits=call.limits, file=file)
     except BaseException:
         sink.abort()
         raise

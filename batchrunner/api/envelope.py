@@ -5,11 +5,12 @@ to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import msgspec
 
-from batchrunner.errors import BatchrunnerError, CallerError, IdempotencyRunning, PeerError
+from batchrunner.errors import BatchrunnerError, CallerError, IdempotencyRunning, NotFound, PeerError
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
@@ -128,6 +129,15 @@ def missing_parameter(param: str) -> Refusal:
 def unknown_parameter(param: str) -> Refusal:
     """A field that the strict API does not know."""
     return Refusal(f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
+
+
+@contextmanager
+def refused_if_missing(refusal: Refusal) -> Iterator[None]:
+    """Answer so when what the block looks for is not there."""
+    try:
+        yield
+    except NotFound:
+        raise refusal from None
 
 
 def no_such_file(file_id: str) -> Refusal:

@@ -8,8 +8,11 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from batchrunner.api.envelope import Refusal
+from batchrunner.api.paging import Page
+from batchrunner.grouping import printable
 from batchrunner.holdings import Upload
 from batchrunner.models import File
+from batchrunner.progress import seconds_of
 
 # Source: the purposes of the OpenAI API, in the order in which it lists them in its refusal.
 PURPOSES = ("fine-tune", "assistants", "batch", "user_data", "vision", "evals")
@@ -43,14 +46,10 @@ class FileObject(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str | UnsetType = UNSET
 
 
-class FileList(msgspec.Struct, frozen=True, kw_only=True):
+class FileList(Page, frozen=True, kw_only=True):
     """A page of files."""
 
-    object: Literal["list"] = "list"
-    data: list[FileObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+    data: tuple[FileObject, ...]
 
 
 class FileDeleted(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,8 +88,8 @@ def file_object(file: File, *, is_strict: bool) -> FileObject:
     return FileObject(
         id=file.id,
         bytes=file.size_bytes,
-        created_at=int(file.created_at.timestamp()),
-        expires_at=int(file.expires_at.timestamp()) if file.expires_at else None,
+        created_at=seconds_of(file.created_at),
+        expires_at=seconds_of(file.expires_at),
         filename=file.filename,
         purpose=file.purpose,
         line_count=UNSET if is_strict else file.line_count,
@@ -103,11 +102,11 @@ def upload_object(upload: Upload, file: File | None, *, is_strict: bool) -> Uplo
     return UploadObject(
         id=upload.id,
         bytes=upload.size_bytes,
-        created_at=int(upload.created_at.timestamp()),
+        created_at=seconds_of(upload.created_at),
         filename=upload.filename,
         purpose=upload.purpose,
         status=upload.status.value,
-        expires_at=int(upload.expires_at.timestamp()),
+        expires_at=seconds_of(upload.expires_at),
         file=file_object(file, is_strict=is_strict) if file else None,
     )
 
@@ -115,8 +114,7 @@ def upload_object(upload: Upload, file: File | None, *, is_strict: bool) -> Uplo
 def check_purpose(purpose: str) -> None:
     """Source: recorded answer of the OpenAI API. Raises: Refusal."""
     if purpose not in PURPOSES:
-        shown = "".join(each if each.isprintable() else "?" for each in purpose[:200])
-        raise Refusal(f"'{shown}' is not one of {list(PURPOSES)} - 'purpose'", param="purpose")
+        raise Refusal(f"'{printable(purpose)}' is not one of {list(PURPOSES)} - 'purpose'", param="purpose")
 
 
 def not_json_lines() -> Refusal:

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from batchrunner.api.download import blob_answer, content_disposition
-from batchrunner.api.envelope import Refusal, no_such_file
+from batchrunner.api.envelope import Refusal, no_such_file, refused_if_missing
 from batchrunner.api.file_object import (
     BATCH,
     ExpiresAfter,
@@ -27,6 +27,7 @@ from batchrunner.api.file_object import (
 from batchrunner.api.http import JSON, Answer, ApiParts, Call, Route, json_answer
 from batchrunner.api.idempotency import fields_fingerprint, settle_streamed
 from batchrunner.api.multipart import MULTIPART, Form, receive
+from batchrunner.api.paging import page_of
 from batchrunner.api.typed import read_parameters
 from batchrunner.errors import BlobsUnavailable, NotFound
 from batchrunner.holdings import KeyScope
@@ -215,32 +216,22 @@ async def list_files(call: Call) -> Answer:
 
 
 def _page(call: Call, wanted: ListFiles) -> Answer:
-    try:
+    with refused_if_missing(no_such_file(wanted.after or "")):
         found = call.scope.files(
             limit=wanted.limit + 1,
             after=FileId(wanted.after) if wanted.after is not None else None,
             purpose=wanted.purpose,
             newest_first=wanted.order == "desc",
         )
-    except NotFound:
-        raise no_such_file(wanted.after or "") from None
-    shown = [file_object(each, is_strict=call.is_strict) for each in found[: wanted.limit]]
-    page = FileList(
-        data=shown,
-        first_id=shown[0].id if shown else None,
-        last_id=shown[-1].id if shown else None,
-        has_more=len(found) > wanted.limit,
-    )
-    return json_answer(page)
+    shown = [file_object(each, is_strict=call.is_strict) for each in found]
+    return json_answer(page_of(FileList, shown, limit=wanted.limit))
 
 
 async def file_of(call: Call) -> File:
     """Give the file that the path names. Raises: Refusal."""
     file_id = FileId(call.path_params["file_id"])
-    try:
+    with refused_if_missing(no_such_file(file_id)):
         return await call.blocking(call.scope.file, file_id)
-    except NotFound:
-        raise no_such_file(file_id) from None
 
 
 async def retrieve_file(call: Call) -> Answer:
@@ -257,10 +248,8 @@ async def present_file(call: Call, file_id: str) -> Answer:
 async def delete_file(call: Call) -> Answer:
     """Hide a file; its bytes stay while a batch reads them."""
     file_id = FileId(call.path_params["file_id"])
-    try:
+    with refused_if_missing(no_such_file(file_id)):
         await call.blocking(call.scope.delete_file, file_id)
-    except NotFound:
-        raise no_such_file(file_id) from None
     return json_answer(FileDeleted(id=file_id))
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from batchrunner.api.envelope import Refusal, no_such_part, no_such_upload
+from batchrunner.api.envelope import Refusal, no_such_part, no_such_upload, refused_if_missing
 from batchrunner.api.file_object import (
     ExpiresAfter,
     Purpose,
@@ -27,6 +27,7 @@ from batchrunner.errors import BlobsUnavailable, NotFound, TransitionRefused
 from batchrunner.holdings import KeyScope, PartId, Upload, UploadId, UploadPart, UploadStatus
 from batchrunner.models import File
 from batchrunner.pipeline import read_blob
+from batchrunner.progress import seconds_of
 
 _FILENAME_CHARS_MAX = 1024
 _PARTS_MAX = 10_000
@@ -222,10 +223,8 @@ def _check_sum(upload: Upload, parts: Sequence[UploadPart]) -> None:
 
 async def _upload_of(call: Call) -> Upload:
     upload_id = UploadId(call.path_params["upload_id"])
-    try:
+    with refused_if_missing(no_such_upload(upload_id)):
         return await call.blocking(call.scope.upload, upload_id)
-    except NotFound:
-        raise no_such_upload(upload_id) from None
 
 
 async def _shown(call: Call, upload: Upload) -> Answer:
@@ -240,7 +239,7 @@ async def _shown(call: Call, upload: Upload) -> Answer:
 
 
 def _part_object(part: UploadPart) -> UploadPartObject:
-    return UploadPartObject(id=part.id, created_at=int(part.created_at.timestamp()), upload_id=part.upload_id)
+    return UploadPartObject(id=part.id, created_at=seconds_of(part.created_at), upload_id=part.upload_id)
 
 
 def _check_pending(upload: Upload) -> None:

@@ -235,7 +235,7 @@ def _note_endpoint(conn: Connection, endpoint_id: EndpointId, each: Recorded, mo
     if since is None:
         since = each.attempt.started_at
         conn.execute(update(webhook_endpoints).where(of_id).values(failing_since=since))
-    if each.is_gone:
+    if each.reason is EndReason.GONE:
         disable_endpoint(conn, endpoint_id, _DISABLED_GONE, moment)
     elif is_failing_too_long(since, each.attempt_count, moment.wall):
         disable_endpoint(conn, endpoint_id, _DISABLED_FAILING, moment)

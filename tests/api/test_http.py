@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from batchrunner.api.dispatch import Router
-from batchrunner.api.http import Answer, Call, Route, json_answer
+from batchrunner.api.http import Answer, Call, Route
 from batchrunner.api.routes import ROUTES
 from batchrunner.errors import DiskFull, IdempotencyRunning, JournalCorrupt, StoreUnavailable
 from tests.api.serving import FORM_HEADERS, LINE, Served, form, serving
@@ -164,11 +164,6 @@ async def broken_stream(_call: Call) -> Answer:
         raise RuntimeError("the other half is gone")
 
     return Answer(chunks=chunks(), size_bytes=8)
-
-
-async def echo(call: Call) -> Answer:
-    await call.body()
-    return json_answer({"tenant": call.tenant})
 
 
 BAD = tuple(

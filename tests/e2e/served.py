@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -69,6 +70,12 @@ class Server:
         """GET /readyz."""
         async with self.session.get(f"{self.root}/readyz") as answer:
             return answer.status, await answer.json()
+
+    async def until_ready(self) -> None:
+        """Wait until its worker has reported."""
+        async with asyncio.timeout(WAIT_S):
+            while not (await self.ready())[1]["checks"]["workers"].get("detail", "").startswith("1 of"):
+                pass
 
     async def submit(self, path: Path, **fields: Any) -> str:
         """Upload a file and make a batch of it; gives the batch's id."""
@@ -214,6 +221,19 @@ class Site:
         assert counts["completed"] == len(checked.succeeded)
         assert counts["total"] == len(checked.succeeded) + len(checked.failed)
         return checked
+
+
+async def died(process: psutil.Process) -> None:
+    """Wait for the death of a process, whose parent need not have noticed."""
+    loop, dead = asyncio.get_running_loop(), asyncio.Event()
+    pidfd = os.pidfd_open(process.pid)
+    loop.add_reader(pidfd, dead.set)
+    try:
+        async with asyncio.timeout(WAIT_S):
+            await dead.wait()
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
 
 
 async def until(is_reached: Callable[[], Awaitable[bool]]) -> None:

@@ -32,16 +32,6 @@ def is_moving(batch: dict[str, Any]) -> bool:
     return bool(batch["status"] == "in_progress" and batch["request_counts"]["completed"] >= LINES // 10)
 
 
-async def until_ready(server: Server) -> None:
-    """Wait until a worker ticks."""
-
-    async def ticks() -> bool:
-        checks = (await server.ready())[1]["checks"]
-        return bool(checks["workers"].get("detail", "").startswith("1 of"))
-
-    await until(ticks)
-
-
 async def end_and_check(here: Site, server: Server, batch_id: str, *, kills: int) -> None:
     batch = await server.ended_batch(batch_id)
 
@@ -68,7 +58,7 @@ async def test_first_lines_are_the_base_url_and_a_curl_line_that_works(tmp_path:
 async def test_workers_let_the_api_go_first(tmp_path: Path) -> None:
     async with site(tmp_path) as here:
         server = await here.serve("--workers", "1")
-        await until_ready(server)
+        await server.until_ready()
 
         assert server.worker().nice() == server.api().nice() + 5
         assert server.api().nice() == psutil.Process().nice()
@@ -262,6 +252,7 @@ async def test_signal_to_all_processes_is_a_clean_end(tmp_path: Path) -> None:
 async def test_second_server_on_the_folder_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
     async with site(tmp_path) as here:
         server = await here.serve("--workers", "1")
+        await server.until_ready()
 
         second = await (await here.launch("--workers", "1")).ended()
 
@@ -314,7 +305,7 @@ async def test_server_without_upstream_says_so_validates_and_waits(tmp_path: Pat
 async def test_readiness_tells_that_no_worker_reports(tmp_path: Path) -> None:
     async with site(tmp_path) as here:
         server = await here.serve("--workers", "1")
-        await until_ready(server)
+        await server.until_ready()
         worker = server.worker()
 
         async def is_unready() -> bool:

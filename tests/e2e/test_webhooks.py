@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import orjson
+import psutil
 import pytest
 
 from tests.api.receiving import receiving
-from tests.e2e.served import site, until
+from tests.e2e.served import died, site, until
 
 FLAGS = ("--workers", "1")
 
@@ -19,8 +20,16 @@ pytestmark = pytest.mark.slow
 async def test_whoever_dies_the_end_is_told_under_one_id(tmp_path: Path, point: str) -> None:
     async with receiving() as receiver, site(tmp_path, latency="1ms") as here:
         armed = await here.serve(*FLAGS, BATCHRUNNER_CRASH_AT=point)
+        await armed.until_ready()
+        parent, api, worker = psutil.Process(armed.command.pid), armed.api(), armed.worker()
+        worker.suspend()
         batch_id = await armed.submit(here.write_input(5), webhook_url=f"{receiver.base}/hook")
-        await armed.said("ended with code -9")
+        # After the death at the point nobody takes another step: no parent to start the dead again, no API to deliver.
+        parent.suspend()
+        if point == "seal.published":
+            api.suspend()
+        worker.resume()
+        await died(worker if point == "seal.published" else api)
         await armed.kill_all()
 
         again = await here.serve(*FLAGS)

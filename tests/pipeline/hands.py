@@ -25,7 +25,7 @@ from batchrunner.models import (
     TaskKind,
     Usage,
 )
-from batchrunner.pipeline import Pipeline, create
+from batchrunner.pipeline import Pipeline
 from batchrunner.ports import TenantScope
 from batchrunner.settings import Settings
 from batchrunner.shards import ShardRun
@@ -162,7 +162,7 @@ class Place:
             deadline_at=deadline_at,
             on_unknown=on_unknown,
         )
-        create(self.scope(hand), new)
+        self.scope(hand).create_batch(new)
 
     def scope(self, hand: Hand) -> TenantScope:
         """The tenant's view."""
