@@ -195,7 +195,7 @@ async def follow_webhook_events(call: Call) -> Answer:
     known = call.request.headers.get("Last-Event-ID")
     after, place = await call.blocking(_place, call, known)
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    return Answer(content_type=EVENT_STREAM, headers=headers, chunks=_events(call, after, place))
+    return Answer(content_type=EVENT_STREAM, headers=headers, chunks=_events(call, after, place), is_endless=True)
 
 
 def _place(call: Call, known: str | None) -> tuple[int, EventId]:

@@ -21,7 +21,6 @@ from batchrunner.errors import BatchrunnerError
 logger = logging.getLogger(__name__)
 
 STRICT_PREFIX = "/openai"
-EVENT_STREAM = "text/event-stream"
 # A caller that takes nothing of its answer for so long is given up.
 TAKE_IDLE_S = 60.0
 # So much has to be taken in that time: whoever is slow, but takes, is served.
@@ -229,12 +228,14 @@ class _Turn:
 
     async def _stream(self, response: web.StreamResponse, answer: Answer) -> None:
         assert answer.chunks is not None
-        await response.prepare(self.request)
-        if self.request.method == "HEAD":
-            return
         try:
-            is_endless = answer.content_type.startswith(EVENT_STREAM)
-            chunks = _until(self._vitals.closing, answer.chunks) if is_endless else answer.chunks
+            await response.prepare(self.request)
+            if self.request.method == "HEAD":
+                return
+            if answer.size_bytes is None:
+                # Otherwise the head would wait for the first piece.
+                await self._hand_over(response.write(b""))
+            chunks = _until(self._vitals.closing, answer.chunks) if answer.is_endless else answer.chunks
             async for chunk in chunks:
                 for start in range(0, len(chunk), _HANDED_BYTES):
                     await self._hand_over(response.write(memoryview(chunk)[start : start + _HANDED_BYTES]))
@@ -317,17 +318,28 @@ async def _begun(answer: Answer) -> Answer:
     if answer.chunks is None or not answer.size_bytes:
         return answer
     first = await anext(answer.chunks)
-    return replace(answer, chunks=_with_first(first, answer))
+    return replace(answer, chunks=_Begun(first, answer))
 
 
-async def _with_first(first: bytes, answer: Answer) -> AsyncIterator[bytes]:
-    assert answer.chunks is not None
-    try:
-        yield first
-        async for chunk in answer.chunks:
-            yield chunk
-    finally:
-        await _close(answer)
+class _Begun:
+    """Chunks of which the first is there already; unlike a generator it can be closed before it was started."""
+
+    def __init__(self, first: bytes, answer: Answer) -> None:
+        assert answer.chunks is not None
+        self._first: bytes | None = first
+        self._answer = answer
+        self._rest = answer.chunks
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        first, self._first = self._first, None
+        return await anext(self._rest) if first is None else first
+
+    async def aclose(self) -> None:
+        """End what was not read to its end."""
+        await _close(self._answer)
 
 
 async def _close(answer: Answer) -> None:

@@ -42,7 +42,7 @@ async def follow_batch(call: Call) -> Answer:
     if first.is_over and _EVENT_ID.fullmatch(known) and known == first.event_id:
         return Answer(status=204)
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    return Answer(content_type=EVENT_STREAM, headers=headers, chunks=_events(call, first))
+    return Answer(content_type=EVENT_STREAM, headers=headers, chunks=_events(call, first), is_endless=True)
 
 
 def _look(call: Call, batch: Batch) -> Seen:

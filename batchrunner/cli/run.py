@@ -167,7 +167,7 @@ def _check_upstreams(settings: Settings) -> None:
             "no upstream is named",
             hint="Give -u URL or set OPENAI_BASE_URL; without a server, try `batchrunner simulate`.",
         )
-    from batchrunner.upstream import join_url
+    from batchrunner.upstream_address import join_url
 
     for target in targets_of(settings):
         join_url(target.base_url, "/v1/chat/completions")
