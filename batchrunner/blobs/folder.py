@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Protocol
 
 from batchrunner.blobs.local import LocalBlobs
+from batchrunner.durable import write_whole
 from batchrunner.ports import Blobs, Clock, Rng
 from batchrunner.settings import Settings
 
@@ -55,15 +55,6 @@ def open_blobs(folder: Path, settings: Settings, clock: Clock, rng: Rng) -> Fold
 
     if not note.exists():
         assert settings.blobs is not None
-        _write_whole(note, str(parse_address(settings.blobs).below(rng.token_hex(8))))
-    address = parse_address(note.read_text().strip())
-    return HomedBlobs(address, settings, clock, local=local)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w") as stream:
-        stream.write(f"{text}\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+        address = parse_address(settings.blobs).below(rng.token_hex(8))
+        write_whole(note, f"{address}\n".encode())
+    return HomedBlobs(parse_address(note.read_text().strip()), settings, clock, local=local)

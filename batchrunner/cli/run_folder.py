@@ -14,6 +14,7 @@ import msgspec
 import orjson
 
 from batchrunner import __version__, crash
+from batchrunner.durable import sync_folder, write_whole
 from batchrunner.errors import AlreadyRunning, OutputExists, RunDiffers, UsageError
 
 _READ_BYTES = 1 << 22
@@ -152,26 +153,6 @@ class RunFolder:
         self.path.rename(target)
         self.lock()
         return target
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file durably: temp, fsync, rename, fsync the folder."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames in a folder durable."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def errors_path_for(output: Path) -> Path:
