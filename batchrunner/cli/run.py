@@ -9,15 +9,15 @@ from pathlib import Path
 import click
 
 from batchrunner.blobs.s3_address import S3Address
-from batchrunner.cli.configuring import load_settings, read_api_keys
+from batchrunner.cli.configuring import check_upstreams, load_settings, read_api_keys
 from batchrunner.cli.exits import ExitCode
+from batchrunner.cli.inputs import PACKED
 from batchrunner.cli.places import Place, Places
 from batchrunner.cli.run_folder import errors_path_for
 from batchrunner.errors import UsageError
-from batchrunner.settings import Settings, has_upstream, parse_duration, targets_of
+from batchrunner.settings import Settings, has_upstream, parse_duration
 
 _WINDOW_LEAST_S, _WINDOW_MOST_S = 60.0, 14 * 86400.0
-_PACKED = (".gz", ".zst")
 
 
 @click.command("run", short_help="Run a file of requests and write its output and error files.")
@@ -151,26 +151,18 @@ def run(input_place: Path | S3Address, output_place: Path | S3Address, **options
         is_fresh=bool(options["fresh"]),
         is_json=bool(options["is_json"]),
     )
-    _check_upstreams(settings)
+    if not has_upstream(settings):
+        raise UsageError(
+            "no upstream is named",
+            hint="Give -u URL or set OPENAI_BASE_URL; without a server, try `batchrunner simulate`.",
+        )
+    check_upstreams(settings)
     _check_webhook(settings)
     from batchrunner.tuning import tune_process
 
     with asyncio.Runner(loop_factory=tune_process()) as loop:
         code = loop.run(run_to_end(request, settings, read_api_keys(settings)))
     sys.exit(int(code or ExitCode.OK))
-
-
-def _check_upstreams(settings: Settings) -> None:
-    """Refuse what is no upstream before --fresh sets anything aside."""
-    if not has_upstream(settings):
-        raise UsageError(
-            "no upstream is named",
-            hint="Give -u URL or set OPENAI_BASE_URL; without a server, try `batchrunner simulate`.",
-        )
-    from batchrunner.upstream import join_url
-
-    for target in targets_of(settings):
-        join_url(target.base_url, "/v1/chat/completions")
 
 
 def _check_webhook(settings: Settings) -> None:
@@ -188,7 +180,7 @@ def _check_webhook(settings: Settings) -> None:
 
 
 def _refuse_packed(output_path: Path) -> None:
-    if output_path.suffix in _PACKED:
+    if output_path.suffix in PACKED:
         raise UsageError(
             f"OUTPUT {output_path}: packed output is not written", hint=f"Write {output_path.stem}, then pack it."
         )
