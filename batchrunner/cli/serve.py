@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from batchrunner.cli.configuring import load_settings, read_api_keys
+from batchrunner.cli.configuring import check_upstreams, load_settings, read_api_keys
 from batchrunner.cli.console import counted, say
 from batchrunner.cli.exits import ExitCode
 from batchrunner.cli.run_folder import RunFolder
@@ -51,6 +51,7 @@ def serve(*, workers: int | None, **options: object) -> None:
     Exit codes: 0 stopped as asked, 1 trouble on our side, 2 usage, 130 stopped at once by a second signal.
     """
     settings, _ = load_settings({**options, "workers": workers or None})
+    check_upstreams(settings)
     if workers is None:
         workers = settings.workers or len(os.sched_getaffinity(0))
     from batchrunner.tuning import tune_process
