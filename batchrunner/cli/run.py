@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from batchrunner.blobs.s3_address import S3Address
-from batchrunner.cli.configuring import check_upstreams, load_settings, read_api_keys
+from batchrunner.cli.configuring import check_upstreams, check_webhook_url, load_settings, read_api_keys
 from batchrunner.cli.exits import ExitCode
 from batchrunner.cli.inputs import PACKED
 from batchrunner.cli.places import Place, Places
@@ -169,13 +169,9 @@ def _check_webhook(settings: Settings) -> None:
     """Find out before the run what would keep its end from being told."""
     if settings.webhook_url is None:
         return
-    from batchrunner.addresses import AddressRules, parse_networks, url_problem
     from batchrunner.cli.local_secret import local_secret
 
-    rules = AddressRules(is_loopback_allowed=True, networks=parse_networks(settings.webhook_networks))
-    if why := url_problem(settings.webhook_url, rules):
-        # The URL is not repeated: it may hold a password.
-        raise UsageError(f"--webhook-url: {why}")
+    check_webhook_url(settings, is_loopback_allowed=True, called="--webhook-url")
     local_secret()
 
 
