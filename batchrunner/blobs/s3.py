@@ -46,7 +46,7 @@ class S3Blobs:
     def create_segment(self, name: str) -> S3Appender:
         """See Blobs."""
         key = self._key(name)
-        if self._find(key) is not None:
+        if self._requests.size_bytes(key) is not None:
             raise NameTaken(f"{name} exists already")
         return S3Appender(self._requests, key)
 
@@ -60,14 +60,14 @@ class S3Blobs:
 
     def size_bytes(self, name: str) -> int:
         """See Blobs."""
-        size_bytes = self._find(self._key(name))
+        size_bytes = self._requests.size_bytes(self._key(name))
         if size_bytes is None:
             raise NotFound(f"{name} does not exist")
         return size_bytes
 
     def exists(self, name: str) -> bool:
         """See Blobs."""
-        return self._find(self._key(name)) is not None
+        return self._requests.size_bytes(self._key(name)) is not None
 
     def list(self, prefix: str) -> Iterator[str]:
         """See Blobs. The names are gathered first: services over file systems do not keep to the order."""
@@ -136,10 +136,6 @@ class S3Blobs:
 
     def _key(self, name: str) -> str:
         return self._within + checked(name)
-
-    def _find(self, key: str) -> int | None:
-        """Give an object's size, None without one."""
-        return self._requests.size_bytes(key)
 
 
 class S3Appender:
