@@ -196,13 +196,13 @@ def _outlets(adapters: Adapters, settings: Settings, api_keys: Mapping[str, str]
             raise UsageError("no upstream is named", hint="Give -u URL or set OPENAI_BASE_URL.")
         (nowhere,) = targets_of(settings)
         upstream = NowhereUpstream(adapters.clock)
-        return [Outlet(name=nowhere.name, upstream=upstream, gate=_gate(nowhere, ReadBudget()))]
+        return [Outlet(name=nowhere.name, upstream=upstream, gate=_gate(settings, nowhere, ReadBudget()))]
     reading = ReadBudget()
     return [
         Outlet(
             name=target.name,
             upstream=_upstream(adapters, settings, target, api_keys.get(target.name), reading),
-            gate=_gate(target, reading),
+            gate=_gate(settings, target, reading),
             aliases=target.aliases,
         )
         for target in targets_of(settings)
@@ -225,11 +225,11 @@ def _upstream(
     )
 
 
-def _gate(target: Target, reading: ReadBudget) -> Gate:
+def _gate(settings: Settings, target: Target, reading: ReadBudget) -> Gate:
     return Gate(
         cooldown=Cooldown(),
         outage=Outage(),
-        first_contact=FirstContact(),
+        first_contact=FirstContact(patience_s=settings.first_contact_s),
         requests=TokenBucket(target.rpm) if target.rpm else None,
         tokens=TokenBucket(target.tpm) if target.tpm else None,
         reading=reading,
