@@ -22,6 +22,7 @@ from batchrunner.api.file_object import (
     check_purpose,
     file_object,
     file_too_large,
+    is_named_well,
     not_json_lines,
 )
 from batchrunner.api.http import JSON, Answer, ApiParts, Call, Route, json_answer
@@ -97,19 +98,21 @@ class BlobSink:
         name: str,
         *,
         size_bytes_max: int,
+        field: str = "file",
         digest: Callable[[bytes], None] | None = None,
     ) -> None:
-        """Register the name and open the blob; `digest` sees the bytes too."""
+        """Register the name and open the blob; `field` is where its bytes come from, `digest` sees them too."""
         self.name = name
         self._store = parts.store
         self._size_bytes_max = size_bytes_max
+        self._field = field
         parts.store.register_blob(name, owner=OWNER)
         self._intake = Intake(parts.blobs, name, line_bytes_max=parts.settings.line_bytes_max, digest=digest)
 
     def feed(self, chunk: bytes) -> None:
         """Take bytes. Raises: Refusal above the cap, and as Intake.feed does."""
         if self._intake.size_bytes + len(chunk) > self._size_bytes_max:
-            raise file_too_large(self._size_bytes_max)
+            raise file_too_large(self._size_bytes_max, field=self._field)
         self._intake.feed(chunk)
 
     def finish(self) -> Taken:
@@ -130,8 +133,13 @@ def expiry_s(parts: ApiParts, purpose: str, expires_after_s: int | None) -> floa
 
 
 def new_file(call: Call, taken: Taken, *, blob: str, filename: str, purpose: str, expires_after_s: int | None) -> File:
-    """Make the row of what came in. Raises: Refusal when a batch file does not begin with JSON."""
-    if purpose == BATCH and not taken.is_json_lines:
+    """Make the row of what came in.
+
+    Raises:
+        Refusal: a batch file does not begin with JSON, or under /openai/v1 has another suffix.
+    """
+    is_wrong = call.is_strict and not is_named_well(filename, purpose)
+    if is_wrong or (purpose == BATCH and not taken.is_json_lines):
         raise not_json_lines()
     now = call.parts.clock.now()
     life_s = expiry_s(call.parts, purpose, expires_after_s)

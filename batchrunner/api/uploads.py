@@ -92,7 +92,8 @@ async def add_part(call: Call) -> Answer:
     sinks: list[BlobSink] = []
 
     def open_sink(_fields: dict[str, str], _filename: str) -> BlobSink:
-        sinks.append(BlobSink(parts, f"parts/{parts.rng.token_hex(16)}", size_bytes_max=size_bytes_max))
+        name = f"parts/{parts.rng.token_hex(16)}"
+        sinks.append(BlobSink(parts, name, size_bytes_max=size_bytes_max, field=call.route.file_field))
         return sinks[0]
 
     form = Form(call.request.headers.get("Content-Type", ""), file_field=call.route.file_field, open_sink=open_sink)
