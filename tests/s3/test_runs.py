@@ -133,6 +133,25 @@ async def test_service_killed_in_mid_run_is_waited_for_and_the_run_goes_on(tmp_p
             assert uploads_left(service.url, run.environment["BATCHRUNNER_BLOBS"]) == []
 
 
+async def test_run_that_waits_for_the_service_ends_when_it_is_told_to(tmp_path: Path, proxy: Proxy) -> None:
+    """All of its lines are answered, and none of the answers can be kept."""
+    proxy.rule = lambda request: Fault.BUSY if request.method == "PUT" else None
+    async with bench(tmp_path) as run:
+        run.environment = environment_of(proxy.url)
+        run.write_input(WINDOW)
+        command = await run.start()
+        await command.said("waiting: blobs_unavailable")
+        command.send(signal.SIGTERM)
+        stopped = await command.ended()
+
+        proxy.rule = lambda _request: None
+        ended = await run.run("--json")
+
+        assert stopped.code == 130, stopped.stderr
+        assert ended.code == 0, ended.stderr
+        run.check(repeats_max=WINDOW)
+
+
 async def still(run: Bench) -> int:
     """Wait until nothing has been sent for a second; gives how much was sent before."""
     import asyncio
