@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -13,7 +11,7 @@ import pytest_asyncio
 from batchrunner.store.sqlite import SqliteStore
 from tests.api.batching import chat_lines, make_batch
 from tests.api.serving import Served, serving
-from tests.api.test_golden import Stage, sent
+from tests.api.test_golden import Stage, check_refusal
 
 GOLDEN = Path(__file__).parent / "golden_batches"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.json"))
@@ -50,15 +48,4 @@ async def put(served: Served, status: str) -> str:
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("case", CASES)
 async def test_refusal_is_as_the_golden_file_has_it(stage: Stage, case: str) -> None:
-    golden = json.loads(stage.fill((GOLDEN / f"{case}.json").read_text(encoding="utf-8")))
-    asked: dict[str, Any] = golden["request"]
-
-    reply = await stage.served.call(asked["method"], asked["path"], **sent(stage, asked))
-
-    assert reply.status == golden["status"]
-    assert reply.json == golden["body"]
-    assert list(reply.json["error"]) == ["message", "type", "param", "code"]
-    assert reply.headers["Content-Type"] == "application/json"
-    assert reply.headers["x-request-id"].startswith("req_")
-    if reply.status == 409:
-        assert reply.headers["x-should-retry"] == "false"
+    await check_refusal(stage, (GOLDEN / f"{case}.json").read_text(encoding="utf-8"))
