@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from batchrunner.cli.server_folder import data_home
+from batchrunner.cli.server_folder import home_folder
 from batchrunner.clock import SystemRng
 from batchrunner.webhooks import SECRET_BYTES, check_secret, secret_of
 
@@ -20,7 +20,7 @@ def local_secret() -> str:
     """
     if given := os.environ.get(VARIABLE):
         return check_secret(given)
-    path = data_home() / "webhook_secret"
+    path = home_folder() / "webhook_secret"
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:

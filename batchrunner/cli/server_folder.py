@@ -33,11 +33,11 @@ def folder_of(settings: Settings) -> Path:
     """Where the server keeps its state."""
     if settings.server_folder is not None:
         return Path(settings.server_folder).expanduser().absolute()
-    return data_home().absolute()
+    return home_folder().absolute()
 
 
-def data_home() -> Path:
-    """Where this user's data of ours lies that was given no other place."""
+def home_folder() -> Path:
+    """Where lies what is this user's and was given no other place."""
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "batchrunner"
 
 
