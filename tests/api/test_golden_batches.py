@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from batchrunner.holdings import KeyLimits
 from batchrunner.store.sqlite import SqliteStore
 from tests.api.batching import chat_lines, make_batch
 from tests.api.serving import Served, serving
@@ -23,6 +24,9 @@ async def stage(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stage
     """A server without workers, with a batch in each status that a refusal speaks of. Refusals change nothing."""
     async with serving(tmp_path_factory.mktemp("golden"), is_open=False) as served:
         served.secret = served.add_key("acme")
+        served.add_key("acme", limits=KeyLimits(open_batches_max=1), secret="brk_one_open_batch")
+        served.add_key("acme", limits=KeyLimits(queued_lines_max=1), secret="brk_one_queued_line")
+        served.add_key("acme", limits=KeyLimits(priority_max=0), secret="brk_no_priority")
         names = {
             "batch_file": (await served.upload()).json["id"],
             "user_data_file": (await served.upload(b"x", purpose="user_data")).json["id"],
