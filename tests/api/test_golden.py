@@ -1,7 +1,7 @@
 """Every refusal of files, uploads, keys and HTTP itself, byte for byte as the golden files have it.
 
-A golden file holds a request, what is asked before it if anything, the status, headers that matter, and the body. `{names}`
-in it stand for what the fixture made.
+A golden file holds a request, what is asked before it if anything, the status, headers that matter, and the body.
+`{names}` in it stand for what the fixture made.
 """
 
 from __future__ import annotations
