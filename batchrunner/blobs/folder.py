@@ -37,6 +37,7 @@ def open_blobs(folder: Path, settings: Settings, clock: Clock, rng: Rng) -> Fold
 
     Raises:
         UsageError: the address is none, or boto3 is not installed.
+        BlobsUnavailable: a new folder's bucket does not answer, or refuses.
     """
     local = LocalBlobs(folder / "blobs")
     note = folder / "blobs.address"
@@ -56,5 +57,13 @@ def open_blobs(folder: Path, settings: Settings, clock: Clock, rng: Rng) -> Fold
     if not note.exists():
         assert settings.blobs is not None
         address = parse_address(settings.blobs).below(rng.token_hex(8))
+        made = HomedBlobs(address, settings, clock, local=local)
+        # An address that refuses is not kept: nothing would be read that is paid for, and no other could be named.
+        try:
+            list(made.list(""))
+        except BaseException:
+            made.close()
+            raise
         write_whole(note, f"{address}\n".encode())
+        return made
     return HomedBlobs(parse_address(note.read_text().strip()), settings, clock, local=local)
