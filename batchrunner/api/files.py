@@ -27,7 +27,7 @@ from batchrunner.api.file_object import (
 )
 from batchrunner.api.http import JSON, Answer, ApiParts, Call, Route, json_answer
 from batchrunner.api.idempotency import fields_fingerprint, settle_streamed
-from batchrunner.api.multipart import MULTIPART, Form, receive
+from batchrunner.api.multipart import MULTIPART, received
 from batchrunner.api.paging import page_of
 from batchrunner.api.typed import read_parameters
 from batchrunner.errors import BlobsUnavailable, NotFound
@@ -161,21 +161,17 @@ async def create_file(call: Call) -> Answer:
     """Stream the form's file into Blobs; purpose may come before or after it."""
     parts = call.parts
     size_bytes_max = STRICT_FILE_BYTES_MAX if call.is_strict else parts.settings.file_bytes_max
-    sinks: list[BlobSink] = []
 
-    def open_sink(fields: dict[str, str], _filename: str) -> BlobSink:
+    def open_sink(fields: dict[str, str]) -> BlobSink:
         if "purpose" in fields:
             check_purpose(fields["purpose"])
-        sinks.append(BlobSink(parts, f"files/{parts.rng.token_hex(16)}", size_bytes_max=size_bytes_max))
-        return sinks[0]
+        return BlobSink(parts, f"files/{parts.rng.token_hex(16)}", size_bytes_max=size_bytes_max)
 
-    form = Form(call.request.headers.get("Content-Type", ""), file_field=call.route.file_field, open_sink=open_sink)
-    try:
-        await receive(call, form, size_bytes_max=size_bytes_max)
-        wanted = _read_form(form)
-        if form.filename is None:
-            raise _required("file")
-        taken = await call.blocking(sinks[0].finish)
+    async with received(call, open_sink, size_bytes_max=size_bytes_max) as form:
+        wanted = _read_form(form.fields)
+        if form.sink is None:
+            raise required_property("file")
+        taken = await call.blocking(form.sink.finish)
         answer = await settle_streamed(call, fields_fingerprint(call, form.fields, taken.sha256))
         if answer is not None:
             await call.blocking(form.abort)
@@ -183,7 +179,7 @@ async def create_file(call: Call) -> Answer:
         new = new_file(
             call,
             taken,
-            blob=sinks[0].name,
+            blob=form.sink.name,
             filename=form.filename,
             purpose=wanted.purpose,
             expires_after_s=wanted.expires_after.seconds if wanted.expires_after else None,
@@ -191,29 +187,25 @@ async def create_file(call: Call) -> Answer:
         file = await call.blocking(call.scope.add_file, new, replay=call.replay)
         if file.id != new.id:
             await call.blocking(form.abort)
-    except BaseException:
-        await call.blocking(form.abort)
-        raise
     return json_answer(file_object(file, is_strict=call.is_strict))
 
 
-def _read_form(form: Form) -> FileForm:
+def _read_form(fields: Mapping[str, str]) -> FileForm:
     """Raises: Refusal when a field is missing or does not fit."""
-    if "purpose" not in form.fields:
-        raise _required("purpose")
-    check_purpose(form.fields["purpose"])
-    given: dict[str, object] = {"purpose": form.fields["purpose"]}
+    if "purpose" not in fields:
+        raise required_property("purpose")
+    check_purpose(fields["purpose"])
+    given: dict[str, object] = {"purpose": fields["purpose"]}
     expiry = {
-        name: form.fields[f"expires_after[{name}]"]
-        for name in ("anchor", "seconds")
-        if f"expires_after[{name}]" in form.fields
+        name: fields[f"expires_after[{name}]"] for name in ("anchor", "seconds") if f"expires_after[{name}]" in fields
     }
     if expiry:
         given["expires_after"] = expiry
     return read_parameters(given, FileForm)
 
 
-def _required(name: str) -> Refusal:
+def required_property(name: str) -> Refusal:
+    """A field of a form that has to be there."""
     return Refusal(f"'{name}' is a required property", param=name)
 
 
