@@ -15,9 +15,7 @@ from batchrunner.cli.inputs import PACKED
 from batchrunner.cli.places import Place, Places
 from batchrunner.cli.run_folder import errors_path_for
 from batchrunner.errors import UsageError
-from batchrunner.settings import Settings, has_upstream, parse_duration
-
-_WINDOW_LEAST_S, _WINDOW_MOST_S = 60.0, 14 * 86400.0
+from batchrunner.settings import Settings, has_upstream, parse_window
 
 
 @click.command("run", short_help="Run a file of requests and write its output and error files.")
@@ -218,7 +216,5 @@ def _path(value: object) -> Path | None:
 def _window(text: str | None) -> str | None:
     """Check --window and give it back as written."""
     if text is not None:
-        seconds = parse_duration(text, what="--window")
-        if not _WINDOW_LEAST_S <= seconds <= _WINDOW_MOST_S:
-            raise UsageError(f"--window {text}: from 1m to 14d")
+        parse_window(text, what="--window")
     return text
