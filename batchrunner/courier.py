@@ -114,8 +114,6 @@ class Courier:
 
     async def _turn(self) -> None:
         """Record what ended and take what is due, at one go: each commit waits for the disk."""
-        if self._is_stopping:
-            return
         taken_at_s = self._clock.monotonic_s()
         try:
             taken = await self._take()

@@ -207,16 +207,6 @@ class Host:
         self._api = _Api(greeting=greeting, clock=clock, pulse=self._send_pulse, heed=self._heed)
 
     @property
-    def api_pid(self) -> int | None:
-        """The process id of the API, None while there is none."""
-        return self._api.pid
-
-    @property
-    def worker_pids(self) -> list[int]:
-        """The process ids of the workers."""
-        return self._crew.pids if self._crew is not None else []
-
-    @property
     def in_flight(self) -> int:
         """How many exchanges with upstreams are under way."""
         return self._crew.live().in_flight if self._crew is not None else 0

@@ -41,6 +41,15 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     tpm: float | None = None
 
 
+class WorkerGreeting(msgspec.Struct, frozen=True, kw_only=True):
+    """Parent to child, the first line: what it works on, and with what."""
+
+    folder: str
+    settings: Settings
+    api_keys: dict[str, str]
+    is_server: bool = False
+
+
 class Share(msgspec.Struct, frozen=True, kw_only=True):
     """Parent to child: its parts, in the order of the upstreams."""
 
@@ -95,7 +104,7 @@ _ENCODER = msgspec.json.Encoder()
 _REPORT = msgspec.json.Decoder(Report)
 
 
-def encode_message(message: Share | Report) -> bytes:
+def encode_message(message: WorkerGreeting | Share | Report) -> bytes:
     """Give a message as one line."""
     return _ENCODER.encode(message) + b"\n"
 

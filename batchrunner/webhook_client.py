@@ -122,17 +122,21 @@ class WebhookClient(BatchClient):
         wanted = {"type": event_type} | ({"url": url} if url is not None else {})
         return _decoded(await self._post("/webhook_events", wanted), RemoteEvent)
 
-    async def listen(self, hear: Callable[[Heard], Awaitable[None]]) -> None:
-        """Hand over events as they come, for ever; a stream that breaks off is resumed where it broke.
+    async def listen(self, hear: Callable[[Heard], Awaitable[None]], *, begin: Callable[[], None]) -> None:
+        """Hand over events as they come, for ever; a stream that breaks off is resumed where it broke. `begin` is
+        called once: what happens from then on is heard.
 
         Raises: as the others.
         """
-        last = ""
+        last, has_begun = "", False
 
         async def take(answer: aiohttp.ClientResponse) -> None:
-            nonlocal last
+            nonlocal last, has_begun
             fields: dict[str, bytes] = {}
             async for line in _lines(answer):
+                if not has_begun:
+                    has_begun = True
+                    begin()
                 # Whatever comes says that the server is there.
                 self._progress_s = self._clock.monotonic_s()
                 if line and not line.startswith(b":"):

@@ -26,8 +26,8 @@ ESSAYS = {"batchrunner.errors", "batchrunner.lifecycle", "batchrunner.pipeline"}
 REAL_TIME = re.compile(r"batchrunner\.(clock|simulate)(\..*)?")
 ENTRY_POINTS = re.compile(r"batchrunner(\.__main__|\.cli|\.store\.migrations\..*)?")
 EDGES = re.compile(
-    r"(clock|tuning|session_locks|simulate|store|blobs|upstream\w*|poster|client|processes|supervisor|app|hosting|serving|api"
-    r"|delivering|webhook_client|dashboard|cli)?|__main__"
+    r"(clock|tuning|durable|session_locks|simulate|store|blobs|upstream\w*|poster|client|processes|child|supervisor|app"
+    r"|hosting|serving|working|api|delivering|webhook_client|dashboard|cli)?|__main__"
 )
 
 TIME_AND_CHANCE = re.compile(

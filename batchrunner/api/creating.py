@@ -26,12 +26,11 @@ from batchrunner.models import (
     OnUnknown,
     Order,
 )
-from batchrunner.settings import ENDPOINTS, MIB, parse_duration
+from batchrunner.settings import ENDPOINTS, MIB, parse_window
 
 # Source: the endpoints of OpenAI's Batch API.
 STRICT_ENDPOINTS = ENDPOINTS[:8]
 STRICT_WINDOW = "24h"
-WINDOW_S_MIN, WINDOW_S_MAX = 60.0, 14 * 86400.0
 PRIORITY_MAX = 100
 # Larger sets of requests are for a file: a body is held in memory and read at one go.
 INLINE_BYTES_MAX = 8 * MIB
@@ -109,16 +108,13 @@ def window_s(window: str, *, is_strict: bool) -> float:
     if is_strict and window != STRICT_WINDOW:
         raise invalid_value("completion_window", _echoed(window), [STRICT_WINDOW])
     try:
-        seconds = parse_duration(window, what="completion_window")
+        return parse_window(window, what="completion_window")
     except UsageError:
-        seconds = 0.0
-    if not WINDOW_S_MIN <= seconds <= WINDOW_S_MAX:
         raise Refusal(
             f"Invalid value: '{_echoed(window)}'. Supported values are: durations from '1m' to '14d', such as '24h'.",
             param="completion_window",
             code="invalid_value",
-        )
-    return seconds
+        ) from None
 
 
 def check_priority(call: Call, priority: int) -> None:

@@ -101,18 +101,16 @@ def server_fault() -> Refusal:
     return Refusal(_SERVER_FAULT, status=500, kind=SERVER_ERROR)
 
 
-def quoted_list(values: Sequence[str], *, conjunction: str = "and") -> str:
-    """List values as the API does: `'a', 'b', and 'c'`."""
-    quoted = [f"'{each}'" for each in values]
-    if len(quoted) < 3:
-        return f" {conjunction} ".join(quoted)
-    return f"{', '.join(quoted[:-1])}, {conjunction} {quoted[-1]}"
-
-
 def invalid_value(param: str, value: str, supported: Sequence[str]) -> Refusal:
     """A value that is none of those supported."""
-    message = f"Invalid value: '{value}'. Supported values are: {quoted_list(supported)}."
+    message = f"Invalid value: '{value}'. Supported values are: {_listed(supported)}."
     return Refusal(message, param=param, code="invalid_value")
+
+
+def _listed(values: Sequence[str]) -> str:
+    """List values as the API does: `'a', 'b', and 'c'`."""
+    quoted = [f"'{each}'" for each in values]
+    return " and ".join(quoted) if len(quoted) < 3 else f"{', '.join(quoted[:-1])}, and {quoted[-1]}"
 
 
 def invalid_type(param: str, expected: str, got: str) -> Refusal:

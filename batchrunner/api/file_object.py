@@ -17,8 +17,10 @@ from batchrunner.progress import seconds_of
 # Source: the purposes of the OpenAI API, in the order in which it lists them in its refusal.
 PURPOSES = ("fine-tune", "assistants", "batch", "user_data", "vision", "evals")
 BATCH = "batch"
+_BATCH_SUFFIX = ".jsonl"
 # Checked by `check_purpose`, whose words differ from those for other fields.
 Purpose = Annotated[str, Meta(extra_json_schema={"enum": list(PURPOSES)})]
+_BADLY_NAMED = f"The name does not end in {_BATCH_SUFFIX}."
 _EXPIRES_S_MIN = 3600
 _EXPIRES_S_MAX = 2_592_000
 
@@ -92,9 +94,15 @@ def file_object(file: File, *, is_strict: bool) -> FileObject:
         expires_at=seconds_of(file.expires_at),
         filename=file.filename,
         purpose=file.purpose,
+        status_details=None if is_strict or is_named_well(file.filename, file.purpose) else _BADLY_NAMED,
         line_count=UNSET if is_strict else file.line_count,
         sha256=UNSET if is_strict else file.sha256,
     )
+
+
+def is_named_well(filename: str, purpose: str) -> bool:
+    """Tell whether the OpenAI API would take a file of this name."""
+    return purpose != BATCH or filename.lower().endswith(_BATCH_SUFFIX)
 
 
 def upload_object(upload: Upload, file: File | None, *, is_strict: bool) -> UploadObject:
@@ -118,10 +126,10 @@ def check_purpose(purpose: str) -> None:
 
 
 def not_json_lines() -> Refusal:
-    """Source: recorded answer of the OpenAI API to a batch file that is empty or does not begin with JSON."""
+    """Source: recorded answer of the OpenAI API to a batch file of another suffix, or empty, or without JSON."""
     return Refusal("Invalid file format for Batch API. Must be .jsonl")
 
 
-def file_too_large(size_bytes_max: int) -> Refusal:
+def file_too_large(size_bytes_max: int, *, field: str) -> Refusal:
     """A file above the cap; sending it again will not help."""
-    return Refusal(f"The file is larger than the maximum of {size_bytes_max} bytes.", status=413, param="file")
+    return Refusal(f"The file is larger than the maximum of {size_bytes_max} bytes.", status=413, param=field)

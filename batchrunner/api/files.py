@@ -22,11 +22,12 @@ from batchrunner.api.file_object import (
     check_purpose,
     file_object,
     file_too_large,
+    is_named_well,
     not_json_lines,
 )
 from batchrunner.api.http import JSON, Answer, ApiParts, Call, Route, json_answer
 from batchrunner.api.idempotency import fields_fingerprint, settle_streamed
-from batchrunner.api.multipart import MULTIPART, Form, receive
+from batchrunner.api.multipart import MULTIPART, received
 from batchrunner.api.paging import page_of
 from batchrunner.api.typed import read_parameters
 from batchrunner.errors import BlobsUnavailable, NotFound
@@ -97,19 +98,21 @@ class BlobSink:
         name: str,
         *,
         size_bytes_max: int,
+        field: str = "file",
         digest: Callable[[bytes], None] | None = None,
     ) -> None:
-        """Register the name and open the blob; `digest` sees the bytes too."""
+        """Register the name and open the blob; `field` is where its bytes come from, `digest` sees them too."""
         self.name = name
         self._store = parts.store
         self._size_bytes_max = size_bytes_max
+        self._field = field
         parts.store.register_blob(name, owner=OWNER)
         self._intake = Intake(parts.blobs, name, line_bytes_max=parts.settings.line_bytes_max, digest=digest)
 
     def feed(self, chunk: bytes) -> None:
         """Take bytes. Raises: Refusal above the cap, and as Intake.feed does."""
         if self._intake.size_bytes + len(chunk) > self._size_bytes_max:
-            raise file_too_large(self._size_bytes_max)
+            raise file_too_large(self._size_bytes_max, field=self._field)
         self._intake.feed(chunk)
 
     def finish(self) -> Taken:
@@ -130,8 +133,13 @@ def expiry_s(parts: ApiParts, purpose: str, expires_after_s: int | None) -> floa
 
 
 def new_file(call: Call, taken: Taken, *, blob: str, filename: str, purpose: str, expires_after_s: int | None) -> File:
-    """Make the row of what came in. Raises: Refusal when a batch file does not begin with JSON."""
-    if purpose == BATCH and not taken.is_json_lines:
+    """Make the row of what came in.
+
+    Raises:
+        Refusal: a batch file does not begin with JSON, or under /openai/v1 has another suffix.
+    """
+    is_wrong = call.is_strict and not is_named_well(filename, purpose)
+    if is_wrong or (purpose == BATCH and not taken.is_json_lines):
         raise not_json_lines()
     now = call.parts.clock.now()
     life_s = expiry_s(call.parts, purpose, expires_after_s)
@@ -153,21 +161,17 @@ async def create_file(call: Call) -> Answer:
     """Stream the form's file into Blobs; purpose may come before or after it."""
     parts = call.parts
     size_bytes_max = STRICT_FILE_BYTES_MAX if call.is_strict else parts.settings.file_bytes_max
-    sinks: list[BlobSink] = []
 
-    def open_sink(fields: dict[str, str], _filename: str) -> BlobSink:
+    def open_sink(fields: dict[str, str]) -> BlobSink:
         if "purpose" in fields:
             check_purpose(fields["purpose"])
-        sinks.append(BlobSink(parts, f"files/{parts.rng.token_hex(16)}", size_bytes_max=size_bytes_max))
-        return sinks[0]
+        return BlobSink(parts, f"files/{parts.rng.token_hex(16)}", size_bytes_max=size_bytes_max)
 
-    form = Form(call.request.headers.get("Content-Type", ""), file_field=call.route.file_field, open_sink=open_sink)
-    try:
-        await receive(call, form, size_bytes_max=size_bytes_max)
-        wanted = _read_form(form)
-        if form.filename is None:
-            raise _required("file")
-        taken = await call.blocking(sinks[0].finish)
+    async with received(call, open_sink, size_bytes_max=size_bytes_max) as form:
+        wanted = _read_form(form.fields)
+        if form.sink is None:
+            raise required_property("file")
+        taken = await call.blocking(form.sink.finish)
         answer = await settle_streamed(call, fields_fingerprint(call, form.fields, taken.sha256))
         if answer is not None:
             await call.blocking(form.abort)
@@ -175,7 +179,7 @@ async def create_file(call: Call) -> Answer:
         new = new_file(
             call,
             taken,
-            blob=sinks[0].name,
+            blob=form.sink.name,
             filename=form.filename,
             purpose=wanted.purpose,
             expires_after_s=wanted.expires_after.seconds if wanted.expires_after else None,
@@ -183,29 +187,25 @@ async def create_file(call: Call) -> Answer:
         file = await call.blocking(call.scope.add_file, new, replay=call.replay)
         if file.id != new.id:
             await call.blocking(form.abort)
-    except BaseException:
-        await call.blocking(form.abort)
-        raise
     return json_answer(file_object(file, is_strict=call.is_strict))
 
 
-def _read_form(form: Form) -> FileForm:
+def _read_form(fields: Mapping[str, str]) -> FileForm:
     """Raises: Refusal when a field is missing or does not fit."""
-    if "purpose" not in form.fields:
-        raise _required("purpose")
-    check_purpose(form.fields["purpose"])
-    given: dict[str, object] = {"purpose": form.fields["purpose"]}
+    if "purpose" not in fields:
+        raise required_property("purpose")
+    check_purpose(fields["purpose"])
+    given: dict[str, object] = {"purpose": fields["purpose"]}
     expiry = {
-        name: form.fields[f"expires_after[{name}]"]
-        for name in ("anchor", "seconds")
-        if f"expires_after[{name}]" in form.fields
+        name: fields[f"expires_after[{name}]"] for name in ("anchor", "seconds") if f"expires_after[{name}]" in fields
     }
     if expiry:
         given["expires_after"] = expiry
     return read_parameters(given, FileForm)
 
 
-def _required(name: str) -> Refusal:
+def required_property(name: str) -> Refusal:
+    """A field of a form that has to be there."""
     return Refusal(f"'{name}' is a required property", param=name)
 
 

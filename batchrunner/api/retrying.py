@@ -30,7 +30,8 @@ _TRIES = 3
 class RetryRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The body of a retry, which may be empty: every line without a result of its own runs again.
 
-    `codes` are those of the error file, or HTTP statuses such as `429`. What is not given is as in the first batch.
+    `codes` are those of the error file or of `/errors`, or HTTP statuses such as `429`. What is not given is as in the
+    first batch.
     """
 
     codes: Annotated[list[str], Meta(min_length=1, max_length=_CHOICES_MAX)] | None = None

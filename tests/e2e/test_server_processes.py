@@ -13,8 +13,8 @@ import aiohttp
 import psutil
 import pytest
 
-from tests.e2e.harness import Command, start
-from tests.e2e.served import Server, Site, site, until
+from tests.e2e.harness import Command, freeze, start
+from tests.e2e.served import Server, Site, site
 
 LINES = 400
 WINDOW = 16
@@ -28,8 +28,8 @@ AT_ONCE_S = 10.0
 pytestmark = pytest.mark.slow
 
 
-def is_moving(batch: dict[str, Any]) -> bool:
-    return bool(batch["status"] == "in_progress" and batch["request_counts"]["completed"] >= LINES // 10)
+async def until_moving(here: Site) -> None:
+    await here.simulator.wait_until(lambda stats: stats.ok >= LINES // 10)
 
 
 async def end_and_check(here: Site, server: Server, batch_id: str, *, kills: int) -> None:
@@ -69,7 +69,7 @@ async def test_killed_api_comes_back_on_its_port_and_the_batch_goes_on(tmp_path:
     async with site(tmp_path, latency="100ms") as here:
         server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
         batch_id = await server.submit(here.write_input(LINES))
-        await server.batch_when(batch_id, is_moving)
+        await until_moving(here)
         old, worker = server.api(), server.worker()
 
         old.kill()
@@ -96,14 +96,15 @@ async def test_half_an_upload_of_a_killed_api_leaves_the_disk(tmp_path: Path) ->
         writing.write(b"content-type: multipart/form-data; boundary=x\r\n\r\n" + head + b"{}\n" * 500_000)
         await writing.drain()
 
-        async def is_half_there() -> bool:
-            return any("~" in path.name for path in (here.data / "blobs").rglob("files/*"))
+        async def half_written() -> list[Path]:
+            assert await status_of(server, "/healthz") == 200
+            return [path for path in (here.data / "blobs").rglob("files/*") if "~" in path.name]
 
-        await until(is_half_there)
+        await server.when(half_written, bool)
         server.api().kill()
         await server.said("1 half written blobs")
 
-        assert not await is_half_there()
+        assert await half_written() == []
         writing.close()
         assert (await server.stop()).code == 0
 
@@ -112,14 +113,14 @@ async def test_killed_worker_comes_back_and_its_lines_at_once(tmp_path: Path) ->
     async with site(tmp_path, latency="100ms") as here:
         server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
         batch_id = await server.submit(here.write_input(LINES))
-        moved = await server.batch_when(batch_id, is_moving)
+        await until_moving(here)
         worker = server.worker()
 
         worker.kill()
-        done = moved["request_counts"]["completed"]
         async with asyncio.timeout(RECOVERY_S):
-            # Whatever was counted by then; a worker that registers more than that is a new one.
             await server.said("worker 0 ended with code -9")
+            # Whatever was counted by then; a worker that registers more than that is a new one.
+            done = (await server.get(f"/batches/{batch_id}"))["request_counts"]["completed"]
             await server.batch_when(batch_id, lambda batch: batch["request_counts"]["completed"] > done + WINDOW)
 
         assert server.worker().pid != worker.pid
@@ -131,7 +132,7 @@ async def test_killed_server_is_started_again_and_the_batch_completes(tmp_path: 
     async with site(tmp_path, latency="100ms") as here:
         server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
         batch_id = await server.submit(here.write_input(LINES))
-        await server.batch_when(batch_id, is_moving)
+        await until_moving(here)
 
         await server.kill_all()
         again = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
@@ -144,7 +145,7 @@ async def test_server_may_be_started_while_the_children_of_a_killed_one_still_en
     async with site(tmp_path, latency="100ms") as here:
         server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
         batch_id = await server.submit(here.write_input(LINES))
-        await server.batch_when(batch_id, is_moving)
+        await until_moving(here)
         port = server.base_url.rpartition(":")[2].removesuffix("/v1")
         children = server.command.workers()
 
@@ -308,18 +309,12 @@ async def test_readiness_tells_that_no_worker_reports(tmp_path: Path) -> None:
         await server.until_ready()
         worker = server.worker()
 
-        async def is_unready() -> bool:
-            return (await server.ready())[0] != 200
+        freeze(here.data / "state.db", worker)
+        status, found = await server.when(server.ready, lambda found: found[0] != 200)
+        worker.resume()
 
-        worker.suspend()
-        try:
-            await until(is_unready)
-            found = await server.ready()
-        finally:
-            worker.resume()
-
-        assert found[0] == 503
-        assert found[1]["failed"] == ["workers"]
+        assert status == 503
+        assert found["failed"] == ["workers"]
         await server.stop()
 
 
@@ -329,17 +324,14 @@ async def test_first_key_closes_an_open_server(tmp_path: Path) -> None:
         assert (await server.get("/batches"))["data"] == []
 
         created = await (await start_keys(here, "create", "--scopes", "read")).ended()
-
-        async def is_closed() -> bool:
-            return await status_of(server, "/v1/batches") == 401
-
-        await until(is_closed)
+        await server.said("there are API keys now")
+        await server.said("the API process ended with code 0")
 
         secret = created.stdout.decode().strip()
+        assert await status_of(server, "/v1/batches") == 401
         assert await status_of(server, "/v1/batches", secret) == 200
         assert await status_of(server, "/healthz") == await status_of(server, "/readyz") == 200
         assert await status_of(server, "/metrics") == 200
-        assert "there are API keys now" in await server.said("there are API keys now")
         assert (await server.stop()).code == 0
 
 

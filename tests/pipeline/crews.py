@@ -110,15 +110,19 @@ class Crew:
     fetched: list[str] = field(default_factory=list)
     _journals: list[Journal] = field(default_factory=list)
     _running: list[asyncio.Task[None]] = field(default_factory=list)
+    _synced: asyncio.Event = field(default_factory=asyncio.Event)
 
     def hire(self, *, window: int = 8) -> Worker:
         """Start a worker with a window of this size."""
         loop, name = asyncio.get_running_loop(), SessionId(f"session-{len(self.workers)}")
         store, blobs = SqliteStore.open(self.folder / "state.db", self.clock), LocalBlobs(self.folder / "blobs")
         self.store.open_session(name, host="here", pid=1)
-        journal = Journal(
-            blobs, name, on_durable=lambda: _soon(loop, worker.durable), tick_s=0.001, records_max=1 << 20
-        )
+
+        def tell() -> None:
+            worker.durable()
+            self._synced.set()
+
+        journal = Journal(blobs, name, on_durable=lambda: _soon(loop, tell), tick_s=0.001, records_max=1 << 20)
         gate = Gate(cooldown=Cooldown(), outage=Outage(), first_contact=FirstContact())
         fanout = Fanout(
             outlets=[Outlet(name="default", upstream=self.upstream, gate=gate)],
@@ -174,10 +178,12 @@ class Crew:
                 # The keeper's rounds are in real time.
                 worker.changed()
             await settled()
-            for journal in self._journals:
-                while journal.waiting_records or any(each.wanted_mark > each.durable_mark for each in journal._shards):
+            while waiting := [each for each in self._journals if _is_waiting(each)]:
+                self._synced.clear()
+                for journal in waiting:
                     journal.request_sync()
-                    await asyncio.sleep(0.0005)  # real time: the commit thread's
+                await self._synced.wait()
+                await settled()
             for worker in self.workers:
                 # The commit thread's own word of it may still be on its way.
                 worker.durable()
@@ -208,6 +214,11 @@ class Crew:
         for worker in self.workers:
             worker._store.close()
         self.store.close()
+
+
+def _is_waiting(journal: Journal) -> bool:
+    """Whether something in it is not durable yet."""
+    return bool(journal.waiting_records) or any(each.wanted_mark > each.durable_mark for each in list(journal._shards))
 
 
 def _soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:

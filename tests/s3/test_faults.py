@@ -15,12 +15,13 @@ from batchrunner.blobs.s3_files import S3Files
 from batchrunner.clock import SystemClock
 from batchrunner.errors import BatchrunnerError, BlobsUnavailable, DiskFull
 from batchrunner.settings import MIB, Settings
-from tests.cli.calling import Called, call
+from tests.cli.calling import Called, call, simulator
 from tests.s3.proxy import Fault, Proxy, Request, proxied
 from tests.s3.services import BUCKET, Service, client_of
 
 CONTENT = os.urandom(18 * MIB)
 CHUNK = 256 * 1024
+LINE = b'{"custom_id":"a","method":"POST","url":"/v1/chat/completions","body":{"model":"m","messages":[]}}\n'
 
 
 @pytest.fixture
@@ -244,15 +245,19 @@ def doctor(*arguments: str) -> Called:
     return call("doctor", *arguments, "--json")
 
 
-@pytest.mark.slow
-def test_doctor_tries_out_the_bucket_and_leaves_nothing_there(
-    proxy: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def commands(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Have commands of this process ask the service, in a folder of their own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BATCHRUNNER_S3_ENDPOINT_URL", proxy.url)
+    assert settings.s3_endpoint_url is not None
+    monkeypatch.setenv("BATCHRUNNER_S3_ENDPOINT_URL", settings.s3_endpoint_url)
     monkeypatch.setenv("BATCHRUNNER_S3_ADDRESSING", "path")
-    monkeypatch.setattr(s3_client, "_WAIT_MAX_S", 0.01)
+    return tmp_path
 
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("commands")
+def test_doctor_tries_out_the_bucket_and_leaves_nothing_there(proxy: Proxy) -> None:
     good = doctor("--blobs", f"s3://{BUCKET}/tried")
     no_bucket = doctor("--blobs", "s3://no-such-bucket/tried")
     no_address = doctor("--blobs", "s3:/batches")
@@ -263,8 +268,69 @@ def test_doctor_tries_out_the_bucket_and_leaves_nothing_there(
     assert no_bucket.code == no_address.code == no_put.code == 1
     assert "Make the bucket" in failed(no_bucket)["bucket list"]
     assert "bucket" in failed(no_address)
-    assert "s3:PutObject" in failed(no_put)["bucket put"]
+    assert list(failed(no_put)) == ["bucket put"]
+    assert "It needs" not in failed(no_put)["bucket put"]
     assert "Contents" not in client_of(proxy.url).list_objects_v2(Bucket=BUCKET, Prefix="tried/")
+
+
+@pytest.mark.usefixtures("commands")
+@pytest.mark.parametrize(
+    ("kind", "step", "permission"),
+    [
+        ("List", "list", "s3:ListBucket"),
+        ("ListUploads", "list uploads", "s3:ListBucketMultipartUploads"),
+        ("PUT", "put", "s3:PutObject"),
+        ("GET", "ranged get", "s3:GetObject"),
+        ("Abort", "abort upload", "s3:AbortMultipartUpload"),
+        ("DELETE", "delete", "s3:DeleteObject"),
+    ],
+)
+def test_doctor_names_the_permission_that_is_missing_and_no_other(
+    proxy: Proxy, kind: str, step: str, permission: str
+) -> None:
+    proxy.rule = lambda request: Fault.DENIED if request.kind == kind else None
+
+    found = failed(doctor("--blobs", f"s3://{BUCKET}/denied"))
+
+    assert list(found) == [f"bucket {step}"]
+    assert found[f"bucket {step}"].endswith(f"It needs {permission}.")
+
+
+@pytest.mark.slow
+def test_new_run_whose_bucket_refuses_sends_nothing_and_may_be_given_another(
+    commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (commands / "in.jsonl").write_bytes(LINE)
+    command = ("run", "in.jsonl", "-o", "out.jsonl", "-u")
+    state = commands / "out.jsonl.run"
+    with simulator() as upstream:
+        monkeypatch.setenv("BATCHRUNNER_BLOBS", "s3://no-such-bucket/runs")
+        refused = call(*command, upstream)
+        was_begun = (state / "state.db").exists()
+        monkeypatch.setenv("BATCHRUNNER_BLOBS", f"s3://{BUCKET}/runs")
+        ended = call(*command, upstream)
+
+    assert (refused.code, was_begun, ended.code) == (1, False, 0), refused.err + ended.err
+    assert "Make the bucket" in refused.err
+    assert (state / "blobs.address").read_text().startswith(f"s3://{BUCKET}/runs/")
+
+
+@pytest.mark.usefixtures("commands")
+@pytest.mark.parametrize("content", [None, b"no certificate"])
+def test_certificates_that_cannot_be_read_are_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+) -> None:
+    bundle = tmp_path / "ca.pem"
+    if content is not None:
+        bundle.write_bytes(content)
+    monkeypatch.setenv("BATCHRUNNER_S3_CA_BUNDLE", str(bundle))
+    monkeypatch.setenv("BATCHRUNNER_BLOBS", f"s3://{BUCKET}/runs")
+    (tmp_path / "in.jsonl").write_bytes(LINE)
+
+    ended = call("run", "in.jsonl", "-o", "out.jsonl", "-u", "http://127.0.0.1:9/v1")
+
+    assert ended.code == 2
+    assert f"cannot read s3_ca_bundle {bundle}" in ended.err
 
 
 def failed(called: Called) -> dict[str, str]:
