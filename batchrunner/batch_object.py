@@ -16,7 +16,7 @@ from batchrunner.errors import OwnError
 from batchrunner.holdings import LiveShare
 from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import Batch, LineProblem, OnInvalid, OnUnknown, Order, Usage
-from batchrunner.progress import Progress, code_of, progress_of, seconds_of
+from batchrunner.progress import Progress, code_of, is_paused, progress_of, seconds_of
 
 # Every status of ours by its word on the wire.
 STATUSES: Mapping[BatchStatus, str] = MappingProxyType(
@@ -152,8 +152,8 @@ def batch_object(batch: Batch, shares: Sequence[LiveShare], now: datetime) -> Ex
         order=batch.order,
         priority=batch.priority,
         webhook_url=batch.webhook_url,
-        paused_reason=batch.paused_reason,
-        paused_at=seconds_of(batch.paused_at),
+        paused_reason=batch.paused_reason if is_paused(batch) else None,
+        paused_at=seconds_of(batch.paused_at) if is_paused(batch) else None,
         blocked_by=code_of(batch.blocked_by),
         progress=progress_of(batch, shares, now),
     )

@@ -143,14 +143,15 @@ class S3Requests:
 
     def uploads(self, prefix: str) -> Iterator[MultipartUploadTypeDef]:
         """Give the unfinished uploads of keys that begin so."""
-        markers: dict[str, Any] | None = {}
-        while markers is not None:
+        markers: dict[str, Any] = {}
+        while True:
             page = self.call(prefix, partial(self._uploads_page, prefix, markers))
             yield from (each for each in page.get("Uploads", []) if each["Key"].startswith(prefix))
-            is_last = not page.get("IsTruncated")
-            markers = (
-                None if is_last else {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
-            )
+            # SeaweedFS goes by ids, and gives no key to go on from.
+            given = {"KeyMarker": page.get("NextKeyMarker"), "UploadIdMarker": page.get("NextUploadIdMarker")}
+            markers = {name: value for name, value in given.items() if value}
+            if not page.get("IsTruncated") or not markers:
+                return
 
     def _uploads_page(self, prefix: str, markers: dict[str, Any]) -> ListMultipartUploadsOutputTypeDef:
         return self.client.list_multipart_uploads(Bucket=self.bucket, Prefix=prefix, **markers)

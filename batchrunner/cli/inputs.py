@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from batchrunner.durable import sync_folder
 from batchrunner.errors import UsageError
 
 PACKED = (".gz", ".zst")
@@ -64,14 +62,3 @@ def _unzstandarded(path: Path) -> Iterator[bytes]:
             yield from pieces_of(stream)
     except zstandard.ZstdError as error:
         raise UsageError(f"{path} cannot be unpacked: {error}") from error
-
-
-def spool(pieces: Iterable[bytes], target: Path) -> None:
-    """Write a stream plain into a file, whole or not at all; shards need offsets."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    with temporary.open("wb") as stream:
-        stream.writelines(pieces)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(target)
-    sync_folder(target.parent)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from batchrunner.app import was_anything_sent
 from batchrunner.cli.console import say
-from batchrunner.cli.inputs import PACKED, pieces_of, plain, spool
+from batchrunner.cli.inputs import PACKED, pieces_of, plain
 from batchrunner.cli.places import Places
 from batchrunner.cli.run_folder import (
     Fingerprint,
@@ -24,6 +24,7 @@ from batchrunner.cli.run_folder import (
     fingerprint,
     hash_file,
 )
+from batchrunner.durable import write_pieces
 from batchrunner.errors import UsageError
 from batchrunner.settings import Settings
 
@@ -187,7 +188,7 @@ def _source(request: RunRequest, folder: RunFolder, old: RunRecord | None) -> tu
     """Find the plain input file; what was hashed before and looks unchanged is not read again."""
     spooled = folder.path.resolve() / "input.jsonl"
     if request.is_from_stdin:
-        spool(pieces_of(sys.stdin.buffer), spooled)
+        write_pieces(spooled, pieces_of(sys.stdin.buffer))
         return spooled, hash_file(spooled), None
     path, places = request.input_path, request.places
     mark = fingerprint(path) if places.source is None else places.mark(places.source)
@@ -199,7 +200,7 @@ def _source(request: RunRequest, folder: RunFolder, old: RunRecord | None) -> tu
             path = folder.path / f"fetched{path.suffix}" if is_packed else spooled
             places.fetch_source(path)
         if is_packed:
-            spool(plain(path), spooled)
+            write_pieces(spooled, plain(path))
         if is_packed and places.source is not None:
             path.unlink()
     source = spooled if is_spooled else path.resolve()

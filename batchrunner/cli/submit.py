@@ -13,10 +13,11 @@ import orjson
 
 from batchrunner.cli.console import say
 from batchrunner.cli.exits import ExitCode
-from batchrunner.cli.inputs import PACKED, pieces_of, plain, spool
+from batchrunner.cli.inputs import PACKED, pieces_of, plain
 from batchrunner.cli.remote import exit_code_of_batch, follow, tell_end, with_server
 from batchrunner.cli.server_address import Server, server_of, server_option
 from batchrunner.client import BatchClient, Shown
+from batchrunner.durable import write_pieces
 from batchrunner.errors import InputInvalid, ServerRefused, UsageError
 from batchrunner.lines import is_blank
 from batchrunner.ports import Clock
@@ -113,7 +114,7 @@ def _spooled(path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         spooled = Path(folder) / "input.jsonl"
-        spool(pieces_of(sys.stdin.buffer) if str(path) == "-" else plain(path), spooled)
+        write_pieces(spooled, pieces_of(sys.stdin.buffer) if str(path) == "-" else plain(path))
         yield spooled
 
 

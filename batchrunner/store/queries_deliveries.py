@@ -23,7 +23,6 @@ from sqlalchemy import (
 
 from batchrunner.deliveries import (
     Appointments,
-    Delivery,
     DeliveryAttempt,
     DeliveryFilter,
     DeliveryId,
@@ -50,13 +49,6 @@ _DISABLED_FAILING = "it has failed for 5 days"
 
 _rows = webhook_deliveries
 _c = webhook_deliveries.c
-
-
-def delivery_of(row: RowMapping) -> Delivery:
-    """Read a row of webhook_deliveries."""
-    names = ("id", "tenant", "event_id", "type", "batch_id", "endpoint_id", "url", "state", "reason", "due_at")
-    more = ("attempt_count", "attempts", "created_at", "ended_at")
-    return Delivery(**{name: row[name] for name in (*names, *more)})
 
 
 # -- taking ------------------------------------------------------------------------------------------------------------

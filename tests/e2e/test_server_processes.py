@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tests.e2e.served import Server, Site, site
 
 LINES = 400
 WINDOW = 16
+FLAGS = ("--workers", "1", "--concurrency", str(WINDOW))
 # What may be sent again after a death: what was in flight, and one commit group of the worker.
 REPEATS_PER_KILL = WINDOW + 256
 # A busy machine takes its time to start a process; `bench.server` measures how long.
@@ -28,8 +31,14 @@ AT_ONCE_S = 10.0
 pytestmark = pytest.mark.slow
 
 
-async def until_moving(here: Site) -> None:
-    await here.simulator.wait_until(lambda stats: stats.ok >= LINES // 10)
+@asynccontextmanager
+async def in_mid_batch(folder: Path) -> AsyncIterator[tuple[Site, Server, str]]:
+    """Give a server that has done a part of the batch of this id."""
+    async with site(folder, latency="100ms") as here:
+        server = await here.serve(*FLAGS)
+        batch_id = await server.submit(here.write_input(LINES))
+        await here.simulator.wait_until(lambda stats: stats.ok >= LINES // 10)
+        yield here, server, batch_id
 
 
 async def end_and_check(here: Site, server: Server, batch_id: str, *, kills: int) -> None:
@@ -66,10 +75,7 @@ async def test_workers_let_the_api_go_first(tmp_path: Path) -> None:
 
 
 async def test_killed_api_comes_back_on_its_port_and_the_batch_goes_on(tmp_path: Path) -> None:
-    async with site(tmp_path, latency="100ms") as here:
-        server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
-        batch_id = await server.submit(here.write_input(LINES))
-        await until_moving(here)
+    async with in_mid_batch(tmp_path) as (here, server, batch_id):
         old, worker = server.api(), server.worker()
 
         old.kill()
@@ -110,10 +116,7 @@ async def test_half_an_upload_of_a_killed_api_leaves_the_disk(tmp_path: Path) ->
 
 
 async def test_killed_worker_comes_back_and_its_lines_at_once(tmp_path: Path) -> None:
-    async with site(tmp_path, latency="100ms") as here:
-        server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
-        batch_id = await server.submit(here.write_input(LINES))
-        await until_moving(here)
+    async with in_mid_batch(tmp_path) as (here, server, batch_id):
         worker = server.worker()
 
         worker.kill()
@@ -129,28 +132,21 @@ async def test_killed_worker_comes_back_and_its_lines_at_once(tmp_path: Path) ->
 
 
 async def test_killed_server_is_started_again_and_the_batch_completes(tmp_path: Path) -> None:
-    async with site(tmp_path, latency="100ms") as here:
-        server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
-        batch_id = await server.submit(here.write_input(LINES))
-        await until_moving(here)
-
+    async with in_mid_batch(tmp_path) as (here, server, batch_id):
         await server.kill_all()
-        again = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
+        again = await here.serve(*FLAGS)
 
         await end_and_check(here, again, batch_id, kills=1)
         assert (await again.stop()).code == 0
 
 
 async def test_server_may_be_started_while_the_children_of_a_killed_one_still_end(tmp_path: Path) -> None:
-    async with site(tmp_path, latency="100ms") as here:
-        server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
-        batch_id = await server.submit(here.write_input(LINES))
-        await until_moving(here)
+    async with in_mid_batch(tmp_path) as (here, server, batch_id):
         port = server.base_url.rpartition(":")[2].removesuffix("/v1")
         children = server.command.workers()
 
         server.command.send(signal.SIGKILL)
-        again = await here.serve("--workers", "1", "--concurrency", str(WINDOW), "--port", port)
+        again = await here.serve(*FLAGS, "--port", port)
 
         gone, alive = await asyncio.to_thread(psutil.wait_procs, children, timeout=AT_ONCE_S)
         assert len(gone) == 2
@@ -161,7 +157,7 @@ async def test_server_may_be_started_while_the_children_of_a_killed_one_still_en
 
 async def test_sigterm_lets_what_is_in_flight_end_and_nothing_is_sent_again(tmp_path: Path) -> None:
     async with site(tmp_path, latency="500ms") as here:
-        server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
+        server = await here.serve(*FLAGS)
         batch_id = await server.submit(here.write_input(LINES // 4))
         await here.simulator.wait_until(lambda stats: stats.total >= 2 * WINDOW)
 
@@ -170,14 +166,14 @@ async def test_sigterm_lets_what_is_in_flight_end_and_nothing_is_sent_again(tmp_
         assert ended.code == 0, ended.stderr
         assert "SIGTERM: waiting up to 30 s" in ended.stderr
         assert "Traceback" not in ended.stderr
-        again = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
+        again = await here.serve(*FLAGS)
         await end_and_check(here, again, batch_id, kills=0)
         assert (await again.stop()).code == 0
 
 
 async def test_second_signal_ends_at_once(tmp_path: Path) -> None:
     async with site(tmp_path, latency="20s") as here:
-        server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
+        server = await here.serve(*FLAGS)
         await server.submit(here.write_input(LINES))
         await here.simulator.wait_until(lambda stats: stats.total >= 1)
 

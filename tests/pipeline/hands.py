@@ -164,6 +164,12 @@ class Place:
         )
         self.scope(hand).create_batch(new)
 
+    def begin_once(self, hand: Hand) -> ShardRun:
+        """Make a batch of ten lines, each of which may be sent once, and have the hand take them."""
+        self.begin(hand, lines=10, on_unknown=OnUnknown.FAIL)
+        hand.validate()
+        return hand.take()
+
     def scope(self, hand: Hand) -> TenantScope:
         """The tenant's view."""
         return hand.store.scope(LOCAL_TENANT)

@@ -202,6 +202,41 @@ def test_what_a_killed_writer_left_is_dropped(s3_service: Callable[[str], Servic
     blobs.close()
 
 
+def test_list_of_many_pages_is_whole_and_in_order(
+    blobs: S3Blobs, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "2")
+    names = [f"files/{number}" for number in range(5)]
+    for name in reversed(names):
+        write(blobs, name, b"x")
+    proxy.counts.clear()
+
+    assert list(blobs.list("files/")) == names
+    assert proxy.counts["List"] == 3
+
+
+@pytest.mark.real
+def test_unfinished_uploads_of_many_pages_are_all_dropped(s3_service: Callable[[str], Service]) -> None:
+    url = s3_service("seaweedfs").url
+    blobs = S3Blobs(S3Address(BUCKET, "pages"), Settings(s3_endpoint_url=url, s3_addressing="path"), SystemClock())
+    pages: list[str] = []
+
+    def two_each(params: dict[str, object], **_: object) -> None:
+        pages.append(str(params.get("KeyMarker")))
+        params["MaxUploads"] = 2
+
+    blobs._client.meta.events.register("provide-client-params.s3.ListMultipartUploads", two_each)
+    for name in ("a", "b", "b", "b", "c"):
+        client_of(url).create_multipart_upload(Bucket=BUCKET, Key=f"pages/{name}")
+
+    dropped = blobs.drop_begun()
+
+    assert dropped == 5
+    assert len(pages) >= 3
+    assert not [each for each in uploads_left(url) if each.startswith("pages/")]
+    blobs.close()
+
+
 def test_service_that_is_gone_is_no_bug_and_no_missing_blob(blobs: S3Blobs, proxy: Proxy) -> None:
     proxy.rule = lambda _request: Fault.CUT
 

@@ -7,7 +7,7 @@ import heapq
 import json
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -48,6 +48,8 @@ class VirtualClock:
 
     def __init__(self) -> None:
         self.now_s = 1000.0
+        # Awaited before each step of time.
+        self.settle: Callable[[], Awaitable[None]] = settled
         self._sleepers: list[tuple[float, int, asyncio.Future[Attempt | None]]] = []
         self._serial = 0
 
@@ -76,12 +78,12 @@ class VirtualClock:
     async def advance(self, duration_s: float) -> None:
         """Let this much time pass, and everything happen that it brings."""
         end_s = self.now_s + duration_s
-        await settled()
+        await self.settle()
         while self._sleepers and self._sleepers[0][0] <= end_s + 1e-9:
             self.now_s, _, sleeper = heapq.heappop(self._sleepers)
             if not sleeper.done():
                 sleeper.set_result(None)
-            await settled()
+            await self.settle()
         self.now_s = end_s
 
 

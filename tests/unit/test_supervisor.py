@@ -545,8 +545,8 @@ signal.pause()
     async with crew(deaf, count=1) as (made, buried):
         running = asyncio.create_task(made.run())
         await until_reported(made, 1, running)
-        made.stop(grace_s=0.0)
-        made._stop_by_s -= 60.0
+        # As if a minute had passed since.
+        made.stop(grace_s=-60.0)
         await running
 
     assert made.pids == []
