@@ -192,6 +192,7 @@ class Host:
         self._is_local = is_local
         self._clock = clock
         self._crew: Supervisor | None = None
+        self._uses: tuple[LiveUse, ...] = ()
         self._is_prepared = False
         self._grace = Grace(clock)
         self.has_keys = False
@@ -268,6 +269,7 @@ class Host:
         self._crew = process_crew(
             adapters, self._folder, self._settings, self._api_keys, self._worker_count, is_server=True
         )
+        self._crew.yield_to(self._uses)
         await self._crew.run()
 
     # -- what the API is told ----------------------------------------------------------------------------------------
@@ -305,6 +307,7 @@ class Host:
 
     def _heed(self, uses: tuple[LiveUse, ...]) -> None:
         """Leave to the API what it uses: batches get the rest."""
+        self._uses = uses
         if self._crew is not None:
             self._crew.yield_to(uses)
 

@@ -249,6 +249,10 @@ class _Turn:
             await self._hand_over(response.write_eof())
         except ConnectionError:
             raise
+        except Refusal as refusal:
+            known = self.known(answer.status)
+            logger.warning("request %s broke off: %s", self.request_id, refusal.message, extra=known)
+            self._abort()
         except Exception:
             logger.exception("request %s broke off", self.request_id, extra=self.known(answer.status))
             self._abort()

@@ -289,7 +289,8 @@ def _let_go(place: LivePlace, outcome: LiveAnswer | Failure) -> None:
 
 def _headers(call: Call) -> Mapping[str, str]:
     given = call.request.headers
-    sent = {name: given[name] for name in _SENT if name in given}
+    # Bytes that are no text could not be written again.
+    sent = {name: given[name] for name in _SENT if given.get(name, "").isprintable() and name in given}
     # Without one, the client that sends it on would make one up.
     return {"content-type": JSON, **sent, "x-request-id": call.request_id}
 
@@ -302,7 +303,8 @@ async def _answered(place: LivePlace, answer: LiveAnswer, relay: _Relay) -> Answ
         raise refusal
     listed: dict[str, list[str]] = {}
     for name, value in answer.headers:
-        listed.setdefault(name.lower(), []).append(value)
+        if value.isprintable():
+            listed.setdefault(name.lower(), []).append(value)
     content_type = listed.get("content-type", ["application/octet-stream"])[0]
     length = listed.get("content-length", [""])[0]
     if status in _WITHOUT_BODY:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import re
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import aiohttp
 import openai
 import pytest
 
+from tests.cli.calling import ROOT
 from tests.e2e.harness import start
 from tests.e2e.served import Server, Site, site
 
@@ -79,9 +83,9 @@ async def test_official_sdk_streams_and_sends_files_with_the_key_of_this_server(
 
 
 async def test_batches_leave_room_while_requests_are_answered_at_once(tmp_path: Path) -> None:
-    async with site(tmp_path, latency="50ms", stream_interval_s=600.0) as here:
+    async with site(tmp_path, latency="500ms", stream_interval_s=600.0) as here:
         server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
-        batch_id = await server.submit(here.write_input(20_000))
+        batch_id = await server.submit(here.write_input(10_000))
         await window_is(server, batch_id, WINDOW)
 
         async with open_streams(server, 3):
@@ -113,3 +117,24 @@ async def test_stream_under_way_is_whole_when_the_server_is_stopped(tmp_path: Pa
 
     assert (first + rest).endswith(b"data: [DONE]\n\n")
     assert ended.code == 0
+
+
+async def test_the_page_works_as_printed(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "live.md").read_text()
+    ((shell,), (snippet,)) = (re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL) for language in ("sh", "python"))
+    curl = shell[shell.index("curl ") :]
+    async with site(tmp_path) as here:
+        server = await here.serve("--workers", "1")
+        said = []
+        for command in (["sh", "-c", curl], [sys.executable, "-c", snippet]):
+            printed = [each.replace("http://127.0.0.1:8080/v1", server.base_url) for each in command]
+            ran = await asyncio.create_subprocess_exec(
+                *printed, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+            )
+            out, err = await ran.communicate()
+            assert ran.returncode == 0, err
+            said.append(out.decode())
+        assert here.simulator.stats().ok == 2
+
+    assert said[0].endswith("data: [DONE]\n\n")
+    assert re.fullmatch(r"echo:[0-9a-f]{16} Hello", said[1])
