@@ -14,6 +14,7 @@ from aiohttp import HttpVersion11, web
 from batchrunner.api import auth
 from batchrunner.api.auth import Caller
 from batchrunner.api.envelope import Refusal, no_such_route, refusal_of, server_fault, wrong_method
+from batchrunner.api.events import EVENT_STREAM
 from batchrunner.api.http import Answer, ApiParts, Call, Route
 from batchrunner.api.idempotency import answer_once
 from batchrunner.errors import BatchrunnerError
@@ -21,7 +22,6 @@ from batchrunner.errors import BatchrunnerError
 logger = logging.getLogger(__name__)
 
 STRICT_PREFIX = "/openai"
-EVENT_STREAM = "text/event-stream"
 # A caller that takes nothing of its answer for so long is given up.
 TAKE_IDLE_S = 60.0
 # So much has to be taken in that time: whoever is slow, but takes, is served.
