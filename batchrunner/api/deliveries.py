@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from batchrunner.api.auth import CACHED_S
 from batchrunner.api.envelope import Refusal, refused_if_missing
-from batchrunner.api.events import EVENT_STREAM, HEARTBEAT_S, is_admitted
+from batchrunner.api.events import EVENT_STREAM, HEARTBEAT, HEARTBEAT_S, is_admitted, streamed, written
 from batchrunner.api.http import Answer, Call, Route, json_answer
 from batchrunner.api.paging import Page, page_of
 from batchrunner.api.webhooks import Url, check_url, new_sample
@@ -23,7 +23,6 @@ from batchrunner.deliveries import (
     EndpointId,
     EventId,
     EventType,
-    WebhookEvent,
 )
 from batchrunner.errors import NotFound, TransitionRefused
 from batchrunner.holdings import KeyScope
@@ -34,7 +33,6 @@ LOOK_S = 0.5
 _PAGE = 100
 # No event has it: behind it are all.
 _BEFORE_ALL = EventId("evt_none")
-_HEARTBEAT = b": still here\n\n"
 
 
 class ListDeliveries(msgspec.Struct, frozen=True):
@@ -194,8 +192,7 @@ async def follow_webhook_events(call: Call) -> Answer:
     """Stream the tenant's events from now on, or from behind Last-Event-ID; behind one that is dropped, all of them."""
     known = call.request.headers.get("Last-Event-ID")
     after, place = await call.blocking(_place, call, known)
-    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    return Answer(content_type=EVENT_STREAM, headers=headers, chunks=_events(call, after, place), is_endless=True)
+    return streamed(_events(call, after, place))
 
 
 def _place(call: Call, known: str | None) -> tuple[int, EventId]:
@@ -217,7 +214,8 @@ async def _events(call: Call, after: int, place: EventId) -> AsyncIterator[bytes
     while True:
         found = await call.blocking(call.scope.events, after=after, limit=_PAGE)
         for each in found:
-            yield _event(each)
+            # By its id: its serial would count other tenants' events, too.
+            yield written(each.type, each.id, each.body.encode())
             after = each.serial
         now_s = clock.monotonic_s()
         if now_s - admitted_at_s >= CACHED_S:
@@ -227,15 +225,10 @@ async def _events(call: Call, after: int, place: EventId) -> AsyncIterator[bytes
         if found:
             silent_since_s = now_s
         elif now_s - silent_since_s >= HEARTBEAT_S:
-            yield _HEARTBEAT
+            yield HEARTBEAT
             silent_since_s = now_s
         if len(found) < _PAGE:
             await clock.sleep(LOOK_S)
-
-
-def _event(event: WebhookEvent) -> bytes:
-    """Write one event; JSON has no line ends of its own. Its serial would count other tenants' events, too."""
-    return b"event: %b\nid: %b\ndata: %b\n\n" % (event.type.encode(), event.id.encode(), event.body.encode())
 
 
 _ONE = "/v1/webhook_deliveries/{webhook_delivery_id}"

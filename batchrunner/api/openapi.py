@@ -32,7 +32,8 @@ def document(routes: Sequence[Route]) -> Schema:
             "title": "batchrunner",
             "version": __version__,
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
-            "description": "An OpenAI Batch API. What is under /v1 is under /openai/v1 too, without the extensions.",
+            "description": "An OpenAI Batch API. What is under /v1 is under /openai/v1 too, where files, uploads and "
+            "batches have the fields of OpenAI only.",
         },
         "servers": [{"url": "/"}],
         "paths": paths,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from batchrunner.blobs.s3_files import S3Files
 from batchrunner.clock import SystemClock
 from batchrunner.errors import BatchrunnerError, BlobsUnavailable, DiskFull
 from batchrunner.settings import MIB, Settings
-from tests.cli.calling import Called, call, simulator
+from tests.cli.calling import ENVIRONMENT, Called, call, simulator
 from tests.s3.proxy import Fault, Proxy, Request, proxied
 from tests.s3.services import BUCKET, Service, client_of
 
@@ -348,6 +350,24 @@ def test_new_run_whose_bucket_refuses_sends_nothing_and_may_be_given_another(
     assert (refused.code, was_begun, ended.code) == (1, False, 0), refused.err + ended.err
     assert "Make the bucket" in refused.err
     assert (state / "blobs.address").read_text().startswith(f"s3://{BUCKET}/runs/")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("blobs", "is_imported"), [(None, False), (f"s3://{BUCKET}/lazy", True)])
+def test_boto3_is_imported_for_a_bucket_only(commands: Path, blobs: str | None, *, is_imported: bool) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+import batchrunner.cli.run, batchrunner.cli.running, batchrunner.cli.serve, batchrunner.hosting, batchrunner.serving
+from batchrunner.app import open_adapters
+from batchrunner.cli.configuring import load_settings
+open_adapters(Path("state"), load_settings({{"blobs": {blobs!r}}})[0])
+sys.exit(10 + ("boto3" in sys.modules))
+"""
+
+    ran = subprocess.run([sys.executable, "-c", code], cwd=commands, env=ENVIRONMENT | os.environ, check=False)
+
+    assert ran.returncode == 10 + is_imported
 
 
 @pytest.mark.usefixtures("commands")
