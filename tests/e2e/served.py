@@ -103,9 +103,13 @@ class Server:
 
     async def when(self, ask: Callable[[], Awaitable[Found]], is_wanted: Callable[[Found], bool]) -> Found:
         """Ask until the answer is as wanted, and give it. `ask` makes a whole request each time: that is its pace."""
-        async with asyncio.timeout(WAIT_S):
-            while not is_wanted(found := await ask()):
-                pass
+        found: Found | None = None
+        try:
+            async with asyncio.timeout(WAIT_S):
+                while not is_wanted(found := await ask()):
+                    pass
+        except TimeoutError:
+            raise AssertionError(f"it never came to that: {found}; {''.join(self.talk.lines)}") from None
         return found
 
     async def until_ready(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,9 +40,14 @@ async def stand_still(here: Site, server: Server) -> None:
     freeze(here.data / "state.db", worker)
     fill_up(ballast_of(here))
     await server.when(server.ready, lambda _: not reserve_of(here).exists())
-    fill_up(ballast_of(here))
     worker.resume()
-    await server.when(server.ready, lambda found: "disk_full" in found[1]["checks"]["workers"].get("detail", ""))
+
+    async def ready_while_full() -> tuple[int, dict[str, Any]]:
+        # The name of the reserve goes before its space does.
+        fill_up(ballast_of(here))
+        return await server.ready()
+
+    await server.when(ready_while_full, lambda found: "disk_full" in found[1]["checks"]["workers"].get("detail", ""))
 
 
 def reserve_of(here: Site) -> Path:
