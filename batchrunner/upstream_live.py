@@ -23,6 +23,8 @@ _NOT_ADDED = (hdrs.USER_AGENT, hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_T
 _KEEPALIVE_S = 4.0
 # A peer that had closed an idle connection says so at once; a later reset comes from somebody who was at work.
 _STALE_WITHIN_S = 1.0
+# Below it nothing ends an exchange; 101 would hand the connection over.
+_STATUS_MIN = 200
 
 
 class AiohttpLiveSender:
@@ -104,6 +106,10 @@ class AiohttpLiveSender:
                 )
         except (aiohttp.ClientError, OSError) as error:
             return self._failure(error)
+        if answer.status < _STATUS_MIN:
+            answer.close()
+            told = f"{self._peer} answered {answer.status} to what was no question of protocols"
+            return Failure(AttemptError.BAD_PROTOCOL, told)
         return LiveReply(answer, self._peer, self._clock, idle_s=self._idle_timeout_s, ends_at_s=ends_at_s)
 
     def _failure(self, error: Exception) -> Failure:

@@ -278,7 +278,8 @@ class Call:
         return self._body
 
     def let_go(self) -> None:
-        """Say that the body is not needed any more."""
+        """Say that the body is not needed any more: an answer may take long."""
+        self._body = None
         self.parts.held.give_back(self._held_bytes)
         self._held_bytes = 0
 

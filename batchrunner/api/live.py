@@ -7,8 +7,10 @@ Source: the OpenAI API's inference endpoints; what they say is the upstream's to
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import ParamSpec, TypeVar
 
 import msgspec
 
@@ -29,6 +31,9 @@ from batchrunner.models import AttemptError
 from batchrunner.settings import ENDPOINTS
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 TRANSCRIPTIONS = "/v1/audio/transcriptions"
 # They take files, so that nothing of them can be queued.
@@ -59,6 +64,8 @@ _NOT_PASSED = frozenset(
         "date",
         "keep-alive",
         "location",
+        "openai-organization",
+        "openai-project",
         "proxy-authenticate",
         "proxy-authorization",
         "proxy-connection",
@@ -116,14 +123,23 @@ class Inference:
         asked = await _asked(call)
         if asked.is_async:
             raise _no_queue(self._url)
-        return await _pass(call, live, asked.model, _Whole(self._url, asked))
+        has_tpm = any(place.target.tpm for place in live.places)
+        tokens = await _taken_apart(call, asked.body, estimate_tokens, asked.body) if has_tpm else 0
+        return await _pass(call, live, asked.model, _Whole(self._url, call, asked, tokens))
 
 
 async def _asked(call: Call) -> Asked:
     """Read a JSON body. Raises: Refusal."""
     raw = await call.body(call.parts.settings.line_bytes_max)
+    return await _taken_apart(call, raw, read_asked, raw)
+
+
+async def _taken_apart(call: Call, body: bytes, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Do something with a body, off the event loop if it is long. Raises: Refusal."""
     try:
-        return await call.blocking(read_asked, raw) if len(raw) > LONG_BODY_BYTES else read_asked(raw)
+        if len(body) > LONG_BODY_BYTES:
+            return await call.blocking(step, *args, **kwargs)
+        return step(*args, **kwargs)
     except msgspec.ValidationError:
         raise invalid_type("body", "an object", "something else") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -136,23 +152,28 @@ class _Whole:
     refusal: Refusal | None = None
     is_repeatable = True
 
-    def __init__(self, url: str, asked: Asked) -> None:
+    def __init__(self, url: str, call: Call, asked: Asked, tokens: int) -> None:
         self.url = url
+        self.tokens = tokens
+        self._call = call
         self._asked = asked
 
-    def for_upstream(self, place: LivePlace) -> tuple[Body, int]:
-        """Give what is sent to an upstream, and what it may cost in tokens."""
-        content = body_for(place, self._asked)
+    async def for_upstream(self, place: LivePlace) -> Body:
+        """Give what is sent to an upstream. Raises: Refusal."""
+        content = await _taken_apart(self._call, self._asked.body, body_for, place, self._asked)
 
         async def pieces() -> AsyncIterator[bytes]:
             for start in range(0, len(content), _PIECE_BYTES):
                 yield content[start : start + _PIECE_BYTES]
 
-        return Body(pieces, len(content), True), estimate_tokens(content) if place.target.tpm else 0
+        return Body(pieces, len(content), True)
 
 
 class _Form:
     """A form as it comes in. What is wrong with it is kept: the client that sends it on says it in its own words."""
+
+    # Nobody knows what is in it.
+    tokens = 0
 
     def __init__(self, url: str, call: Call) -> None:
         self.url = url
@@ -164,9 +185,9 @@ class _Form:
         if self._size_bytes is not None and self._size_bytes > self._size_bytes_max:
             raise body_too_large(self._size_bytes_max)
 
-    def for_upstream(self, place: LivePlace) -> tuple[Body, int]:  # noqa: ARG002 - as for a whole body
-        """Give what is sent; nobody knows what is in it."""
-        return Body(self._pieces, self._size_bytes, False), 0
+    async def for_upstream(self, place: LivePlace) -> Body:  # noqa: ARG002 - as for a whole body
+        """Give what is sent."""
+        return Body(self._pieces, self._size_bytes, False)
 
     async def _pieces(self) -> AsyncIterator[bytes]:
         # What has come in is gone.
@@ -241,10 +262,9 @@ class _Relay:
 
 async def _send(call: Call, live: Live, place: LivePlace, content: _Whole | _Form) -> LiveAnswer | Failure:
     """Send to one upstream, where the request counts until `_let_go`; stops as soon as the caller hangs up."""
-    body, tokens = content.for_upstream(place)
-    place.begin(tokens)
+    place.begin(content.tokens)
     live.begun[place.target.name] += 1
-    sending = asyncio.ensure_future(place.sender.send(content.url, _headers(call), body))
+    sending = asyncio.ensure_future(_sent(call, place, content))
 
     def stop() -> None:
         sending.cancel()
@@ -273,6 +293,11 @@ async def _send(call: Call, live: Live, place: LivePlace, content: _Whole | _For
     return outcome
 
 
+async def _sent(call: Call, place: LivePlace, content: _Whole | _Form) -> LiveAnswer | Failure:
+    body = await content.for_upstream(place)
+    return await place.sender.send(content.url, _headers(call), body)
+
+
 def _drop_unclaimed(sending: asyncio.Task[LiveAnswer | Failure]) -> None:
     """Free an upstream that answered in the moment in which nobody wanted it any more."""
     if not sending.cancelled() and sending.exception() is None:
@@ -291,6 +316,10 @@ def _headers(call: Call) -> Mapping[str, str]:
     given = call.request.headers
     # Bytes that are no text could not be written again.
     sent = {name: given[name] for name in _SENT if given.get(name, "").isprintable() and name in given}
+    if call.key is not None and "idempotency-key" in sent:
+        # All tenants share the upstream's account: nobody gets what another was answered under the same key.
+        named = f"{call.tenant}\0{sent['idempotency-key']}"
+        sent["idempotency-key"] = hashlib.sha256(named.encode()).hexdigest()
     # Without one, the client that sends it on would make one up.
     return {"content-type": JSON, **sent, "x-request-id": call.request_id}
 

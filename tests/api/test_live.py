@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import logging
+import threading
+import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,12 @@ import aiohttp
 import pytest
 
 from batchrunner.holdings import KeyLimits, KeyScope
+from batchrunner.members import renamed
 from batchrunner.settings import ENDPOINTS, Settings
 from batchrunner.simulate import Simulator, SimulatorSettings
 from batchrunner.targets import Target
 from tests.api.serving import BOUNDARY, FORM_HEADERS, NO_KEYS, Served, form, serving
-from tests.hostile.peer import Talk, answer, peer_with, until
+from tests.hostile.peer import Talk, answer, obliging, peer_with, until
 
 CHAT = "/v1/chat/completions"
 TRANSCRIPTIONS = "/v1/audio/transcriptions"
@@ -156,6 +160,8 @@ async def test_headers_of_one_connection_stay_on_it_and_secrets_with_their_owner
         Keep_Alive="timeout=5",
         X_Request_Id="theirs",
         X_Ratelimit_Limit_Requests="9",
+        Openai_Organization="of-the-operator",
+        Openai_Project="of-the-operator",
         Openai_Processing_Ms="17",
         X_Kept="yes",
     )
@@ -197,6 +203,7 @@ async def test_headers_of_one_connection_stay_on_it_and_secrets_with_their_owner
     assert reply.headers.getall("openai-processing-ms") == ["17"]
     for name in ("x-hop", "set-cookie", "keep-alive", "x-ratelimit-limit-requests"):
         assert name not in reply.headers, name
+    assert "of-the-operator" not in reply.headers.values()
 
 
 async def test_headers_that_are_no_text_are_left_out(tmp_path: Path) -> None:
@@ -227,6 +234,8 @@ async def test_headers_that_are_no_text_are_left_out(tmp_path: Path) -> None:
         (answer(b"", "302 Found", Location="http://127.0.0.1:1/"), (502, "upstream_redirected")),
         (answer(b'{"error":"key sk-operator"}', "401 Unauthorized"), (502, "upstream_refused_key")),
         (b"nonsense\r\n\r\n", (502, "upstream_broke_off")),
+        (b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\n\r\nhello", (502, "upstream_broke_off")),
+        (b"HTTP/1.1 099 Odd\r\nContent-Length: 2\r\n\r\n{}", (502, "upstream_broke_off")),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", (502, "upstream_broke_off")),
     ],
 )
@@ -354,6 +363,36 @@ async def test_a_request_goes_where_its_model_is_served_under_its_name_there(tmp
         assert nobodys.json["error"]["param"] == "model"
 
 
+async def test_an_alias_in_a_long_body_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking 16 MiB of JSON apart takes seconds, in which all others would be silent."""
+    threads: list[threading.Thread] = []
+
+    def watched(*given: Any) -> bytes:
+        threads.append(threading.current_thread())
+        return renamed(*given)
+
+    monkeypatch.setattr("batchrunner.live.renamed", watched)
+    async with Simulator() as simulator:
+        tables = (Target(name="box", base_url=simulator.url, aliases={"fast": "big"}),)
+        async with passing(tmp_path, tables=tables, tpm=10**9) as served:
+            reply = await served.call("POST", CHAT, body=chat("x" * MIB, model="fast"))
+
+    assert reply.json["model"] == "big"
+    assert len(threads) == 1
+    assert threading.main_thread() not in threads
+
+
+async def test_a_body_that_is_no_text_is_the_callers_fault_where_there_are_aliases(tmp_path: Path) -> None:
+    async with Simulator() as simulator:
+        tables = (Target(name="box", base_url=simulator.url, aliases={"fast": "big"}),)
+        async with passing(tmp_path, tables=tables) as served:
+            reply = await served.call("POST", CHAT, body=b'{"\xff": "x", "model": "fast"}')
+            assert served.parts.live is not None
+            assert served.parts.live.places[0].in_flight == 0
+
+    assert reply.status == 400
+
+
 @pytest.mark.parametrize("fault", ["away", "503", "502", "429(1s)"])
 async def test_another_upstream_answers_for_one_that_does_not(tmp_path: Path, fault: str) -> None:
     async with (
@@ -443,6 +482,21 @@ async def test_keys_need_the_scope_and_have_their_own_limits(tmp_path: Path) -> 
         assert error_of(lacking) == (403, "missing_scope")
         assert fine.headers["x-ratelimit-remaining-requests"] == "0"
         assert simulator.stats().total == 1
+
+
+async def test_two_tenants_may_have_the_same_idempotency_key(tmp_path: Path) -> None:
+    """The upstream has one account for all: what it keeps under a key must be one tenant's."""
+    async with (
+        peer_with(obliging) as peer,
+        passing(tmp_path, peer.url, is_open=False) as served,
+    ):
+        secrets = [served.add_key("acme"), served.add_key("acme"), served.add_key("other")]
+        for secret in secrets:
+            await served.call("POST", CHAT, body=chat(), secret=secret, headers={"Idempotency-Key": "k"})
+        one, again, other = (head_of(request)["idempotency-key"] for request in peer.requests)
+
+    assert one == again
+    assert one != other
 
 
 # -- forms -----------------------------------------------------------------------------------------------------------
@@ -555,6 +609,28 @@ async def test_a_caller_that_takes_slowly_makes_the_upstream_wait(tmp_path: Path
             size_bytes += len(chunk)
 
     assert size_bytes == 96 * MIB
+
+
+async def test_a_body_is_in_memory_no_longer_than_until_the_answer_begins(tmp_path: Path) -> None:
+    body = chat("x" * (8 * MIB), stream=True)
+
+    async def script(talk: Talk) -> None:
+        await talk.request()
+        talk.requests.clear()
+        talk.say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
+        await talk.gone()
+
+    tracemalloc.start()
+    try:
+        async with peer_with(script) as peer, passing(tmp_path, peer.url) as served:
+            before_bytes = tracemalloc.get_traced_memory()[0]
+            async with served.session.post(served.base + CHAT, data=io.BytesIO(body)) as got:
+                assert await got.content.readany() == b"hello"
+                assert served.parts.held.size_bytes == 0
+                assert tracemalloc.get_traced_memory()[0] - before_bytes < 4 * MIB
+                got.close()
+    finally:
+        tracemalloc.stop()
 
 
 # -- what is told ----------------------------------------------------------------------------------------------------
