@@ -55,6 +55,15 @@ def batch_of_tenant(conn: Connection, tenant: TenantId, batch_id: BatchId, *, ev
     return row
 
 
+def locked_batch_of_tenant(conn: Connection, tenant: TenantId, batch_id: BatchId) -> RowMapping:
+    """Read a batch and keep others from changing it until the transaction ends; guards as `batch_of_tenant` does."""
+    locked = _BATCH_OF_TENANT.with_for_update()
+    row = conn.execute(locked, {"b_id": batch_id, "b_tenant": tenant}).mappings().one_or_none()
+    if row is None or row["deleted_at"] is not None:
+        raise NotFound(f"no batch {batch_id}")
+    return row
+
+
 def batches_of_tenant(conn: Connection, tenant: TenantId, *, limit: int, after: BatchId | None) -> Sequence[RowMapping]:
     """List a tenant's batches, newest first, behind a cursor that must be the tenant's own but may be deleted."""
     query = select(batches).where(batches.c.tenant == tenant, batches.c.deleted_at.is_(None))
@@ -132,30 +141,35 @@ def create_batch(
     fresh = {
         "status": BatchStatus.VALIDATING,
         "version": 1,
-        "is_open": False,
         "problems": (),
         "created_at": moment.wall,
     }
     if new.chosen_blob is not None:
         need_blob(conn, new.chosen_blob)
     conn.execute(insert(batches).values(given | fresh))
-    add_task(conn, new.id, TaskKind.VALIDATE)
+    if new.is_open:
+        move(conn, lock_batch(conn, new.id), BatchEvent.INPUT_ACCEPTED, moment)
+    else:
+        add_task(conn, new.id, TaskKind.VALIDATE)
     return conn.execute(_BATCH, {"b_id": new.id}).mappings().one()
 
 
 def _require_room(conn: Connection, new: NewBatch, limits: KeyLimits, file: File | None) -> None:
-    batches_max, lines_max = limits.open_batches_max, limits.queued_lines_max
-    if batches_max is None and lines_max is None:
-        return
-    held = open_counts(conn, new.tenant)
-    if batches_max is not None and held.batches >= batches_max:
-        raise QuotaExceeded(f"{held.batches} batches are unfinished, at most {batches_max}")
+    batches_max = limits.open_batches_max
+    if batches_max is not None and (held := open_counts(conn, new.tenant).batches) >= batches_max:
+        raise QuotaExceeded(f"{held} batches are unfinished, at most {batches_max}")
+    require_lines(conn, new.tenant, _line_count(conn, new, file), limits)
+
+
+def require_lines(conn: Connection, tenant: TenantId, count: int, limits: KeyLimits) -> None:
+    """Guard that a tenant's waiting lines stay within the limits of its key; 0 stands for lines that nobody knows."""
+    lines_max = limits.queued_lines_max
     if lines_max is None:
         return
-    fresh = _line_count(conn, new, file)
-    if held.lines + max(fresh, 1) > lines_max:
-        asked = f" and this batch has {fresh}" if fresh else ""
-        raise QuotaExceeded(f"{held.lines} lines wait for their results{asked}, at most {lines_max}")
+    held = open_counts(conn, tenant).lines
+    if held + max(count, 1) > lines_max:
+        asked = f" and this batch has {count}" if count else ""
+        raise QuotaExceeded(f"{held} lines wait for their results{asked}, at most {lines_max}")
 
 
 def _line_count(conn: Connection, new: NewBatch, file: File | None) -> int:
@@ -192,10 +206,7 @@ def _require_family(conn: Connection, tenant: TenantId, parent_id: BatchId, seen
 
 def delete_batch(conn: Connection, tenant: TenantId, batch_id: BatchId, moment: Moment) -> None:
     """Hide a batch; guards, under the lock of its row, that it is over."""
-    locked = _BATCH_OF_TENANT.with_for_update()
-    row = conn.execute(locked, {"b_id": batch_id, "b_tenant": tenant}).mappings().one_or_none()
-    if row is None or row["deleted_at"] is not None:
-        raise NotFound(f"no batch {batch_id}")
+    row = locked_batch_of_tenant(conn, tenant, batch_id)
     if row["status"] not in TERMINAL:
         raise TransitionRefused(f"the batch {batch_id} is {row['status']}: only one that is over can be deleted")
     conn.execute(update(batches).where(batches.c.id == batch_id).values(deleted_at=moment.wall))
@@ -229,6 +240,9 @@ def move(conn: Connection, batch: RowMapping, event: BatchEvent, moment: Moment)
     seen = batch["status"]
     target = next_status(seen, event)
     values = {"status": target, "version": batch["version"] + 1, f"{target}_at": moment.wall}
+    if target in SEALING:
+        # Results that turn out damaged bring it back to work, but not open.
+        values["is_open"] = False
     if batch["ended_by"] is None and event in ENDED_BY:
         values["ended_by"] = ENDED_BY[event]
     # What blocks a seal still blocks it when only the word changes.
@@ -283,10 +297,7 @@ def _announce(conn: Connection, batch_id: BatchId, moment: Moment) -> None:
 
 def send(conn: Connection, tenant: TenantId, batch_id: BatchId, event: BatchEvent, moment: Moment) -> bool:
     """Move a tenant's batch; guards that the event is judged by the status found in this transaction."""
-    locked = _BATCH_OF_TENANT.with_for_update()
-    row = conn.execute(locked, {"b_id": batch_id, "b_tenant": tenant}).mappings().one_or_none()
-    if row is None or row["deleted_at"] is not None:
-        raise NotFound(f"no batch {batch_id}")
+    row = locked_batch_of_tenant(conn, tenant, batch_id)
     return move(conn, row, event, moment) is not None
 
 
