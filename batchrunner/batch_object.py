@@ -123,10 +123,10 @@ class ExtendedBatch(BatchObject, frozen=True, kw_only=True):
 
 
 class BatchList(msgspec.Struct, frozen=True, kw_only=True):
-    """A page of batches, newest first; the next one is behind `last_id`."""
+    """A page of batches as OpenAI has it, newest first; the next one is behind `last_id`."""
 
     object: Literal["list"] = "list"
-    data: tuple[ExtendedBatch, ...]
+    data: tuple[BatchObject, ...]
     first_id: str | None
     last_id: str | None
     has_more: bool

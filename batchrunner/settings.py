@@ -39,6 +39,8 @@ ENDPOINTS = (
     "/v1/messages",
 )
 
+AUTO = "auto"
+
 _DURATION = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)(ms|s|m|h|d)?", re.ASCII)
 _SECONDS = {None: 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*(b|kib|mib|gib|kb|mb|gb)?", re.IGNORECASE | re.ASCII)
@@ -105,6 +107,9 @@ class Settings:
     )
     upload_part_bytes_max: int = _knob(64 * MIB, "largest part of an upload")
     upload_expires_s: float = _knob(3600.0, "how long an upload may take from its creation to its completion")
+    dialects: str = _knob(
+        AUTO, "what a server speaks at /v1: auto takes every dialect that it knows, openai is OpenAI's API and no more"
+    )
     host: str = _knob("127.0.0.1", "address that a server listens on; any but loopback needs API keys")
     port: int = _knob(8080, "port that a server listens on; 0 takes a free one")
     server_folder: str | None = _knob(
@@ -293,6 +298,7 @@ _AT_LEAST = {
 }
 _AT_MOST = {"s3_part_bytes": 16 * MIB}
 _ONE_OF = {
+    "dialects": (AUTO, "openai"),
     "s3_addressing": ("auto", "path", "virtual"),
     "s3_sse": (None, "AES256", "aws:kms", "aws:kms:dsse"),
 }

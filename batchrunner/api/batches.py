@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -10,9 +9,11 @@ from msgspec import Meta
 
 from batchrunner.api.creating import INLINE_BYTES_MAX, BatchRequest, create, read_request
 from batchrunner.api.envelope import Refusal, no_such_batch
+from batchrunner.api.files import next_token
 from batchrunner.api.http import Answer, Call, Route, json_answer
 from batchrunner.api.retrying import RetryRequest, read_retry, retry
-from batchrunner.batch_object import BatchList, ExtendedBatch, batch_object, strict_object
+from batchrunner.api.shared_object import SharedBatch, SharedBatchList, shared_object
+from batchrunner.batch_object import BatchList, strict_object
 from batchrunner.errors import NotFound, TransitionRefused
 from batchrunner.holdings import KeyScope
 from batchrunner.lifecycle import TERMINAL, BatchEvent, BatchStatus, allows
@@ -28,6 +29,7 @@ class ListBatches(msgspec.Struct, frozen=True):
 
     after: str | None = None
     limit: Annotated[int, Meta(ge=1, le=100)] = 20
+    pagination_token: str | None = None
 
 
 class BatchDeleted(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,14 +40,14 @@ class BatchDeleted(msgspec.Struct, frozen=True, kw_only=True):
     deleted: bool = True
 
 
-def shown(call: Call, batch: Batch) -> ExtendedBatch:
+def shown(call: Call, batch: Batch) -> SharedBatch:
     """Map a batch with what its workers do now. Blocks."""
     try:
         shares = call.scope.live(batch.id) if batch.status not in TERMINAL else []
     except NotFound:
         # It has ended and was deleted since it was read.
         shares = []
-    return batch_object(batch, shares, call.parts.clock.now())
+    return shared_object(batch, shares, call.parts.clock.now())
 
 
 def batch_of(call: Call) -> Batch:
@@ -57,8 +59,8 @@ def batch_of(call: Call) -> Batch:
         raise no_such_batch(batch_id) from None
 
 
-def _answer(call: Call, extended: ExtendedBatch) -> Answer:
-    return json_answer(strict_object(extended) if call.is_strict else extended)
+def _answer(call: Call, shared: SharedBatch) -> Answer:
+    return json_answer(strict_object(shared) if call.is_strict else shared)
 
 
 async def create_batch(call: Call) -> Answer:
@@ -80,26 +82,27 @@ async def retrieve_batch(call: Call) -> Answer:
 async def list_batches(call: Call) -> Answer:
     """Give a page of the tenant's batches, newest first."""
     wanted = call.parameters(ListBatches)
-    found = await call.blocking(_page, call, wanted)
-    page = BatchList(
-        data=tuple(found[: wanted.limit]),
-        first_id=found[0].id if found else None,
-        last_id=found[min(len(found), wanted.limit) - 1].id if found else None,
-        has_more=len(found) > wanted.limit,
+    after = wanted.after or (None if call.is_strict else wanted.pagination_token)
+    found, token = await call.blocking(page_of_batches, call, limit=wanted.limit, after=after)
+    first_id, last_id = (found[0].id, found[-1].id) if found else (None, None)
+    data, has_more = tuple(found), token is not None
+    if call.is_strict:
+        plain = tuple(strict_object(each) for each in data)
+        return json_answer(BatchList(data=plain, first_id=first_id, last_id=last_id, has_more=has_more))
+    page = SharedBatchList(
+        data=data, first_id=first_id, last_id=last_id, has_more=has_more, batches=data, pagination_token=token
     )
-    if not call.is_strict:
-        return json_answer(page)
-    members = {name: getattr(page, name) for name in BatchList.__struct_fields__}
-    return json_answer(members | {"data": [strict_object(each) for each in page.data]})
+    return json_answer(page)
 
 
-def _page(call: Call, wanted: ListBatches) -> Sequence[ExtendedBatch]:
-    after = BatchId(wanted.after) if wanted.after is not None else None
+def page_of_batches(call: Call, *, limit: int, after: str | None) -> tuple[list[SharedBatch], str | None]:
+    """Give a page and what names the next one. Blocks. Raises: Refusal."""
     try:
-        found = call.scope.batches(limit=wanted.limit + 1, after=after)
-        return [shown(call, each) for each in found]
+        found = call.scope.batches(limit=limit + 1, after=BatchId(after) if after is not None else None)
+        shared = [shown(call, each) for each in found[:limit]]
     except NotFound:
-        raise no_such_batch(wanted.after or "") from None
+        raise no_such_batch(after or "") from None
+    return shared, next_token(shared, len(found))
 
 
 async def cancel_batch(call: Call) -> Answer:
@@ -132,7 +135,7 @@ def _conflict(verb: str, batch: Batch) -> Refusal:
 async def pause_batch(call: Call) -> Answer:
     """Hold a batch; its deadline goes on."""
 
-    def pause() -> ExtendedBatch:
+    def pause() -> SharedBatch:
         batch = batch_of(call)
         if batch.status not in _RUNNING:
             raise _conflict("pause", batch)
@@ -145,7 +148,7 @@ async def pause_batch(call: Call) -> Answer:
 async def resume_batch(call: Call) -> Answer:
     """Let a batch go on that was paused, or that was parked after too many failures."""
 
-    def resume() -> ExtendedBatch:
+    def resume() -> SharedBatch:
         batch = batch_of(call)
         if batch.status in TERMINAL:
             raise _conflict("resume", batch)
@@ -185,7 +188,7 @@ ROUTES = (
         summary="Create a batch from a file or from requests",
         scope=KeyScope.WRITE,
         request=BatchRequest,
-        answer=ExtendedBatch,
+        answer=SharedBatch,
         body_bytes_max=INLINE_BYTES_MAX,
         present=present_batch,
     ),
@@ -195,14 +198,14 @@ ROUTES = (
         handler=list_batches,
         summary="List batches, newest first",
         query=ListBatches,
-        answer=BatchList,
+        answer=SharedBatchList,
     ),
     Route(
         method="GET",
         path="/v1/batches/{batch_id}",
         handler=retrieve_batch,
         summary="Show a batch with its progress",
-        answer=ExtendedBatch,
+        answer=SharedBatch,
     ),
     Route(
         method="POST",
@@ -210,7 +213,7 @@ ROUTES = (
         handler=cancel_batch,
         summary="Cancel a batch; finished results are kept",
         scope=KeyScope.WRITE,
-        answer=ExtendedBatch,
+        answer=SharedBatch,
     ),
     Route(
         method="POST",
@@ -218,7 +221,7 @@ ROUTES = (
         handler=pause_batch,
         summary="Send no more requests of a batch until it is resumed; its deadline goes on",
         scope=KeyScope.WRITE,
-        answer=ExtendedBatch,
+        answer=SharedBatch,
     ),
     Route(
         method="POST",
@@ -226,7 +229,7 @@ ROUTES = (
         handler=resume_batch,
         summary="Let a paused or blocked batch go on",
         scope=KeyScope.WRITE,
-        answer=ExtendedBatch,
+        answer=SharedBatch,
     ),
     Route(
         method="POST",
@@ -235,7 +238,7 @@ ROUTES = (
         summary="Run the failed lines of an ended batch again, as a batch linked to it",
         scope=KeyScope.WRITE,
         request=RetryRequest,
-        answer=ExtendedBatch,
+        answer=SharedBatch,
         present=present_batch,
     ),
     Route(

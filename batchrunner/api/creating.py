@@ -226,6 +226,7 @@ def _new_batch(call: Call, batch_id: BatchId, wanted: BatchRequest, file: File |
         metadata=dict(wanted.metadata or {}),
         output_expires_after_s=_output_life_s(call, wanted),
         webhook_url=wanted.webhook_url or call.parts.settings.webhook_url,
+        created_by=call.key.id if call.key is not None else None,
     )
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import msgspec
 
@@ -31,10 +32,24 @@ class ErrorMembers(msgspec.Struct, frozen=True):
     code: str | None
 
 
-class ErrorEnvelope(msgspec.Struct, frozen=True):
-    """The body of every answer that is an error. Source: the OpenAI API."""
+class ErrorBody(msgspec.Struct, frozen=True):
+    """The body of an answer that is an error, in one dialect."""
+
+    @classmethod
+    def of(cls, refusal: Refusal) -> Self:
+        """Say what was refused."""
+        raise NotImplementedError
+
+
+class ErrorEnvelope(ErrorBody, frozen=True):
+    """Source: the OpenAI API."""
 
     error: ErrorMembers
+
+    @classmethod
+    def of(cls, refusal: Refusal) -> Self:
+        """Say what was refused."""
+        return cls(ErrorMembers(refusal.message, refusal.kind, refusal.param, refusal.code))
 
 
 class Refusal(Exception):
@@ -63,9 +78,9 @@ class Refusal(Exception):
         self.retry_after_s = retry_after_s
         self.extra_headers = headers or {}
 
-    def body(self) -> bytes:
+    def body(self, kind: type[ErrorBody] = ErrorEnvelope) -> bytes:
         """Give the JSON of the answer."""
-        return _encode(ErrorEnvelope(ErrorMembers(self.message, self.kind, self.param, self.code)))
+        return _encode(kind.of(self))
 
     def headers(self) -> dict[str, str]:
         """Give what tells an SDK whether and when to try again, and the refusal's own headers."""

@@ -44,13 +44,14 @@ class FileObject(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FileList(msgspec.Struct, frozen=True, kw_only=True):
-    """A page of files."""
+    """A page of files. The next one is behind `last_id`, or `pagination_token`, which stays away from /openai/v1."""
 
     object: Literal["list"] = "list"
     data: list[FileObject]
     first_id: str | None
     last_id: str | None
     has_more: bool
+    pagination_token: str | UnsetType | None = UNSET
 
 
 class FileDeleted(msgspec.Struct, frozen=True, kw_only=True):

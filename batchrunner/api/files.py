@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta
 
 from batchrunner.api.download import blob_answer, content_disposition
 from batchrunner.api.envelope import Refusal, no_such_file
@@ -28,6 +28,7 @@ from batchrunner.api.http import JSON, Answer, ApiParts, Call, Route, json_answe
 from batchrunner.api.idempotency import fields_fingerprint, settle_streamed
 from batchrunner.api.multipart import MULTIPART, Form, receive
 from batchrunner.api.typed import read_parameters
+from batchrunner.batch_object import ExtendedBatch
 from batchrunner.errors import BlobsUnavailable, NotFound
 from batchrunner.holdings import KeyScope
 from batchrunner.intake import Intake, Taken, examine
@@ -45,9 +46,9 @@ _NOT_DOWNLOADABLE = frozenset({"assistants", "vision", "user_data"})
 
 
 class FileForm(msgspec.Struct, frozen=True):
-    """The text fields of an upload."""
+    """The text fields of an upload. Source: without `purpose`, and with seconds as `expires_after`, as xAI has them."""
 
-    purpose: Purpose
+    purpose: Purpose = BATCH
     expires_after: ExpiresAfter | None = None
 
 
@@ -58,6 +59,7 @@ class ListFiles(msgspec.Struct, frozen=True):
     limit: Annotated[int, Meta(ge=1, le=10_000)] = 10_000
     order: Literal["asc", "desc"] = "desc"
     purpose: str | None = None
+    pagination_token: str | None = None
 
 
 class DownloadFile(msgspec.Struct, frozen=True):
@@ -163,7 +165,7 @@ async def create_file(call: Call) -> Answer:
     form = Form(call.request.headers.get("Content-Type", ""), file_field=call.route.file_field, open_sink=open_sink)
     try:
         await receive(call, form, size_bytes_max=size_bytes_max)
-        wanted = _read_form(form)
+        wanted = _read_form(form, is_strict=call.is_strict)
         if form.filename is None:
             raise _required("file")
         taken = await call.blocking(sinks[0].finish)
@@ -188,17 +190,20 @@ async def create_file(call: Call) -> Answer:
     return json_answer(file_object(file, is_strict=call.is_strict))
 
 
-def _read_form(form: Form) -> FileForm:
+def _read_form(form: Form, *, is_strict: bool) -> FileForm:
     """Raises: Refusal when a field is missing or does not fit."""
-    if "purpose" not in form.fields:
+    if is_strict and "purpose" not in form.fields:
         raise _required("purpose")
-    check_purpose(form.fields["purpose"])
-    given: dict[str, object] = {"purpose": form.fields["purpose"]}
+    purpose = form.fields.get("purpose", BATCH)
+    check_purpose(purpose)
+    given: dict[str, object] = {"purpose": purpose}
     expiry = {
         name: form.fields[f"expires_after[{name}]"]
         for name in ("anchor", "seconds")
         if f"expires_after[{name}]" in form.fields
     }
+    if not is_strict and "expires_after" in form.fields:
+        expiry = {"anchor": "created_at", "seconds": form.fields["expires_after"]}
     if expiry:
         given["expires_after"] = expiry
     return read_parameters(given, FileForm)
@@ -215,23 +220,30 @@ async def list_files(call: Call) -> Answer:
 
 
 def _page(call: Call, wanted: ListFiles) -> Answer:
+    after = wanted.after or (None if call.is_strict else wanted.pagination_token)
     try:
         found = call.scope.files(
             limit=wanted.limit + 1,
-            after=FileId(wanted.after) if wanted.after is not None else None,
+            after=FileId(after) if after is not None else None,
             purpose=wanted.purpose,
             newest_first=wanted.order == "desc",
         )
     except NotFound:
-        raise no_such_file(wanted.after or "") from None
+        raise no_such_file(after or "") from None
     shown = [file_object(each, is_strict=call.is_strict) for each in found[: wanted.limit]]
     page = FileList(
         data=shown,
         first_id=shown[0].id if shown else None,
         last_id=shown[-1].id if shown else None,
         has_more=len(found) > wanted.limit,
+        pagination_token=UNSET if call.is_strict else next_token(shown, len(found)),
     )
     return json_answer(page)
+
+
+def next_token(shown: Sequence[FileObject | ExtendedBatch], found_count: int) -> str | None:
+    """Give what names the next page of a listing, None at its end. Source: the lists of xAI."""
+    return shown[-1].id if len(shown) < found_count else None
 
 
 async def file_of(call: Call) -> File:

@@ -22,7 +22,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from batchrunner.addresses import AddressRules
 from batchrunner.api.counting import Counts
-from batchrunner.api.envelope import SERVER_ERROR, Refusal, body_too_large
+from batchrunner.api.envelope import SERVER_ERROR, ErrorBody, ErrorEnvelope, Refusal, body_too_large
 from batchrunner.api.typed import StructT, read_json, read_parameters
 from batchrunner.api.vitals import Vitals
 from batchrunner.api.watching import Watching
@@ -161,12 +161,18 @@ class Handler(Protocol):
 
 # Gives the answer to a create whose first request died between making the object and answering.
 Presenter = Callable[["Call", str], Awaitable[Answer]]
+# Tells whether a request that came to the root is one of a dialect's. Raises: Refusal.
+Recognizer = Callable[["Call"], Awaitable[bool]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """One row of the table. `path` holds `{name}` for what is looked up; paths under /v1 are served, strictly, under
     /openai/v1 as well.
+
+    A row of a `dialect` stands under the dialect's name (/xai/v1/...), and at the root too: alone where no other row
+    has its path and method, otherwise for those requests that ask for the dialect by name or that it `recognizes`. Its
+    refusals have the shape of `error`.
 
     `scope` is what a key must have, None asks for no key. A route that creates has `present`, which answers with the
     object of that id, and takes an Idempotency-Key. `request`, `query` and `answer` describe; handlers read by them.
@@ -188,11 +194,19 @@ class Route:
     body_bytes_max: int = BODY_BYTES_MAX
     present: Presenter | None = None
     is_streamed_in: bool = False
+    dialect: str | None = None
+    recognizes: Recognizer | None = None
+    error: type[ErrorBody] = ErrorEnvelope
 
     @property
     def name(self) -> str:
-        """What it does, as one word: the handler's name."""
-        return self.handler.__name__
+        """What it does, as one word: the handler's name, behind that of its dialect."""
+        return f"{self.dialect}_{self.handler.__name__}" if self.dialect is not None else self.handler.__name__
+
+    @property
+    def root_path(self) -> str:
+        """The path without the name of its dialect."""
+        return self.path if self.dialect is None else self.path.removeprefix(f"/{self.dialect}")
 
     @property
     def is_create(self) -> bool:
@@ -207,7 +221,8 @@ class Route:
 
 @dataclass(slots=True, kw_only=True)
 class Call:
-    """One request on its way through a handler. `is_strict` means that it came under /openai/v1.
+    """One request on its way through a handler. `is_strict` means that it wants OpenAI's API and nothing else, as under
+    /openai/v1; `is_pure` that it asks for its route's dialect by name, so that the answer need not suit others.
 
     `replay` is to be handed to the Store's create, which notes what was made for the request's Idempotency-Key.
     `replayed` is the answer that a streamed create has already; whether it is one and the same shows only at its end.
@@ -221,6 +236,7 @@ class Call:
     path_params: Mapping[str, str]
     is_strict: bool
     tenant: TenantId
+    is_pure: bool = False
     key: ApiKey | None = None
     replay: Replay | None = None
     replayed: Replay | None = None

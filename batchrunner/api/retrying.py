@@ -159,6 +159,7 @@ def _new_batch(call: Call, parent: Batch, wanted: RetryRequest) -> NewBatch:
         priority=wanted.priority if wanted.priority is not None else _inherited_priority(call, parent),
         metadata=dict(wanted.metadata) if wanted.metadata is not None else parent.metadata,
         webhook_url=wanted.webhook_url if wanted.webhook_url is not None else parent.webhook_url,
+        created_by=call.key.id if call.key is not None else None,
     )
 
 

@@ -1,0 +1,118 @@
+"""The batch that OpenAI's and xAI's clients both can read: the keys of both APIs on one object, and xAI's alone.
+
+Source: the Batch objects of the OpenAI and of the xAI API.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from batchrunner.batch_object import BatchErrors, ExtendedBatch, batch_object, told_problems
+from batchrunner.holdings import LiveShare
+from batchrunner.lifecycle import BatchStatus
+from batchrunner.models import Batch
+
+# The key of a batch's metadata that holds what xAI calls its name.
+NAME = "name"
+
+
+class RequestStates(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests by their state; they sum to `num_requests` at every instant. Expired ones count as errors."""
+
+    num_requests: int
+    num_pending: int
+    num_success: int
+    num_error: int
+    num_cancelled: int
+
+
+class SharedBatch(ExtendedBatch, frozen=True, kw_only=True):
+    """A batch with every key of OpenAI, of xAI, and of ours; xAI's instants are RFC 3339."""
+
+    batch_id: str
+    name: str
+    create_time: str
+    expire_time: str | None
+    cancel_time: str | None
+    create_api_key_id: str
+    cancel_by_xai_message: str | None
+    state: RequestStates
+
+
+class XaiBatch(msgspec.Struct, frozen=True, kw_only=True):
+    """A batch as xAI shows it; `status` and `errors` are what OpenAI has, and ours to add."""
+
+    batch_id: str
+    name: str
+    create_time: str
+    expire_time: str | None
+    cancel_time: str | None
+    create_api_key_id: str
+    cancel_by_xai_message: str | None
+    state: RequestStates
+    input_file_id: str | UnsetType = UNSET
+    status: str
+    errors: BatchErrors | None
+
+
+class SharedBatchList(msgspec.Struct, frozen=True, kw_only=True):
+    """A page of batches, newest first, as `data` and, the same ones, as `batches`; the next one is behind `last_id` or
+    `pagination_token`.
+    """
+
+    object: Literal["list"] = "list"
+    data: tuple[SharedBatch, ...]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+    batches: tuple[SharedBatch, ...]
+    pagination_token: str | None
+
+
+def shared_object(batch: Batch, shares: Sequence[LiveShare], now: datetime) -> SharedBatch:
+    """Map a batch to the wire."""
+    extended = batch_object(batch, shares, now)
+    cancelled_at = batch.cancelling_at or batch.failed_at
+    return SharedBatch(
+        **{name: getattr(extended, name) for name in ExtendedBatch.__struct_fields__},
+        batch_id=batch.id,
+        name=batch.metadata.get(NAME, ""),
+        create_time=rfc3339(batch.created_at),
+        expire_time=rfc3339(batch.deadline_at) if batch.deadline_at is not None else None,
+        cancel_time=rfc3339(cancelled_at) if cancelled_at is not None else None,
+        create_api_key_id=batch.created_by or "",
+        cancel_by_xai_message=_why_failed(batch),
+        state=RequestStates(
+            num_requests=batch.total_count,
+            num_pending=batch.pending_count,
+            num_success=batch.succeeded_count,
+            num_error=batch.failed_count + batch.expired_count,
+            num_cancelled=batch.cancelled_count,
+        ),
+    )
+
+
+def xai_object(shared: SharedBatch) -> XaiBatch:
+    """Give the part of a batch that xAI has; only one that was made of a file names it."""
+    given = {name: getattr(shared, name) for name in XaiBatch.__struct_fields__}
+    return XaiBatch(**given | {"input_file_id": shared.input_file_id or UNSET})
+
+
+def rfc3339(at: datetime) -> str:
+    """Write an instant, which is in UTC."""
+    return at.isoformat().replace("+00:00", "Z")
+
+
+def _why_failed(batch: Batch) -> str | None:
+    """Tell in one sentence why a batch never ran: xAI cancels those whose file is not sound."""
+    if batch.status is not BatchStatus.FAILED:
+        return None
+    first = told_problems(batch)[0]
+    place = "" if first.line_number is None else f"line {first.line_number}: "
+    rest = batch.problem_count - 1
+    return f"{place}{first.message}" + (f" ({rest} more in errors)" if rest > 0 else "")
