@@ -168,14 +168,18 @@ def examine(blobs: Blobs, store: Upkeep, file: File, name: str, settings: Settin
     return found
 
 
-def _found(blobs: Blobs, file: File, settings: Settings, report: ProblemReport) -> tuple[Validation, str | None]:
-    rules = LineRules(
+def line_rules(settings: Settings) -> LineRules:
+    """What lines must keep to that may go to any endpoint."""
+    return LineRules(
         endpoints=settings.endpoints,
         custom_id_chars_max=settings.custom_id_chars_max,
         line_bytes_max=settings.line_bytes_max,
     )
+
+
+def _found(blobs: Blobs, file: File, settings: Settings, report: ProblemReport) -> tuple[Validation, str | None]:
     validator = Validator(
-        rules,
+        line_rules(settings),
         OnInvalid.FAIL,
         lines_max=settings.lines_max,
         bytes_max=settings.input_bytes_max,

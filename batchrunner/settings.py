@@ -101,6 +101,9 @@ class Settings:
     output_retention_s: float | None = _knob(
         30 * 86400.0, "how long a server keeps the files of an ended batch that asks for nothing else; none is for ever"
     )
+    open_idle_s: float = _knob(
+        6 * 3600.0, "how long an open batch that has nothing to do waits for more requests before it ends"
+    )
     file_bytes_max: int = _knob(8 * GIB, "largest file or upload that a server takes")
     batch_file_expires_s: float | None = _knob(
         30 * 86400.0, "how long an uploaded batch file lives that does not say so itself; none is for ever"

@@ -107,10 +107,11 @@ def page_of_batches(call: Call, *, limit: int, after: str | None) -> tuple[list[
 
 async def cancel_batch(call: Call) -> Answer:
     """Cancel a batch; again is no error, after another end it is."""
-    return _answer(call, await call.blocking(lambda: shown(call, _cancelled(call))))
+    return _answer(call, await call.blocking(lambda: shown(call, cancelled(call))))
 
 
-def _cancelled(call: Call) -> Batch:
+def cancelled(call: Call) -> Batch:
+    """Cancel the batch that the path names. Blocks. Raises: Refusal."""
     for _ in range(_MOVES_AGAIN):
         batch = batch_of(call)
         if batch.status in _CANCELLED:
@@ -156,6 +157,17 @@ async def resume_batch(call: Call) -> Answer:
         return shown(call, batch_of(call))
 
     return _answer(call, await call.blocking(resume))
+
+
+async def close_batch(call: Call) -> Answer:
+    """Let no more requests join an open batch, so that it ends when all are answered; again is no error."""
+
+    def close() -> SharedBatch:
+        batch = batch_of(call)
+        call.scope.close_batch(batch.id)
+        return shown(call, batch_of(call))
+
+    return _answer(call, await call.blocking(close))
 
 
 async def retry_batch(call: Call) -> Answer:
@@ -228,6 +240,14 @@ ROUTES = (
         path="/v1/batches/{batch_id}/resume",
         handler=resume_batch,
         summary="Let a paused or blocked batch go on",
+        scope=KeyScope.WRITE,
+        answer=SharedBatch,
+    ),
+    Route(
+        method="POST",
+        path="/v1/batches/{batch_id}/close",
+        handler=close_batch,
+        summary="Let no more requests join an open batch; it ends when all are answered",
         scope=KeyScope.WRITE,
         answer=SharedBatch,
     ),

@@ -20,6 +20,7 @@ import orjson
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from batchrunner.adding import OpenBatches
 from batchrunner.addresses import AddressRules
 from batchrunner.api.counting import Counts
 from batchrunner.api.envelope import SERVER_ERROR, ErrorBody, ErrorEnvelope, Refusal, body_too_large
@@ -103,7 +104,7 @@ class ApiParts:
     `reading` names the blobs that must not be deleted now, `heavy` lets one long job at a time into the executor,
     `vitals` tell how the server does and whether it is about to end, `watching` holds the batches that are followed,
     `counts` the failures that were counted, `held` how much of bodies is in memory. `addresses` says where webhooks may
-    go, `poster` sends one.
+    go, `poster` sends one. `open_batches` remembers the ids of requests in open ones.
     """
 
     store: Store
@@ -121,6 +122,7 @@ class ApiParts:
     held: Held = field(default_factory=Held)
     addresses: AddressRules = field(default_factory=AddressRules)
     poster: Poster | None = None
+    open_batches: OpenBatches = field(default_factory=OpenBatches)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

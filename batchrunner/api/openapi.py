@@ -8,20 +8,18 @@ from typing import Any
 import msgspec
 
 from batchrunner import __version__
-from batchrunner.api.envelope import ErrorEnvelope
 from batchrunner.api.events import EVENT_STREAM
 from batchrunner.api.http import JSON, Route
 from batchrunner.api.multipart import MULTIPART
 
 _REFERENCE = "#/components/schemas/{name}"
-_ERROR = {"$ref": _REFERENCE.format(name=ErrorEnvelope.__name__)}
 
 Schema = dict[str, Any]
 
 
 def document(routes: Sequence[Route]) -> Schema:
     """Describe a route table as OpenAPI 3.1. The same table gives the same document."""
-    kinds = [ErrorEnvelope, *_body_kinds(routes)]
+    kinds = [*(route.error for route in routes), *_body_kinds(routes)]
     _, components = msgspec.json.schema_components(list(dict.fromkeys(kinds)), ref_template=_REFERENCE)
     paths: dict[str, Schema] = {}
     for route in sorted(routes, key=lambda each: (each.path, each.method)):
@@ -32,7 +30,8 @@ def document(routes: Sequence[Route]) -> Schema:
             "title": "batchrunner",
             "version": __version__,
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
-            "description": "An OpenAI Batch API. What is under /v1 is under /openai/v1 too, without the extensions.",
+            "description": "An OpenAI Batch API. What is under /v1 is under /openai/v1 too, without the extensions. "
+            "What is under /xai/v1 is xAI's API, and is at /v1 too where a request can be told to be xAI's.",
         },
         "servers": [{"url": "/"}],
         "paths": paths,
@@ -139,7 +138,7 @@ def _responses(route: Route) -> Schema:
         schema = {"$ref": _REFERENCE.format(name=route.answer.__name__)}
     elif route.answer_media == JSON:
         schema = {"type": "object"}
-    error = {"content": {JSON: {"schema": _ERROR}}}
+    error = {"content": {JSON: {"schema": {"$ref": _REFERENCE.format(name=route.error.__name__)}}}}
     over = {"204": {"description": "It is over, and nothing came after Last-Event-ID."}}
     return {
         "200": {"description": "Done.", "content": {route.answer_media: {"schema": schema}}},

@@ -73,6 +73,9 @@ def retry(call: Call, parent: Batch, wanted: RetryRequest) -> Batch:
 def _retry(call: Call, parent: Batch, wanted: RetryRequest) -> Batch:
     if parent.status not in TERMINAL or parent.status is BatchStatus.FAILED:
         raise Refusal(f"Cannot retry a batch with status '{parent.status}'.", status=409)
+    if not parent.source:
+        message = "The requests of this batch came one by one and are in no file; add those that failed to a new batch."
+        raise Refusal(message, status=409, code="not_retryable")
     blobs = call.parts.blobs
     family = [each for each in call.scope.family(parent.id) if each.deleted_at is None]
     failed = failed_ids(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from batchrunner.api import batches, deliveries, events, failures, files, health, results, uploads, webhooks
+from batchrunner.api import batches, deliveries, events, failures, files, health, results, uploads, webhooks, xai
 from batchrunner.api.dispatch import Dispatcher
 from batchrunner.api.door import IDLE_S
 from batchrunner.api.http import ApiParts, Route
@@ -23,6 +23,7 @@ _TABLE: tuple[Route, ...] = (
     *events.ROUTES,
     *webhooks.ROUTES,
     *deliveries.ROUTES,
+    *xai.ROUTES,
     *health.ROUTES,
 )
 ROUTES: tuple[Route, ...] = (*_TABLE, *reference_routes(_TABLE))
