@@ -15,6 +15,7 @@ from hashlib import blake2b
 
 import msgspec
 
+from batchrunner import crash
 from batchrunner.additions import Addition, NewAddition
 from batchrunner.choosing import custom_id_of, lines_of
 from batchrunner.errors import InputInvalid
@@ -164,6 +165,7 @@ def join(
             for place in known.known(id_hashes):
                 _require_new(scope, blobs, batch_id, id_hashes[8 * place : 8 * place + 8], lines.custom_ids[place])
             if add(lines.joining_at(known.next_line, id_hashes, closes_at)):
+                crash.point("add.joined")
                 return
 
 

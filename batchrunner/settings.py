@@ -14,6 +14,7 @@ from typing import TypeVar, get_args, get_type_hints
 import msgspec
 
 from batchrunner.errors import UsageError
+from batchrunner.prices import parse_price
 from batchrunner.targets import Target, read_targets
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
@@ -103,6 +104,9 @@ class Settings:
     )
     open_idle_s: float = _knob(
         6 * 3600.0, "how long an open batch that has nothing to do waits for more requests before it ends"
+    )
+    prices: tuple[str, ...] = _knob(
+        (), "what tokens cost, as MODEL=INPUT/OUTPUT or MODEL=INPUT/CACHED/OUTPUT in US dollars a million; `*` in MODEL"
     )
     file_bytes_max: int = _knob(8 * GIB, "largest file or upload that a server takes")
     batch_file_expires_s: float | None = _knob(
@@ -318,5 +322,7 @@ def _check(settings: Settings) -> None:
     for name, words in _ONE_OF.items():
         if (value := getattr(settings, name)) not in words:
             raise UsageError(f"{name} is {value!r}, not one of {', '.join(word for word in words if word)}")
+    for price in settings.prices:
+        parse_price(price)
     if settings.renew_s >= settings.lease_s - 3:
         raise UsageError(f"renew_s is {settings.renew_s}, it must be less than lease_s - 3 = {settings.lease_s - 3}")

@@ -12,12 +12,12 @@ from batchrunner.api.envelope import Refusal, no_such_batch
 from batchrunner.api.files import next_token
 from batchrunner.api.http import Answer, Call, Route, json_answer
 from batchrunner.api.retrying import RetryRequest, read_retry, retry
-from batchrunner.api.shared_object import SharedBatch, SharedBatchList, shared_object
 from batchrunner.batch_object import BatchList, strict_object
 from batchrunner.errors import NotFound, TransitionRefused
 from batchrunner.holdings import KeyScope
 from batchrunner.lifecycle import TERMINAL, BatchEvent, BatchStatus, allows
 from batchrunner.models import Batch, BatchId, PauseReason
+from batchrunner.shared_object import SharedBatch, SharedBatchList, shared_object
 
 _MOVES_AGAIN = 5
 _CANCELLED = (BatchStatus.CANCELLING, BatchStatus.CANCELLED)
@@ -47,7 +47,7 @@ def shown(call: Call, batch: Batch) -> SharedBatch:
     except NotFound:
         # It has ended and was deleted since it was read.
         shares = []
-    return shared_object(batch, shares, call.parts.clock.now())
+    return shared_object(batch, shares, call.parts.clock.now(), prices=call.parts.prices)
 
 
 def batch_of(call: Call) -> Batch:

@@ -31,6 +31,7 @@ from batchrunner.holdings import ApiKey, KeyScope, Replay
 from batchrunner.models import TenantId
 from batchrunner.outbox import Poster
 from batchrunner.ports import Blobs, Clock, Rng, Store, TenantScope
+from batchrunner.prices import Price, parse_price
 from batchrunner.settings import MIB, Settings
 
 JSON = "application/json"
@@ -123,6 +124,11 @@ class ApiParts:
     addresses: AddressRules = field(default_factory=AddressRules)
     poster: Poster | None = None
     open_batches: OpenBatches = field(default_factory=OpenBatches)
+
+    @property
+    def prices(self) -> tuple[Price, ...]:
+        """What tokens cost."""
+        return tuple(parse_price(each) for each in self.settings.prices)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,6 @@ from batchrunner.api.batches import batch_of, cancelled, page_of_batches, shown
 from batchrunner.api.creating import INLINE_BYTES_MAX, BatchRequest, Name, create
 from batchrunner.api.http import Answer, Call, Route, json_answer
 from batchrunner.api.results import JSON_LINES
-from batchrunner.api.shared_object import NAME, SharedBatch, XaiBatch, xai_object
 from batchrunner.api.xai_requests import (
     ADD_BYTES_MAX,
     Added,
@@ -32,6 +31,7 @@ from batchrunner.api.xai_results import LIMIT, XaiPage, XaiResultPage, list_resu
 from batchrunner.api.xai_words import XaiError
 from batchrunner.holdings import KeyScope
 from batchrunner.models import XAI, BatchId, NewBatch
+from batchrunner.shared_object import NAME, SharedBatch, XaiBatch, xai_object
 
 _LIST_MAX = 100
 # What tells a create of another dialect, whatever else it has.

@@ -13,13 +13,13 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Raw
 
+from batchrunner import crash
 from batchrunner.adding import Lines, join, judge
 from batchrunner.api.batches import batch_of
 from batchrunner.api.creating import InlineRequest, line_of
 from batchrunner.api.envelope import Refusal
 from batchrunner.api.files import BlobSink
 from batchrunner.api.http import Answer, Call, json_answer
-from batchrunner.api.shared_object import rfc3339
 from batchrunner.api.xai_results import LIMIT_MAX, XaiPage, place_in, token_of
 from batchrunner.api.xai_words import URLS, State, XaiRequestMetadata, url_of
 from batchrunner.errors import NotFound, TransitionRefused
@@ -31,6 +31,7 @@ from batchrunner.lines import model_of
 from batchrunner.models import Batch, RecordKind, RequestLine, Shard
 from batchrunner.settings import MIB
 from batchrunner.shards import iter_lines
+from batchrunner.shared_object import rfc3339
 
 # Source: xAI's limit of one request, which was that of one call before.
 ADD_BYTES_MAX = 25 * MIB
@@ -92,6 +93,7 @@ def _add(call: Call, wanted: AddRequests) -> None:
     try:
         sink.feed(content)
         sink.finish()
+        crash.point("add.stored")
         ids = [each.custom_id for each in requests]
         _join(call, batch, Lines(custom_ids=ids, source=sink.name, shards=found.shards, model=found.model))
     except BaseException:

@@ -28,6 +28,7 @@ BATCH_KEYS = (
     "create_api_key_id",
     "cancel_by_xai_message",
     "state",
+    "cost_breakdown",
 )
 
 
@@ -134,6 +135,25 @@ async def test_a_create_is_made_once_for_a_key(api: Served) -> None:
     first, again = [await api.call("POST", "/v1/batches", json={"name": "n"}, headers=key) for _ in range(2)]
 
     assert first.json["batch_id"] == again.json["batch_id"]
+
+
+async def test_a_batch_tells_its_costs_where_there_is_a_price(tmp_path: Path) -> None:
+    async with serving(tmp_path, settings=Settings(prices=("other=9/9", "m=1/3"))) as served, working(tmp_path):
+        batch_id = await open_batch(served)
+        free = await show(served, batch_id)
+        await added(served, batch_id, NAMES)
+        await until_done(served, batch_id, 25)
+        batch = (await served.call("GET", f"/v1/batches/{batch_id}")).json
+        of_file = await ended(served, (await make_batch(served, chat_lines(NAMES)))["id"])
+
+    assert free["cost_breakdown"] is None
+    for each, endpoint in ((batch, None), (of_file, "/v1/chat/completions")):
+        costs, usage = each["cost_breakdown"], each["usage"]
+        assert costs["total_cost_usd_ticks"] == 10_000 * (usage["input_tokens"] + 3 * usage["output_tokens"]) > 0
+        assert [(part["endpoint"], part["request_count"]) for part in costs["endpoint_costs"]] == (
+            [(endpoint, 25)] if endpoint else []
+        )
+        assert costs["calculation_time"].endswith("Z")
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------

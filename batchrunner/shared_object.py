@@ -16,6 +16,7 @@ from batchrunner.batch_object import BatchErrors, ExtendedBatch, batch_object, t
 from batchrunner.holdings import LiveShare
 from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import Batch
+from batchrunner.prices import Price, price_of
 
 # The key of a batch's metadata that holds what xAI calls its name.
 NAME = "name"
@@ -31,6 +32,25 @@ class RequestStates(msgspec.Struct, frozen=True, kw_only=True):
     num_cancelled: int
 
 
+class EndpointCost(msgspec.Struct, frozen=True, kw_only=True):
+    """What the requests to one endpoint cost, in units of 1e-10 US dollars."""
+
+    endpoint: str
+    cost_usd_ticks: int
+    request_count: int
+
+
+class CostBreakdown(msgspec.Struct, frozen=True, kw_only=True):
+    """What a batch has cost so far, by the tokens that its upstream reported and the server's setting `prices`.
+
+    Of a batch whose requests may go to several endpoints no parts are known.
+    """
+
+    total_cost_usd_ticks: int
+    endpoint_costs: tuple[EndpointCost, ...]
+    calculation_time: str
+
+
 class SharedBatch(ExtendedBatch, frozen=True, kw_only=True):
     """A batch with every key of OpenAI, of xAI, and of ours; xAI's instants are RFC 3339."""
 
@@ -42,6 +62,7 @@ class SharedBatch(ExtendedBatch, frozen=True, kw_only=True):
     create_api_key_id: str
     cancel_by_xai_message: str | None
     state: RequestStates
+    cost_breakdown: CostBreakdown | None
 
 
 class XaiBatch(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +76,7 @@ class XaiBatch(msgspec.Struct, frozen=True, kw_only=True):
     create_api_key_id: str
     cancel_by_xai_message: str | None
     state: RequestStates
+    cost_breakdown: CostBreakdown | None
     input_file_id: str | UnsetType = UNSET
     status: str
     errors: BatchErrors | None
@@ -74,8 +96,10 @@ class SharedBatchList(msgspec.Struct, frozen=True, kw_only=True):
     pagination_token: str | None
 
 
-def shared_object(batch: Batch, shares: Sequence[LiveShare], now: datetime) -> SharedBatch:
-    """Map a batch to the wire."""
+def shared_object(
+    batch: Batch, shares: Sequence[LiveShare], now: datetime, *, prices: Sequence[Price] = ()
+) -> SharedBatch:
+    """Map a batch to the wire, with its costs where there is a price for its model."""
     extended = batch_object(batch, shares, now)
     cancelled_at = batch.cancelling_at or batch.failed_at
     return SharedBatch(
@@ -94,6 +118,7 @@ def shared_object(batch: Batch, shares: Sequence[LiveShare], now: datetime) -> S
             num_error=batch.failed_count + batch.expired_count,
             num_cancelled=batch.cancelled_count,
         ),
+        cost_breakdown=_costs(batch, now, prices),
     )
 
 
@@ -106,6 +131,19 @@ def xai_object(shared: SharedBatch) -> XaiBatch:
 def rfc3339(at: datetime) -> str:
     """Write an instant, which is in UTC."""
     return at.isoformat().replace("+00:00", "Z")
+
+
+def _costs(batch: Batch, now: datetime, prices: Sequence[Price]) -> CostBreakdown | None:
+    price = price_of(batch.model, prices)
+    if price is None:
+        return None
+    usage = batch.usage
+    ticks = price.cost_ticks(
+        input_tokens=usage.input_tokens, cached_tokens=usage.cached_tokens, output_tokens=usage.output_tokens
+    )
+    done = batch.succeeded_count + batch.failed_count - batch.refused_count
+    parts = [EndpointCost(endpoint=batch.endpoint, cost_usd_ticks=ticks, request_count=done)] if batch.endpoint else []
+    return CostBreakdown(total_cost_usd_ticks=ticks, endpoint_costs=tuple(parts), calculation_time=rfc3339(now))
 
 
 def _why_failed(batch: Batch) -> str | None:
