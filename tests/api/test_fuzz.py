@@ -94,7 +94,7 @@ def check(root: str, said: str, count_min: int) -> None:
 
 @pytest.mark.slow
 def test_described_requests_are_answered_as_described(server: str, tmp_path: Path) -> None:
-    said = fuzz(server, tmp_path, "--max-time", "10", "--seed", str(SEED))
+    said = fuzz(server, tmp_path, "--max-time", "20", "--seed", str(SEED))
 
     check(server, said, 25)
 
