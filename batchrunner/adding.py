@@ -19,12 +19,11 @@ from batchrunner import crash
 from batchrunner.additions import Addition, NewAddition
 from batchrunner.choosing import custom_id_of, lines_of
 from batchrunner.errors import InputInvalid
-from batchrunner.intake import line_rules
-from batchrunner.models import BatchId, LineProblem, OnInvalid, ShardCut
+from batchrunner.models import BatchId, ShardCut
 from batchrunner.pipeline import read_blob
 from batchrunner.ports import Blobs, TenantScope
 from batchrunner.settings import Settings
-from batchrunner.validation import Validation, Validator
+from batchrunner.validation import Validation, validator_of
 
 # Open batches whose ids one process remembers; of others it reads them again.
 _BATCHES_MAX = 256
@@ -64,18 +63,7 @@ class Lines:
 
 def judge(content: bytes, settings: Settings) -> Validation:
     """Look at lines that stand in memory as validation would at a whole file. Blocks."""
-    problems: list[LineProblem] = []
-    validator = Validator(
-        line_rules(settings),
-        OnInvalid.FAIL,
-        lines_max=settings.lines_max,
-        bytes_max=settings.input_bytes_max,
-        problems_max=settings.problems_max,
-        shard_lines_max=settings.shard_lines_max,
-        shard_bytes_max=settings.shard_bytes_max,
-        on_problem=problems.append,
-        sha256="",
-    )
+    validator = validator_of(settings, problems_max=1, on_problem=lambda _problem: None, sha256="")
     validator.feed(content)
     while looks := validator.candidates():
         for look in looks:

@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
-import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -17,9 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-import msgspec
-
-from batchrunner import crash
 from batchrunner.blobs.folder import FolderBlobs, open_blobs
 from batchrunner.clock import SystemClock, SystemRng
 from batchrunner.errors import NotFound, UsageError
@@ -28,7 +23,6 @@ from batchrunner.holdings import UpstreamLive
 from batchrunner.housekeeping import drop_unfinished
 from batchrunner.journal import open_journal
 from batchrunner.limits import Cooldown, FirstContact, Gate, Outage, ReadBudget, TokenBucket
-from batchrunner.log_line import LogLine
 from batchrunner.metrics import Tally
 from batchrunner.models import LOCAL_TENANT, BatchId, SessionId
 from batchrunner.outlets import Outlet
@@ -40,28 +34,14 @@ from batchrunner.settings import Settings, has_upstream, targets_of
 from batchrunner.store.schema import VERSION as SCHEMA
 from batchrunner.store.schema import version_of_file as schema_of_file
 from batchrunner.store.sqlite import SqliteStore
-from batchrunner.supervisor import (
-    Activity,
-    Live,
-    Report,
-    Share,
-    Supervisor,
-    bound_of,
-    encode_message,
-    windows_of,
-)
+from batchrunner.supervisor import Live, Supervisor, WorkerGreeting, bound_of, encode_message, windows_of
 from batchrunner.targets import Target
-from batchrunner.tuning import freeze_start_up, tune_process
 from batchrunner.upstream import AiohttpUpstream
 from batchrunner.upstream_nowhere import NowhereUpstream
 from batchrunner.worker import Worker
 
-logger = logging.getLogger(__name__)
-
 # A server whose workers die as soon as they start tries again after this time, and answers requests meanwhile.
 _WORKER_WAITS_S = 30.0
-# Where workers keep every core busy, whoever asks the API must not wait for them.
-_WORKER_NICENESS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,13 +176,13 @@ def _outlets(adapters: Adapters, settings: Settings, api_keys: Mapping[str, str]
             raise UsageError("no upstream is named", hint="Give -u URL or set OPENAI_BASE_URL.")
         (nowhere,) = targets_of(settings)
         upstream = NowhereUpstream(adapters.clock)
-        return [Outlet(name=nowhere.name, upstream=upstream, gate=_gate(nowhere, ReadBudget()))]
+        return [Outlet(name=nowhere.name, upstream=upstream, gate=_gate(settings, nowhere, ReadBudget()))]
     reading = ReadBudget()
     return [
         Outlet(
             name=target.name,
             upstream=_upstream(adapters, settings, target, api_keys.get(target.name), reading),
-            gate=_gate(target, reading),
+            gate=_gate(settings, target, reading),
             aliases=target.aliases,
         )
         for target in targets_of(settings)
@@ -225,11 +205,11 @@ def _upstream(
     )
 
 
-def _gate(target: Target, reading: ReadBudget) -> Gate:
+def _gate(settings: Settings, target: Target, reading: ReadBudget) -> Gate:
     return Gate(
         cooldown=Cooldown(),
         outage=Outage(),
-        first_contact=FirstContact(),
+        first_contact=FirstContact(patience_s=settings.first_contact_s),
         requests=TokenBucket(target.rpm) if target.rpm else None,
         tokens=TokenBucket(target.tpm) if target.tpm else None,
         reading=reading,
@@ -328,10 +308,10 @@ def process_crew(
     async def bury() -> None:
         await asyncio.to_thread(reap, adapters, locks)
 
-    greeting = _Greeting(folder=str(folder), settings=settings, api_keys=dict(api_keys), is_server=is_server)
+    greeting = WorkerGreeting(folder=str(folder), settings=settings, api_keys=dict(api_keys), is_server=is_server)
     return Supervisor(
-        command=[sys.executable, "-m", "batchrunner.app"],
-        greeting=msgspec.json.encode(greeting) + b"\n",
+        command=[sys.executable, "-m", "batchrunner.working"],
+        greeting=encode_message(greeting),
         worker_count=worker_count,
         settings=settings,
         clock=adapters.clock,
@@ -379,121 +359,3 @@ class Runner:
         if worker_count == 1:
             return LocalCrew(self.adapters, self.folder, self.settings, self._api_keys)
         return process_crew(self.adapters, self.folder, self.settings, self._api_keys, worker_count)
-
-
-def arm_crash_point() -> None:
-    """Have this process kill itself at the point that BATCHRUNNER_CRASH_AT names, so that tests can prove what
-    survives.
-
-    Raises:
-        UsageError: there is no such point.
-    """
-    crash.arm(os.environ.get("BATCHRUNNER_CRASH_AT", ""), lambda: os.kill(os.getpid(), signal.SIGKILL))
-
-
-# -- a worker process ------------------------------------------------------------------------------------------------
-
-
-class _Greeting(msgspec.Struct, frozen=True, kw_only=True):
-    """The first line that a worker process reads."""
-
-    folder: str
-    settings: Settings
-    api_keys: dict[str, str]
-    is_server: bool = False
-
-
-class _PipePacer:
-    """Gives the supervisor a report at each call and applies the share that came last."""
-
-    def __init__(self, worker: Callable[[], Worker], clock: SystemClock) -> None:
-        self.share: Share | None = None
-        self._worker = worker
-        self._clock = clock
-
-    def __call__(self, fanout: Fanout) -> None:
-        worker = self._worker()
-        activities = tuple(
-            Activity(
-                sample=pool.take_sample(),
-                in_flight=len(pool.in_flight),
-                waiting=fanout.waiting_for(pool),
-                is_down=pool.is_down,
-            )
-            for pool in fanout.pools
-        )
-        report = Report(
-            activities=activities,
-            waiting=fanout.waiting_count + fanout.untouched_count,
-            tally=fanout.tally.to_wire(),
-            trouble=worker.trouble_text,
-            lost=worker.lost_text,
-        )
-        try:
-            os.write(sys.stdout.fileno(), encode_message(report))
-        except BrokenPipeError:
-            # The supervisor is gone; the end of stdin says so as well and ends this process.
-            worker.stop(grace_s=0.0)
-        if self.share is not None:
-            for pool, part in zip(fanout.pools, self.share.parts, strict=True):
-                pool.window, pool.bound_by = part.window, part.bound_by
-                pool.gate.set_rates(self._clock.monotonic_s(), rpm=part.rpm, tpm=part.tpm)
-
-
-async def _work(greeting: _Greeting, stdin: asyncio.StreamReader) -> None:
-    adapters = open_adapters(Path(greeting.folder), greeting.settings)
-    workers: list[Worker] = []
-    pacer = _PipePacer(lambda: workers[0], adapters.clock)
-    session = worker_session(
-        adapters,
-        Path(greeting.folder),
-        greeting.settings,
-        api_keys=greeting.api_keys,
-        pacer=pacer,
-        is_server=greeting.is_server,
-    )
-    async with session as worker:
-        workers.append(worker)
-        for pool in worker.fanout.pools:
-            pool.window = 0
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)
-        async with asyncio.TaskGroup() as group:
-            listening = group.create_task(_obey(worker, pacer, stdin))
-            await worker.run()
-            listening.cancel()
-    adapters.store.close()
-
-
-async def _obey(worker: Worker, pacer: _PipePacer, stdin: asyncio.StreamReader) -> None:
-    """Follow the supervisor's shares; when its pipe closes, end at once: nobody would share out limits any more."""
-    while line := await stdin.readline():
-        pacer.share = msgspec.json.decode(line, type=Share)
-        if pacer.share.stop_grace_s is not None:
-            worker.stop(grace_s=pacer.share.stop_grace_s)
-    worker.stop(grace_s=0.0)
-
-
-async def _worker_process() -> None:
-    loop = asyncio.get_running_loop()
-    stdin = asyncio.StreamReader(limit=1 << 22)
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
-    greeting = msgspec.json.decode(await stdin.readline(), type=_Greeting)
-    if greeting.is_server:
-        os.nice(_WORKER_NICENESS)
-    freeze_start_up()
-    await _work(greeting, stdin)
-
-
-def worker_main() -> None:
-    """Run this process as a worker of the supervisor at the other end of its pipes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    arm_crash_point()
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogLine("worker %(process)d: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    with asyncio.Runner(loop_factory=tune_process()) as runner:
-        runner.run(_worker_process())
-
-
-if __name__ == "__main__":
-    worker_main()

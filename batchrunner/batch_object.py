@@ -16,7 +16,7 @@ from batchrunner.errors import OwnError
 from batchrunner.holdings import LiveShare
 from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import Batch, LineProblem, OnInvalid, OnUnknown, Order, Usage
-from batchrunner.progress import Progress, code_of, progress_of
+from batchrunner.progress import Progress, code_of, is_paused, progress_of, seconds_of
 
 # Every status of ours by its word on the wire.
 STATUSES: Mapping[BatchStatus, str] = MappingProxyType(
@@ -122,16 +122,6 @@ class ExtendedBatch(BatchObject, frozen=True, kw_only=True):
     progress: Progress
 
 
-class BatchList(msgspec.Struct, frozen=True, kw_only=True):
-    """A page of batches as OpenAI has it, newest first; the next one is behind `last_id`."""
-
-    object: Literal["list"] = "list"
-    data: tuple[BatchObject, ...]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-
-
 def batch_object(batch: Batch, shares: Sequence[LiveShare], now: datetime) -> ExtendedBatch:
     """Map a batch to the wire."""
     return ExtendedBatch(
@@ -144,15 +134,15 @@ def batch_object(batch: Batch, shares: Sequence[LiveShare], now: datetime) -> Ex
         status=STATUSES[batch.status],
         output_file_id=batch.output_file_id,
         error_file_id=batch.error_file_id,
-        created_at=_seconds(batch.created_at),
-        in_progress_at=_maybe(batch.in_progress_at),
-        expires_at=_maybe(batch.deadline_at),
-        finalizing_at=_maybe(batch.finalizing_at),
-        completed_at=_maybe(batch.completed_at),
-        failed_at=_maybe(batch.failed_at),
-        expired_at=_maybe(batch.expired_at),
-        cancelling_at=_maybe(batch.cancelling_at),
-        cancelled_at=_maybe(batch.cancelled_at),
+        created_at=seconds_of(batch.created_at),
+        in_progress_at=seconds_of(batch.in_progress_at),
+        expires_at=seconds_of(batch.deadline_at),
+        finalizing_at=seconds_of(batch.finalizing_at),
+        completed_at=seconds_of(batch.completed_at),
+        failed_at=seconds_of(batch.failed_at),
+        expired_at=seconds_of(batch.expired_at),
+        cancelling_at=seconds_of(batch.cancelling_at),
+        cancelled_at=seconds_of(batch.cancelled_at),
         request_counts=RequestCounts(batch.total_count, batch.succeeded_count, batch.failed_count),
         usage=_usage(batch.usage),
         metadata=batch.metadata or None,
@@ -162,8 +152,8 @@ def batch_object(batch: Batch, shares: Sequence[LiveShare], now: datetime) -> Ex
         order=batch.order,
         priority=batch.priority,
         webhook_url=batch.webhook_url,
-        paused_reason=batch.paused_reason,
-        paused_at=_maybe(batch.paused_at),
+        paused_reason=batch.paused_reason if is_paused(batch) else None,
+        paused_at=seconds_of(batch.paused_at) if is_paused(batch) else None,
         blocked_by=code_of(batch.blocked_by),
         progress=progress_of(batch, shares, now),
     )
@@ -196,11 +186,3 @@ def _usage(usage: Usage) -> BatchUsage:
         output_tokens_details=OutputDetails(usage.reasoning_tokens),
         total_tokens=usage.total_tokens,
     )
-
-
-def _seconds(at: datetime) -> int:
-    return int(at.timestamp())
-
-
-def _maybe(at: datetime | None) -> int | None:
-    return int(at.timestamp()) if at is not None else None

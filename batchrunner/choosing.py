@@ -7,8 +7,10 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator
 
 import msgspec
+import orjson
 
 from batchrunner.cutting import Block, Cutter, LongLine, split_lines
+from batchrunner.grouping import read_failure
 from batchrunner.lines import ProblemCode
 from batchrunner.ports import Blobs
 
@@ -45,7 +47,7 @@ class _Named(msgspec.Struct):
 
 
 read_error_line = msgspec.json.Decoder(ErrorLine).decode
-_read_id = msgspec.json.Decoder(_Named).decode
+read_id = msgspec.json.Decoder(_Named).decode
 
 
 def failed_ids(
@@ -53,6 +55,7 @@ def failed_ids(
 ) -> set[str]:
     """Give the custom_ids of the lines that can run again, of those codes and ids; None stands for all.
 
+    A code is the line's own, or the one under which failures are grouped, such as `400 context_length_exceeded`.
     Refused lines are not among them: they would be refused again.
     """
     found: set[str] = set()
@@ -60,7 +63,9 @@ def failed_ids(
         line = read_error_line(raw)
         if line.custom_id is None or line.code in _REFUSALS:
             continue
-        if (codes is None or line.code in codes) and (custom_ids is None or line.custom_id in custom_ids):
+        if custom_ids is not None and line.custom_id not in custom_ids:
+            continue
+        if codes is None or line.code in codes or read_failure(orjson.loads(raw)).code in codes:
             found.add(line.custom_id)
     return found
 
@@ -68,7 +73,7 @@ def failed_ids(
 def custom_id_of(raw: bytes) -> str | None:
     """Read the custom_id of an input or result line, None for a blank or refused one that has none to read."""
     try:
-        return _read_id(raw).custom_id
+        return read_id(raw).custom_id
     except (msgspec.DecodeError, RecursionError):
         return None
 

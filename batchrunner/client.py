@@ -79,13 +79,8 @@ class LiveProgress(msgspec.Struct, frozen=True):
 
     rate: float = 0.0
     in_flight: int = 0
-    remaining: int = 0
-    expired: int = 0
-    cancelled: int = 0
     eta_earliest_at: int | None = None
     eta_latest_at: int | None = None
-    eta_at: int | None = None
-    deadline_risk: str | None = None
 
 
 class RemoteBatch(msgspec.Struct, frozen=True):
@@ -152,7 +147,6 @@ class Page:
     content: IO[bytes]
     line_count: int
     last_sequence: str
-    is_incomplete: bool
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -404,7 +398,6 @@ async def _read_page(answer: aiohttp.ClientResponse) -> Page:
         content=content,
         line_count=line_count,
         last_sequence=answer.headers.get("X-Last-Sequence", "0"),
-        is_incomplete=answer.headers.get("X-Incomplete") != "false",
     )
 
 

@@ -20,7 +20,7 @@ from batchrunner.metrics import Latencies
 from batchrunner.models import SessionId
 from batchrunner.outbox import Poster
 from batchrunner.ports import Clock, Rng, Store
-from batchrunner.webhooks import SECRET_BYTES, headers_of, judge, secret_of
+from batchrunner.webhooks import SECRET_BYTES, judge, secret_of, signed_headers
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +114,6 @@ class Courier:
 
     async def _turn(self) -> None:
         """Record what ended and take what is due, at one go: each commit waits for the disk."""
-        if self._is_stopping:
-            return
         taken_at_s = self._clock.monotonic_s()
         try:
             taken = await self._take()
@@ -187,7 +185,9 @@ class Courier:
                 logger.warning("%s was held up", dispatch.id, extra={"action": "webhook_late"})
                 return
             now = self._clock.now()
-            headers = headers_of(dispatch, secrets.valid(now), now)
+            headers = signed_headers(
+                dispatch.id, dispatch.type, dispatch.body, secrets.valid(now), now, endpoint_id=dispatch.endpoint_id
+            )
             posted = await self._poster.post(dispatch.url, dispatch.body, headers)
             crash.point("webhook.posted")
         except BatchrunnerError as error:

@@ -206,9 +206,7 @@ class Appointments:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recorded:
-    """How an attempt ended, for the log, and what follows: `state`, and for one that goes on when it is due. `is_gone`
-    means that the receiver wants nothing more.
-    """
+    """How an attempt ended, for the log, and what follows: `state`, and for one that goes on when it is due."""
 
     id: DeliveryId
     epoch: int
@@ -217,7 +215,6 @@ class Recorded:
     state: DeliveryState
     reason: EndReason | None = None
     due_at: datetime | None = None
-    is_gone: bool = False
     endpoint_id: EndpointId | None = None
 
 

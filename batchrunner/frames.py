@@ -275,15 +275,6 @@ def read_payload(blobs: Blobs, record: Record) -> bytes:
     return payload
 
 
-def registered_lines(blobs: Blobs, claim: Claim) -> set[int]:
-    """Give the numbers of the lines that have a registered record of the claimed shard.
-
-    Raises:
-        ReconciliationError: a line has two.
-    """
-    return set(_survey(blobs, claim).lines)
-
-
 @dataclass(slots=True)
 class _Survey:
     """What the registered extents of a shard hold."""

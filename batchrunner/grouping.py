@@ -41,7 +41,6 @@ class Door:
     rates: str
     url: str
     key: str
-    models: str
     problems: str
 
 
@@ -53,7 +52,6 @@ COMMAND_LINE = Door(
     rates="--rpm or --tpm",
     url="-u",
     key="OPENAI_API_KEY, or name another variable with --api-key-env",
-    models="`batchrunner doctor -u URL`",
     problems="`batchrunner validate INPUT`",
 )
 SERVER = Door(
@@ -64,7 +62,6 @@ SERVER = Door(
     rates="the server's rpm or tpm",
     url="the server's upstream",
     key="the upstream's key",
-    models="`batchrunner doctor -u URL`",
     problems="GET /v1/files/{id}/validation",
 )
 
@@ -79,12 +76,12 @@ _HINTS: dict[str, str] = {
     LineCode.INPUT_LOST: "The input was gone or changed at the end: put it back and run what is missing.",
     LineCode.MODEL_NOT_SERVED: "No upstream names this model: add it to a table of batchrunner.toml, then {retry}.",
     "context_length_exceeded": "Prompt and max_tokens exceed the model's context: shorten one of them.",
-    "model_not_found": "See which models the server has with {models}; mend `model` in the input.",
+    "model_not_found": "See which models the server has with `batchrunner doctor -u URL`; mend `model` in the input.",
     "400": "The request itself is refused: the message says why; mend these lines in the input.",
     "401": "The key was refused: set {key}; then {retry}.",
     "402": "The account has no credit left: top it up, then {retry}.",
     "403": "The key may not do this: check its project, model access and region; then {retry}.",
-    "404": "Model or route does not exist: check `model`, `url` and {url} with {models}.",
+    "404": "Model or route does not exist: check `model`, `url` and {url} with `batchrunner doctor -u URL`.",
     "413": "The request body is larger than the upstream takes: shorten these lines.",
     "422": "The upstream cannot use these fields: the message names them; mend the input.",
     "429": "The upstream limits the rate or quota: set {rates}, or lower {concurrency}; then {retry}.",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from batchrunner.errors import PortTaken, UsageError
 from batchrunner.orders import LISTENING, READY, Greeting, Pulse, encode_order
 from batchrunner.ports import Clock
-from batchrunner.processes import ChildProcess
+from batchrunner.processes import ChildProcess, Grace
 from batchrunner.settings import Settings, has_upstream
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 _PULSE_S = 1.0
 # A worker reports ten times a second.
 _TICKING_S = 5.0
-_EXTRA_GRACE_S = 10.0
 # The API process of a server that was killed lets go of the port as soon as it notices.
 _PORT_WAIT_S = 3.0
 _PORT_LOOK_S = 0.1
@@ -173,8 +172,7 @@ class Host:
         self._clock = clock
         self._crew: Supervisor | None = None
         self._is_prepared = False
-        self._stop_grace_s: float | None = None
-        self._stop_by_s = 0.0
+        self._grace = Grace(clock)
         self.has_keys = False
         greeting = Greeting(
             folder=str(folder),
@@ -185,25 +183,13 @@ class Host:
         self._api = _Api(greeting=greeting, clock=clock, pulse=self._send_pulse)
 
     @property
-    def api_pid(self) -> int | None:
-        """The process id of the API, None while there is none."""
-        return self._api.pid
-
-    @property
-    def worker_pids(self) -> list[int]:
-        """The process ids of the workers."""
-        return self._crew.pids if self._crew is not None else []
-
-    @property
     def in_flight(self) -> int:
         """How many exchanges with upstreams are under way."""
         return self._crew.live().in_flight if self._crew is not None else 0
 
     def stop(self, *, grace_s: float) -> None:
         """Take nothing new and drain; called again it shortens the grace."""
-        stop_by_s = self._clock.monotonic_s() + grace_s
-        if self._stop_grace_s is None or stop_by_s < self._stop_by_s:
-            self._stop_grace_s, self._stop_by_s = grace_s, stop_by_s
+        self._grace.give(grace_s)
         self._close_sockets()
         self._api.leave()
         if self._crew is not None:
@@ -255,7 +241,7 @@ class Host:
         """Run the workers; without any this ends at once."""
         from batchrunner.app import process_crew
 
-        if self._worker_count == 0 or self._stop_grace_s is not None:
+        if self._worker_count == 0 or self._grace.given_s is not None:
             return
         self._crew = process_crew(
             adapters, self._folder, self._settings, self._api_keys, self._worker_count, is_server=True
@@ -267,20 +253,20 @@ class Host:
     async def _pulse(self) -> None:
         while True:
             self._send_pulse()
-            if self._stop_grace_s is not None and self._clock.monotonic_s() >= self._stop_by_s + _EXTRA_GRACE_S:
+            if self._grace.is_long_over:
                 self._api.kill()
             await self._clock.sleep(_PULSE_S)
 
     def _send_pulse(self) -> None:
         """Say how things stand, from when the folder is ready for the API."""
-        if self._is_prepared or self._stop_grace_s is not None:
+        if self._is_prepared or self._grace.given_s is not None:
             self._api.send(encode_order(self._present()))
 
     def _present(self) -> Pulse:
         is_told = has_upstream(self._settings)
         if self._crew is None:
             # Until the workers are started they are expected, not missing.
-            return Pulse(has_upstream=is_told, stop_grace_s=self._stop_grace_s)
+            return Pulse(has_upstream=is_told, stop_grace_s=self._grace.given_s)
         live = self._crew.live()
         return Pulse(
             worker_count=live.worker_count,
@@ -292,7 +278,7 @@ class Host:
             upstreams=live.upstreams,
             tally=live.tally.to_wire(),
             trouble=live.trouble,
-            stop_grace_s=self._stop_grace_s,
+            stop_grace_s=self._grace.given_s,
         )
 
     def _close_sockets(self) -> None:

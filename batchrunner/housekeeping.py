@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from batchrunner import crash
-from batchrunner.errors import BatchrunnerError, BlobsUnavailable
+from batchrunner.errors import BatchrunnerError
 from batchrunner.ports import Blobs
 from batchrunner.upkeep import Upkeep
 
@@ -65,7 +65,7 @@ def drop_unfinished(blobs: Blobs, *, is_alone: bool = False, dead: Collection[st
     """
     try:
         count = blobs.drop_begun() if is_alone else blobs.drop_unfinished(dead=dead)
-    except BlobsUnavailable as error:
+    except BatchrunnerError as error:
         logger.warning("half written blobs stay for now: %s", error, extra={"action": "unfinished_left"})
         return
     if count:

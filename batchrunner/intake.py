@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import msgspec
 
-from batchrunner.lines import LineRules, is_blank
-from batchrunner.models import File, LineProblem, OnInvalid
+from batchrunner.lines import is_blank
+from batchrunner.models import File, LineProblem
 from batchrunner.pipeline import ProblemReport, give_up, read_blob
 from batchrunner.ports import Blobs
 from batchrunner.seal import read_problems
 from batchrunner.settings import Settings
 from batchrunner.upkeep import Upkeep
-from batchrunner.validation import Validation, Validator
+from batchrunner.validation import Validation, validator_of
 
 _BOM = b"\xef\xbb\xbf"
 _BRACE = ord("{")
@@ -168,27 +168,8 @@ def examine(blobs: Blobs, store: Upkeep, file: File, name: str, settings: Settin
     return found
 
 
-def line_rules(settings: Settings) -> LineRules:
-    """What lines must keep to that may go to any endpoint."""
-    return LineRules(
-        endpoints=settings.endpoints,
-        custom_id_chars_max=settings.custom_id_chars_max,
-        line_bytes_max=settings.line_bytes_max,
-    )
-
-
 def _found(blobs: Blobs, file: File, settings: Settings, report: ProblemReport) -> tuple[Validation, str | None]:
-    validator = Validator(
-        line_rules(settings),
-        OnInvalid.FAIL,
-        lines_max=settings.lines_max,
-        bytes_max=settings.input_bytes_max,
-        problems_max=settings.problems_max,
-        shard_lines_max=settings.shard_lines_max,
-        shard_bytes_max=settings.shard_bytes_max,
-        on_problem=report.add,
-        sha256=file.sha256,
-    )
+    validator = validator_of(settings, problems_max=settings.problems_max, on_problem=report.add, sha256=file.sha256)
     for chunk in read_blob(blobs, file.blob):
         validator.feed(chunk)
     while looks := validator.candidates():

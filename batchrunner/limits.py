@@ -37,9 +37,6 @@ DEATHS_ALONE = 3
 # So many knocks may go unanswered before a line is sent all the same, to an upstream that never answered any.
 VAIN_KNOCKS_MAX = 64
 
-FIRST_CONTACT_S = 10.0
-
-
 _Tokens = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
 
 
@@ -286,8 +283,9 @@ class Outage:
 
 @dataclass(slots=True)
 class FirstContact:
-    """Whether the upstream was ever there: before the first answer, 10 s of failures mean a wrong set-up."""
+    """Whether the upstream was ever there: before the first answer, failures for so long mean a wrong set-up."""
 
+    patience_s: float = 10.0
     has_answered: bool = False
     _failing_since_s: float = math.inf
 
@@ -301,7 +299,7 @@ class FirstContact:
 
     def is_lost(self, now_s: float) -> bool:
         """Tell whether to give up on the upstream: `UpstreamUnreachable`."""
-        return not self.has_answered and now_s - self._failing_since_s >= FIRST_CONTACT_S
+        return not self.has_answered and now_s - self._failing_since_s >= self.patience_s
 
 
 class Reader(Protocol):

@@ -35,12 +35,11 @@ from batchrunner.models import (
     Batch,
     Claim,
     LineProblem,
-    NewBatch,
     OnInvalid,
     RejectedInput,
     TaskKind,
 )
-from batchrunner.ports import Blobs, BlobWriter, Clock, Store, TenantScope
+from batchrunner.ports import Blobs, BlobWriter, Clock, Store
 from batchrunner.seal import Sealing, read_problems
 from batchrunner.settings import MIB, Settings
 from batchrunner.shards import ShardRun, load
@@ -56,11 +55,6 @@ _STRICT_LINES_MAX = 50_000
 _STRICT_BYTES_MAX = 200 * MIB
 _NO_INPUT = hashlib.sha256().hexdigest()
 _encode = msgspec.json.Encoder().encode
-
-
-def create(scope: TenantScope, new: NewBatch) -> Batch:
-    """Make a batch and the task that validates it, in one transaction. Its source is in Blobs already."""
-    return scope.create_batch(new)
 
 
 class Pipeline:
@@ -208,12 +202,7 @@ class Pipeline:
 
     def _chosen(self, batch: Batch) -> array[int] | None:
         """The only lines that a linked batch runs."""
-        if batch.chosen_blob is None:
-            return None
-        chosen = array("Q")
-        for chunk in read_blob(self._blobs, batch.chosen_blob):
-            chosen.frombytes(chunk)
-        return chosen
+        return read_numbers(self._blobs, batch.chosen_blob) if batch.chosen_blob is not None else None
 
 
 def _missing_input(batch: Batch) -> RejectedInput:
@@ -228,6 +217,14 @@ def read_blob(blobs: Blobs, name: str, start: int = 0) -> Iterator[bytes]:
     while chunk := blobs.read(name, start, start + _READ_BYTES):
         yield chunk
         start += len(chunk)
+
+
+def read_numbers(blobs: Blobs, name: str) -> array[int]:
+    """Read the line numbers that a linked batch is limited to."""
+    numbers = array("Q")
+    for chunk in read_blob(blobs, name):
+        numbers.frombytes(chunk)
+    return numbers
 
 
 class ProblemReport:

@@ -212,7 +212,7 @@ class TenantScope(TenantOutbox, TenantLines, Protocol):
     def parts(self, upload_id: UploadId) -> list[UploadPart]:
         """All parts, oldest first. Raises: NotFound."""
 
-    def complete_upload(self, upload_id: UploadId, file: File, *, replay: Replay | None = None) -> Upload:
+    def complete_upload(self, upload_id: UploadId, file: File) -> Upload:
         """Make the file and end the upload in one transaction."""
 
     def cancel_upload(self, upload_id: UploadId) -> Upload:

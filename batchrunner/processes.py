@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -29,6 +30,26 @@ _LAST_WORDS_S = 2.0
 _DEATHS_MAX = 5
 _DEATHS_WITHIN_S = 60.0
 _EXTRA_GRACE_S = 10.0
+
+
+class Grace:
+    """How long processes may take to end once they were asked to; asked again they can only get less."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.given_s: float | None = None
+        self._clock = clock
+        self._until_s = math.inf
+
+    def give(self, grace_s: float) -> None:
+        """Ask them to end within this time."""
+        until_s = self._clock.monotonic_s() + grace_s
+        if until_s < self._until_s:
+            self.given_s, self._until_s = grace_s, until_s
+
+    @property
+    def is_long_over(self) -> bool:
+        """Whether nothing but a kill can help."""
+        return self._clock.monotonic_s() >= self._until_s + _EXTRA_GRACE_S
 
 
 class ChildProcess(ABC):

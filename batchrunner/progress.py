@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from typing import overload
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -16,6 +17,8 @@ from batchrunner.models import Batch
 _MARGIN = 0.1
 # Exchanges may be under way then.
 _SENDING = (BatchStatus.IN_PROGRESS, BatchStatus.CANCELLING)
+# What a pause holds.
+_HELD = (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS)
 _FARTHEST_S = 10 * 365 * 86400.0
 
 
@@ -79,9 +82,9 @@ def progress_of(batch: Batch, shares: Sequence[LiveShare], now: datetime) -> Pro
         in_flight=sum(share.in_flight for share in shares),
         waiting=sum(share.waiting for share in shares),
         rate=round(rate, 3),
-        eta_at=_seconds(ends[1]) if ends else None,
-        eta_earliest_at=_seconds(ends[0]) if ends else None,
-        eta_latest_at=_seconds(ends[2]) if ends else None,
+        eta_at=seconds_of(ends[1]) if ends else None,
+        eta_earliest_at=seconds_of(ends[0]) if ends else None,
+        eta_latest_at=seconds_of(ends[2]) if ends else None,
         deadline_risk=_risk(batch, ends),
         window=sum(share.window for share in shares),
         bound_by=_bound_by(batch, shares),
@@ -116,7 +119,7 @@ _Ends = tuple[datetime, datetime, datetime]
 
 def _ends(batch: Batch, rate: float, now: datetime) -> _Ends | None:
     """The earliest, likeliest and latest end; None while it cannot be told."""
-    if batch.status is not BatchStatus.IN_PROGRESS or batch.paused_reason is not None or rate <= 0.0:
+    if batch.status is not BatchStatus.IN_PROGRESS or is_paused(batch) or rate <= 0.0:
         return None
     assert batch.in_progress_at is not None
     elapsed_s = (now - batch.in_progress_at).total_seconds()
@@ -149,11 +152,16 @@ def _bound_by(batch: Batch, shares: Sequence[LiveShare]) -> str | None:
     """What keeps the batch from being faster: its pause, what blocks it, or the word of the largest share."""
     if batch.status in TERMINAL:
         return None
-    if batch.paused_reason is not None:
+    if is_paused(batch):
         return "paused"
     if batch.blocked_by is not None:
         return code_of(batch.blocked_by)
     return max(shares, key=lambda share: share.window).bound_by if shares else None
+
+
+def is_paused(batch: Batch) -> bool:
+    """Tell whether a pause keeps the batch from going on; one that is ending or over would not."""
+    return batch.paused_reason is not None and batch.status in _HELD
 
 
 def code_of(blocked_by: str | None) -> str | None:
@@ -161,5 +169,10 @@ def code_of(blocked_by: str | None) -> str | None:
     return blocked_by.partition(":")[0] if blocked_by is not None else None
 
 
-def _seconds(at: datetime) -> int:
-    return int(at.timestamp())
+@overload
+def seconds_of(at: datetime) -> int: ...
+@overload
+def seconds_of(at: datetime | None) -> int | None: ...
+def seconds_of(at: datetime | None) -> int | None:
+    """Give an instant as it stands on the wire: whole seconds since 1970."""
+    return int(at.timestamp()) if at is not None else None

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -90,7 +90,7 @@ class Reader:
 class LineNumbers:
     """Line numbers in 8 bytes each, to ask whether one is among them."""
 
-    def __init__(self, numbers: Iterator[int]) -> None:
+    def __init__(self, numbers: Iterable[int]) -> None:
         self._numbers = array("Q", sorted(array("Q", numbers)))
 
     def __contains__(self, number: object) -> bool:

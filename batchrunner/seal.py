@@ -465,6 +465,11 @@ def _read_results(blobs: Blobs, extents: list[Extent], ahead: ReadAhead) -> Iter
             yield record.line_number, record.kind, _FarPayload(blobs, record)
 
 
+def refused_numbers(blobs: Blobs, name: str | None) -> frozenset[int | None]:
+    """Read from a report of problems which lines were refused."""
+    return frozenset(problem.line_number for problem in read_problems(blobs, name))
+
+
 def read_problems(blobs: Blobs, name: str | None) -> Iterator[LineProblem]:
     """Read a report of problems, which stands in line order; none without a report."""
     if name is None:

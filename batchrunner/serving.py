@@ -12,6 +12,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,21 +23,20 @@ from batchrunner.api.door import CONNECTIONS_MAX, Door
 from batchrunner.api.http import ApiParts
 from batchrunner.api.routes import build_app, make_runner
 from batchrunner.api.vitals import Vitals
-from batchrunner.app import Adapters, arm_crash_point, open_adapters
+from batchrunner.app import Adapters, open_adapters
+from batchrunner.child import run_child
 from batchrunner.courier import IN_FLIGHT_MAX, Courier
 from batchrunner.delivering import address_rules, carrying, open_poster
 from batchrunner.errors import BatchrunnerError, DiskFull
 from batchrunner.housekeeping import clear, drop_unfinished
-from batchrunner.log_line import LogLine
 from batchrunner.orders import LISTENING, READY, Greeting, Pulse
 from batchrunner.ports import Clock
-from batchrunner.tuning import allow_open_files, freeze_start_up, tune_process
+from batchrunner.tuning import allow_open_files, freeze_start_up
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-_LINE_BYTES_MAX = 1 << 20
 _LOOK_S = 2.0
 _UNFINISHED_S = 86400.0
 # What is under way when the parent is gone: nobody waits for this process any more, and a new one may start.
@@ -229,10 +229,7 @@ def _follow(process: ApiProcess, clock: Clock, line: bytes) -> None:
         process.stop(grace_s=pulse.stop_grace_s)
 
 
-async def _api_process() -> None:
-    loop = asyncio.get_running_loop()
-    stdin = asyncio.StreamReader(limit=_LINE_BYTES_MAX)
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
+async def _api_process(stdin: asyncio.StreamReader) -> None:
     greeting = msgspec.json.decode(await stdin.readline(), type=Greeting)
     _tell_parent(LISTENING)
     # The parent speaks once the folder's database has this program's schema.
@@ -243,7 +240,8 @@ async def _api_process() -> None:
     is_open = greeting.is_local and not await asyncio.to_thread(adapters.store.has_keys)
     process = ApiProcess(adapters, greeting, is_open=is_open)
     _follow(process, adapters.clock, first)
-    loop.add_signal_handler(signal.SIGTERM, lambda: process.stop(grace_s=greeting.settings.drain_grace_s))
+    stop = partial(process.stop, grace_s=greeting.settings.drain_grace_s)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
     obeying = asyncio.create_task(_obey(process, adapters.clock, stdin))
     try:
         await process.run()
@@ -252,16 +250,5 @@ async def _api_process() -> None:
         adapters.store.close()
 
 
-def api_main() -> None:
-    """Run this process as the API of the server at the other end of its pipes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    arm_crash_point()
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogLine("%(asctime)s api: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    with asyncio.Runner(loop_factory=tune_process()) as runner:
-        runner.run(_api_process())
-
-
 if __name__ == "__main__":
-    api_main()
+    run_child(_api_process, words="%(asctime)s api: %(message)s", level=logging.INFO)

@@ -186,6 +186,18 @@ def parse_duration(text: str, *, what: str) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
+def parse_window(text: str, *, what: str) -> float:
+    """Read how long a batch may take, from a minute to two weeks, in seconds.
+
+    Raises:
+        UsageError: it is no such duration; the message names `what`.
+    """
+    seconds = parse_duration(text, what=what)
+    if not 60.0 <= seconds <= 14 * 86400.0:
+        raise UsageError(f"{what} {text}: from 1m to 14d")
+    return seconds
+
+
 def parse_size(text: str, *, what: str) -> int:
     """Read a size such as `16MiB`, in bytes.
 

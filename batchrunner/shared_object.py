@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -80,20 +79,6 @@ class XaiBatch(msgspec.Struct, frozen=True, kw_only=True):
     input_file_id: str | UnsetType = UNSET
     status: str
     errors: BatchErrors | None
-
-
-class SharedBatchList(msgspec.Struct, frozen=True, kw_only=True):
-    """A page of batches, newest first, as `data` and, the same ones, as `batches`; the next one is behind `last_id` or
-    `pagination_token`.
-    """
-
-    object: Literal["list"] = "list"
-    data: tuple[SharedBatch, ...]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-    batches: tuple[SharedBatch, ...]
-    pagination_token: str | None
 
 
 def shared_object(

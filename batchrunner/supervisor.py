@@ -17,7 +17,7 @@ from batchrunner.holdings import UpstreamLive
 from batchrunner.metrics import Tally, tally_from_wire
 from batchrunner.pace import Sample, Window, joined, merged
 from batchrunner.ports import Clock
-from batchrunner.processes import ChildProcess
+from batchrunner.processes import ChildProcess, Grace
 from batchrunner.settings import Settings, targets_of
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ _PACE_S = 0.1
 _REPEAT_S = 1.0
 # A worker that is slow to report is waited for so many rounds.
 _ROUNDS_MAX = 3
-_EXTRA_GRACE_S = 10.0
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +38,15 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     bound_by: str | None = None
     rpm: float | None = None
     tpm: float | None = None
+
+
+class WorkerGreeting(msgspec.Struct, frozen=True, kw_only=True):
+    """Parent to child, the first line: what it works on, and with what."""
+
+    folder: str
+    settings: Settings
+    api_keys: dict[str, str]
+    is_server: bool = False
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,7 +102,7 @@ _ENCODER = msgspec.json.Encoder()
 _REPORT = msgspec.json.Decoder(Report)
 
 
-def encode_message(message: Share | Report) -> bytes:
+def encode_message(message: WorkerGreeting | Share | Report) -> bytes:
     """Give a message as one line."""
     return _ENCODER.encode(message) + b"\n"
 
@@ -210,8 +218,7 @@ class Supervisor:
             _Child(number, command=command, greeting=greeting, clock=clock, bury=bury, waits_s=waits_s)
             for number in range(worker_count)
         ]
-        self._stop_grace_s: float | None = None
-        self._stop_by_s = 0.0
+        self._grace = Grace(clock)
 
     @property
     def pids(self) -> list[int]:
@@ -252,10 +259,7 @@ class Supervisor:
 
     def stop(self, *, grace_s: float) -> None:
         """Have all workers drain; called again it shortens the grace."""
-        stop_by_s = self._clock.monotonic_s() + grace_s
-        if self._stop_grace_s is None or stop_by_s < self._stop_by_s:
-            self._stop_grace_s = grace_s
-            self._stop_by_s = stop_by_s
+        self._grace.give(grace_s)
         for child in self._children:
             child.leave()
         self._hand_out()
@@ -308,7 +312,7 @@ class Supervisor:
         running = [child for child in self._children if child.process is not None]
         parts = [self._parts(place, running) for place in range(len(self.windows))]
         for number, child in enumerate(running):
-            child.tell(Share(parts=tuple(each[number] for each in parts), stop_grace_s=self._stop_grace_s))
+            child.tell(Share(parts=tuple(each[number] for each in parts), stop_grace_s=self._grace.given_s))
 
     def _parts(self, place: int, running: Sequence[_Child]) -> list[Part]:
         """Split one upstream's window over the workers, an idle one keeping a place to begin with.
@@ -342,11 +346,7 @@ class Supervisor:
 
     def _end_late_workers(self) -> None:
         """Kill what has not drained long after its grace."""
-        if self._stop_grace_s is None:
-            return
-        if self._clock.monotonic_s() < self._stop_by_s + _EXTRA_GRACE_S:
-            return
-        for child in self._children:
+        for child in self._children if self._grace.is_long_over else ():
             child.kill()
 
 

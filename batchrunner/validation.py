@@ -26,6 +26,7 @@ from batchrunner.lines import (
     too_long_message,
 )
 from batchrunner.models import LineProblem, OnInvalid, RequestLine, ShardCut
+from batchrunner.settings import Settings
 from batchrunner.soundness import sound_lines
 
 # Real ids are held for this many hashes at a time while hits are confirmed, so that memory stays bounded in a file that
@@ -372,6 +373,38 @@ def repeated_hashes(hashes: Sequence[array[int]]) -> array[int]:
                 twice = {value for value in bucket if value in once or once.add(value)}  # type: ignore[func-returns-value]
                 repeated.extend(twice)
     return repeated
+
+
+def line_rules(settings: Settings, *, endpoint: str | None = None) -> LineRules:
+    """What lines must keep to by the settings alone, those without a `url` of their own going to `endpoint`."""
+    return LineRules(
+        endpoint=endpoint,
+        endpoints=settings.endpoints,
+        custom_id_chars_max=settings.custom_id_chars_max,
+        line_bytes_max=settings.line_bytes_max,
+    )
+
+
+def validator_of(
+    settings: Settings,
+    *,
+    endpoint: str | None = None,
+    problems_max: int,
+    on_problem: Callable[[LineProblem], None],
+    sha256: str | None = None,
+) -> Validator:
+    """Begin the validation of a file of which no batch was made: by the settings alone, and bad with any bad line."""
+    return Validator(
+        line_rules(settings, endpoint=endpoint),
+        OnInvalid.FAIL,
+        lines_max=settings.lines_max,
+        bytes_max=settings.input_bytes_max,
+        problems_max=problems_max,
+        shard_lines_max=settings.shard_lines_max,
+        shard_bytes_max=settings.shard_bytes_max,
+        on_problem=on_problem,
+        sha256=sha256,
+    )
 
 
 class _Digest:

@@ -11,7 +11,7 @@ import aiohttp
 import msgspec
 
 from batchrunner.client import BatchClient
-from batchrunner.errors import ServerRefused, ServerUnavailable
+from batchrunner.errors import ServerRefused, ServerUnavailable, TransitionRefused
 
 _T = TypeVar("_T")
 
@@ -98,9 +98,10 @@ class WebhookClient(BatchClient):
         raw = await self._post("/webhook_secret/rotate", {"keep_old_secret_active_for_24_hours": keeps_old})
         return _decoded(raw, RemoteSecret).signing_secret
 
-    async def endpoints(self) -> list[RemoteEndpoint]:
-        """Give the newest receivers."""
-        return _decoded(await self._json("GET", "/webhook_endpoints?limit=100"), _Endpoints).data
+    async def endpoints(self, wanted: Mapping[str, str]) -> tuple[list[RemoteEndpoint], bytes]:
+        """Give the newest receivers, and the JSON of the page."""
+        raw = await self._json("GET", f"/webhook_endpoints?{urlencode(wanted)}")
+        return _decoded(raw, _Endpoints).data, raw
 
     async def deliveries(self, wanted: Mapping[str, str]) -> tuple[list[RemoteDelivery], bytes]:
         """Give the newest deliveries, and the JSON of the page."""
@@ -114,7 +115,10 @@ class WebhookClient(BatchClient):
 
     async def resend(self, delivery_id: str) -> RemoteDelivery:
         """Have a delivery begun again."""
-        raw = await self._json("POST", f"/webhook_deliveries/{quote(delivery_id, safe='')}/resend")
+        try:
+            raw = await self._json("POST", f"/webhook_deliveries/{quote(delivery_id, safe='')}/resend")
+        except TransitionRefused as error:
+            raise TransitionRefused(error.message, hint="Any change of a disabled receiver enables it.") from error
         return _decoded(raw, RemoteDelivery)
 
     async def trigger(self, event_type: str, url: str | None) -> RemoteEvent:
@@ -122,17 +126,21 @@ class WebhookClient(BatchClient):
         wanted = {"type": event_type} | ({"url": url} if url is not None else {})
         return _decoded(await self._post("/webhook_events", wanted), RemoteEvent)
 
-    async def listen(self, hear: Callable[[Heard], Awaitable[None]]) -> None:
-        """Hand over events as they come, for ever; a stream that breaks off is resumed where it broke.
+    async def listen(self, hear: Callable[[Heard], Awaitable[None]], *, begin: Callable[[], None]) -> None:
+        """Hand over events as they come, for ever; a stream that breaks off is resumed where it broke. `begin` is
+        called once: what happens from then on is heard.
 
         Raises: as the others.
         """
-        last = ""
+        last, has_begun = "", False
 
         async def take(answer: aiohttp.ClientResponse) -> None:
-            nonlocal last
+            nonlocal last, has_begun
             fields: dict[str, bytes] = {}
             async for line in _lines(answer):
+                if not has_begun:
+                    has_begun = True
+                    begin()
                 # Whatever comes says that the server is there.
                 self._progress_s = self._clock.monotonic_s()
                 if line and not line.startswith(b":"):

@@ -32,6 +32,7 @@ from batchrunner.deliveries import (
 from batchrunner.errors import UsageError
 from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import OPENAI_STRICT, Batch, TenantId
+from batchrunner.progress import seconds_of
 from batchrunner.samples import sample_batch
 from batchrunner.shared_object import shared_object
 
@@ -97,7 +98,7 @@ def sample_event(kind: EventType, tenant: TenantId, event_id: EventId, at: datet
 def _event(event_id: EventId, kind: EventType, batch: Batch, at: datetime) -> WebhookEvent:
     shared = shared_object(batch, (), at)
     shown: msgspec.Struct = strict_object(shared) if batch.dialect == OPENAI_STRICT else shared
-    body = _Body(id=event_id, type=kind, created_at=int(at.timestamp()), data=msgspec.Raw(_encode(shown)))
+    body = _Body(id=event_id, type=kind, created_at=seconds_of(at), data=msgspec.Raw(_encode(shown)))
     return WebhookEvent(
         id=event_id, tenant=batch.tenant, batch_id=batch.id, type=kind, body=_encode(body).decode(), created_at=at
     )
@@ -161,9 +162,13 @@ def _key_of(secret: str) -> bytes:
     return base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
 
 
-def signed_headers(webhook_id: str, kind: str, body: bytes, secrets: Sequence[str], at: datetime) -> dict[str, str]:
-    """Give the headers of one attempt, whose signature holds for its own time only: receivers refuse old ones."""
-    timestamp = int(at.timestamp())
+def signed_headers(
+    webhook_id: str, kind: str, body: bytes, secrets: Sequence[str], at: datetime, *, endpoint_id: str | None = None
+) -> dict[str, str]:
+    """Give the headers of one attempt, whose signature holds for its own time only: receivers refuse old ones. A
+    registered receiver is called by its own id, too.
+    """
+    timestamp = seconds_of(at)
     return {
         "content-type": "application/json",
         "user-agent": USER_AGENT,
@@ -171,16 +176,8 @@ def signed_headers(webhook_id: str, kind: str, body: bytes, secrets: Sequence[st
         "webhook-timestamp": str(timestamp),
         "webhook-signature": " ".join(signature(each, webhook_id, timestamp, body) for each in secrets),
         "x-inference-event": kind,
-        "x-inference-webhook-id": webhook_id,
+        "x-inference-webhook-id": endpoint_id or webhook_id,
     }
-
-
-def headers_of(dispatch: Dispatch, secrets: Sequence[str], at: datetime) -> dict[str, str]:
-    """Give the headers of an attempt of a delivery; a registered receiver is called by its own id, too."""
-    headers = signed_headers(dispatch.id, dispatch.type, dispatch.body, secrets, at)
-    if dispatch.endpoint_id is not None:
-        headers["x-inference-webhook-id"] = dispatch.endpoint_id
-    return headers
 
 
 # -- when it is tried again --------------------------------------------------------------------------------------------
@@ -188,11 +185,10 @@ def headers_of(dispatch: Dispatch, secrets: Sequence[str], at: datetime) -> dict
 
 def judge(dispatch: Dispatch, posted: Posted, now: datetime, *, chance: float) -> Recorded:
     """Decide what follows from an attempt that ended `now`; `chance` is a number from [0, 1) for the jitter."""
-    attempt = replace_attempt(dispatch.attempt, posted)
     recorded = Recorded(
         id=dispatch.id,
         epoch=dispatch.epoch,
-        attempt=attempt,
+        attempt=_ended(dispatch.attempt, posted),
         attempt_count=dispatch.attempt_count,
         state=DeliveryState.UNDELIVERED,
         endpoint_id=dispatch.endpoint_id,
@@ -200,7 +196,7 @@ def judge(dispatch: Dispatch, posted: Posted, now: datetime, *, chance: float) -
     if posted.is_taken:
         return replace(recorded, state=DeliveryState.DELIVERED)
     if posted.status == _GONE:
-        return replace(recorded, reason=EndReason.GONE, is_gone=True)
+        return replace(recorded, reason=EndReason.GONE)
     due_at = next_attempt_at(
         dispatch.attempt_count,
         first_at=dispatch.first_at,
@@ -213,8 +209,7 @@ def judge(dispatch: Dispatch, posted: Posted, now: datetime, *, chance: float) -
     return replace(recorded, state=DeliveryState.PENDING, due_at=due_at)
 
 
-def replace_attempt(attempt: DeliveryAttempt, posted: Posted) -> DeliveryAttempt:
-    """Give an attempt with its end."""
+def _ended(attempt: DeliveryAttempt, posted: Posted) -> DeliveryAttempt:
     return msgspec.structs.replace(
         attempt,
         elapsed_s=round(posted.elapsed_s, 4),

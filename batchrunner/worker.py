@@ -280,10 +280,11 @@ class Worker:
                 run.aborted_count = run.aborted_count or run.in_flight_count
                 self.fanout.abort(run)
             return
-        if run.is_finished:
+        is_stuck = run.journal.waiting_records > 0 and self._pipeline.journal.trouble is not None
+        if run.is_finished and not (is_stuck and self._is_stopping):
             await self._settle_if_durable(run)
             return
-        if run.journal.waiting_records and self._pipeline.journal.trouble is None:
+        if run.journal.waiting_records and not is_stuck:
             run.journal.request_sync()
             return
         await self._call(self._store.give_back, run.claim.ref, run.last_progress())

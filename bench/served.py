@@ -18,7 +18,7 @@ from bench.inputs import LINE_URL
 from bench.measuring import ENVIRONMENT, batchrunner, peak_rss_bytes, pin, session_pids
 from bench.upstream import Upstream
 
-API, WORKER = "batchrunner.serving", "batchrunner.app"
+API, WORKER = "batchrunner.serving", "batchrunner.working"
 TERMINAL = frozenset({"completed", "failed", "expired", "cancelled"})
 _CHUNK_BYTES = 256 * 1024
 _PATIENCE_S = 3600.0

@@ -26,8 +26,8 @@ ESSAYS = {"batchrunner.errors", "batchrunner.lifecycle", "batchrunner.pipeline"}
 REAL_TIME = re.compile(r"batchrunner\.(clock|simulate)(\..*)?")
 ENTRY_POINTS = re.compile(r"batchrunner(\.__main__|\.cli|\.store\.migrations\..*)?")
 EDGES = re.compile(
-    r"(clock|tuning|session_locks|simulate|store|blobs|upstream\w*|poster|client|processes|supervisor|app|hosting|serving|api"
-    r"|delivering|webhook_client|dashboard|cli)?|__main__"
+    r"(clock|tuning|durable|session_locks|simulate|store|blobs|upstream\w*|poster|client|processes|child|supervisor|app"
+    r"|hosting|serving|working|api|delivering|webhook_client|dashboard|cli)?|__main__"
 )
 
 TIME_AND_CHANCE = re.compile(
@@ -258,14 +258,16 @@ def is_zero_sleep(module: Module, function: ast.expr) -> bool:
 
 
 def test_tests_do_not_sleep() -> None:
-    """Tests await events. A line that must spend real time says why: `# real time: ...`."""
+    """Tests await events, and so do the scripts that they run in processes of their own."""
     sleeps = [
         f"{module.at(node)} {dotted}"
         for module in modules("tests")
         for dotted, node in uses(module, re.compile(r"time\.sleep|asyncio\.sleep"))
         if not is_zero_sleep(module, node)
-        and not re.search(r"# real time: \w+", module.text.splitlines()[node.lineno - 1])
     ]
+    scripts = [(module.name, text) for module in modules("tests") for text in strings(module)]
+    scripts += [(path.name, path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("*.mjs")]
+    sleeps += [name for name, text in scripts if re.search(r"\bsleep\((?!0\))|\bsetTimeout\(", text)]
 
     assert sleeps == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Literal
 
 import msgspec
@@ -9,15 +10,15 @@ from msgspec import Meta
 
 from batchrunner.api.creating import INLINE_BYTES_MAX, BatchRequest, create, read_request
 from batchrunner.api.envelope import Refusal, no_such_batch
-from batchrunner.api.files import next_token
 from batchrunner.api.http import Answer, Call, Route, json_answer
+from batchrunner.api.paging import Page, next_token, page_of
 from batchrunner.api.retrying import RetryRequest, read_retry, retry
-from batchrunner.batch_object import BatchList, strict_object
+from batchrunner.batch_object import BatchObject, strict_object
 from batchrunner.errors import NotFound, TransitionRefused
 from batchrunner.holdings import KeyScope
 from batchrunner.lifecycle import TERMINAL, BatchEvent, BatchStatus, allows
 from batchrunner.models import Batch, BatchId, PauseReason
-from batchrunner.shared_object import SharedBatch, SharedBatchList, shared_object
+from batchrunner.shared_object import SharedBatch, shared_object
 
 _MOVES_AGAIN = 5
 _CANCELLED = (BatchStatus.CANCELLING, BatchStatus.CANCELLED)
@@ -30,6 +31,22 @@ class ListBatches(msgspec.Struct, frozen=True):
     after: str | None = None
     limit: Annotated[int, Meta(ge=1, le=100)] = 20
     pagination_token: str | None = None
+
+
+class BatchList(Page, frozen=True, kw_only=True):
+    """A page of batches, newest first, as `data` and, the same ones, as `batches`; the next one is behind `last_id` or
+    `pagination_token`.
+    """
+
+    data: tuple[SharedBatch, ...]
+    batches: tuple[SharedBatch, ...]
+    pagination_token: str | None
+
+
+class StrictBatchList(Page, frozen=True, kw_only=True):
+    """A page as OpenAI shows it."""
+
+    data: tuple[BatchObject, ...]
 
 
 class BatchDeleted(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,26 +100,21 @@ async def list_batches(call: Call) -> Answer:
     """Give a page of the tenant's batches, newest first."""
     wanted = call.parameters(ListBatches)
     after = wanted.after or (None if call.is_strict else wanted.pagination_token)
-    found, token = await call.blocking(page_of_batches, call, limit=wanted.limit, after=after)
-    first_id, last_id = (found[0].id, found[-1].id) if found else (None, None)
-    data, has_more = tuple(found), token is not None
+    found = await call.blocking(found_batches, call, limit=wanted.limit, after=after)
     if call.is_strict:
-        plain = tuple(strict_object(each) for each in data)
-        return json_answer(BatchList(data=plain, first_id=first_id, last_id=last_id, has_more=has_more))
-    page = SharedBatchList(
-        data=data, first_id=first_id, last_id=last_id, has_more=has_more, batches=data, pagination_token=token
-    )
-    return json_answer(page)
+        return json_answer(page_of(StrictBatchList, list(map(strict_object, found)), limit=wanted.limit))
+    token = next_token(found, limit=wanted.limit)
+    shared = partial(BatchList, batches=tuple(found[: wanted.limit]), pagination_token=token)
+    return json_answer(page_of(shared, found, limit=wanted.limit))
 
 
-def page_of_batches(call: Call, *, limit: int, after: str | None) -> tuple[list[SharedBatch], str | None]:
-    """Give a page and what names the next one. Blocks. Raises: Refusal."""
+def found_batches(call: Call, *, limit: int, after: str | None) -> list[SharedBatch]:
+    """Look up to one batch beyond the limit of a page. Blocks. Raises: Refusal."""
     try:
         found = call.scope.batches(limit=limit + 1, after=BatchId(after) if after is not None else None)
-        shared = [shown(call, each) for each in found[:limit]]
+        return [shown(call, each) for each in found]
     except NotFound:
         raise no_such_batch(after or "") from None
-    return shared, next_token(shared, len(found))
 
 
 async def cancel_batch(call: Call) -> Answer:
@@ -210,7 +222,7 @@ ROUTES = (
         handler=list_batches,
         summary="List batches, newest first",
         query=ListBatches,
-        answer=SharedBatchList,
+        answer=BatchList,
     ),
     Route(
         method="GET",

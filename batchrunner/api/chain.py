@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator
 
 from batchrunner.choosing import custom_id_of, lines_of
 from batchrunner.errors import NotFound
 from batchrunner.lifecycle import TERMINAL
 from batchrunner.models import Batch
-from batchrunner.pipeline import read_blob
+from batchrunner.pipeline import read_blob, read_numbers
 from batchrunner.ports import Blobs, TenantScope
 from batchrunner.reading import LineNumbers
 
@@ -38,11 +37,4 @@ def _ids(blobs: Blobs, name: str) -> Iterator[str]:
 
 def chosen_numbers(blobs: Blobs, name: str) -> LineNumbers:
     """Read the line numbers that a linked batch is limited to. Blocks."""
-    chosen = array("Q")
-    rest = b""
-    for chunk in read_blob(blobs, name):
-        whole = len(rest) + len(chunk) & ~7
-        held = rest + chunk
-        chosen.frombytes(held[:whole])
-        rest = held[whole:]
-    return LineNumbers(iter(chosen))
+    return LineNumbers(read_numbers(blobs, name))

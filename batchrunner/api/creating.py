@@ -15,7 +15,6 @@ from batchrunner.api.files import BlobSink, new_file
 from batchrunner.api.http import Call
 from batchrunner.api.webhooks import Url, check_url
 from batchrunner.errors import NotFound, UsageError
-from batchrunner.holdings import NO_LIMITS, KeyLimits
 from batchrunner.models import (
     OPENAI,
     OPENAI_STRICT,
@@ -28,12 +27,11 @@ from batchrunner.models import (
     OnUnknown,
     Order,
 )
-from batchrunner.settings import ENDPOINTS, MIB, parse_duration
+from batchrunner.settings import ENDPOINTS, MIB, parse_window
 
 # Source: the endpoints of OpenAI's Batch API.
 STRICT_ENDPOINTS = ENDPOINTS[:8]
 STRICT_WINDOW = "24h"
-WINDOW_S_MIN, WINDOW_S_MAX = 60.0, 14 * 86400.0
 PRIORITY_MAX = 100
 # Larger sets of requests are for a file: a body is held in memory and read at one go.
 INLINE_BYTES_MAX = 8 * MIB
@@ -111,21 +109,18 @@ def window_s(window: str, *, is_strict: bool) -> float:
     if is_strict and window != STRICT_WINDOW:
         raise invalid_value("completion_window", _echoed(window), [STRICT_WINDOW])
     try:
-        seconds = parse_duration(window, what="completion_window")
+        return parse_window(window, what="completion_window")
     except UsageError:
-        seconds = 0.0
-    if not WINDOW_S_MIN <= seconds <= WINDOW_S_MAX:
         raise Refusal(
             f"Invalid value: '{_echoed(window)}'. Supported values are: durations from '1m' to '14d', such as '24h'.",
             param="completion_window",
             code="invalid_value",
-        )
-    return seconds
+        ) from None
 
 
 def check_priority(call: Call, priority: int) -> None:
     """Raises: Refusal when the key may not ask for so much."""
-    priority_max = call.key.limits.priority_max if call.key is not None else None
+    priority_max = call.limits.priority_max
     if priority_max is not None and priority > priority_max:
         raise Refusal(
             f"This key may ask for a priority of at most {priority_max}, not {priority}.",
@@ -148,16 +143,15 @@ def create(call: Call, wanted: BatchRequest, *, shape: Callable[[NewBatch], NewB
         QuotaExceeded: the key's limits are reached.
     """
     batch_id = BatchId(f"batch_{call.parts.rng.token_hex(16)}")
-    limits = call.key.limits if call.key is not None else NO_LIMITS
     if wanted.requests is not None:
-        return _create_inline(call, batch_id, wanted, limits)
+        return _create_inline(call, batch_id, wanted)
     new = shape(_new_batch(call, batch_id, wanted, _input_file(call, wanted)))
     try:
-        return call.scope.create_batch(new, replay=call.replay, limits=limits)
+        return call.scope.create_batch(new, replay=call.replay, limits=call.limits)
     except NotFound:
         # Deleted since it was looked up.
         new = shape(_new_batch(call, batch_id, wanted, None))
-        return call.scope.create_batch(new, replay=call.replay, limits=limits)
+        return call.scope.create_batch(new, replay=call.replay, limits=call.limits)
 
 
 def _input_file(call: Call, wanted: BatchRequest) -> File | None:
@@ -177,7 +171,7 @@ def _input_file(call: Call, wanted: BatchRequest) -> File | None:
     return file
 
 
-def _create_inline(call: Call, batch_id: BatchId, wanted: BatchRequest, limits: KeyLimits) -> Batch:
+def _create_inline(call: Call, batch_id: BatchId, wanted: BatchRequest) -> Batch:
     """Write the requests as the file that somebody else would have uploaded, so that the engine has one way only; file
     and batch are made together or not at all.
     """
@@ -197,7 +191,7 @@ def _create_inline(call: Call, batch_id: BatchId, wanted: BatchRequest, limits: 
             expires_after_s=None,
         )
         new = _new_batch(call, batch_id, wanted, file)
-        return call.scope.create_batch(new, replay=call.replay, limits=limits, file=file)
+        return call.scope.create_batch(new, replay=call.replay, limits=call.limits, file=file)
     except BaseException:
         sink.abort()
         raise

@@ -9,10 +9,11 @@ import msgspec
 from msgspec import Meta
 
 from batchrunner.api.auth import CACHED_S
-from batchrunner.api.envelope import Refusal
-from batchrunner.api.events import EVENT_STREAM, HEARTBEAT_S, is_admitted
+from batchrunner.api.envelope import Refusal, refused_if_missing
+from batchrunner.api.events import EVENT_STREAM, HEARTBEAT, HEARTBEAT_S, is_admitted, streamed, written
 from batchrunner.api.http import Answer, Call, Route, json_answer
-from batchrunner.api.webhooks import Url, check_url, seconds_of
+from batchrunner.api.paging import Page, page_of
+from batchrunner.api.webhooks import Url, check_url, new_sample
 from batchrunner.deliveries import (
     Delivery,
     DeliveryAttempt,
@@ -22,18 +23,16 @@ from batchrunner.deliveries import (
     EndpointId,
     EventId,
     EventType,
-    WebhookEvent,
 )
 from batchrunner.errors import NotFound, TransitionRefused
 from batchrunner.holdings import KeyScope
 from batchrunner.models import BatchId
-from batchrunner.webhooks import sample_event
+from batchrunner.progress import seconds_of
 
 LOOK_S = 0.5
 _PAGE = 100
 # No event has it: behind it are all.
 _BEFORE_ALL = EventId("evt_none")
-_HEARTBEAT = b": still here\n\n"
 
 
 class ListDeliveries(msgspec.Struct, frozen=True):
@@ -81,14 +80,10 @@ class DeliveryObject(msgspec.Struct, frozen=True, kw_only=True):
     attempts: tuple[AttemptObject, ...]
 
 
-class DeliveryList(msgspec.Struct, frozen=True, kw_only=True):
+class DeliveryList(Page, frozen=True, kw_only=True):
     """A page of deliveries, newest first; the next one is behind `last_id`."""
 
-    object: Literal["list"] = "list"
     data: tuple[DeliveryObject, ...]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 class TriggerRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,7 +113,7 @@ class HookEvent(msgspec.Struct, frozen=True, kw_only=True):
 def _attempt(attempt: DeliveryAttempt) -> AttemptObject:
     return AttemptObject(
         number=attempt.number,
-        started_at=int(attempt.started_at.timestamp()),
+        started_at=seconds_of(attempt.started_at),
         elapsed_ms=None if attempt.elapsed_s is None else round(attempt.elapsed_s * 1000),
         status_code=attempt.status,
         error=attempt.error,
@@ -136,7 +131,7 @@ def _shown(delivery: Delivery) -> DeliveryObject:
         batch_id=delivery.batch_id,
         webhook_endpoint_id=delivery.endpoint_id,
         url=delivery.url,
-        created_at=int(delivery.created_at.timestamp()),
+        created_at=seconds_of(delivery.created_at),
         next_attempt_at=seconds_of(delivery.due_at),
         ended_at=seconds_of(delivery.ended_at),
         attempt_count=delivery.attempt_count,
@@ -162,36 +157,24 @@ async def list_webhook_deliveries(call: Call) -> Answer:
         endpoint_id=EndpointId(wanted.webhook_endpoint_id) if wanted.webhook_endpoint_id is not None else None,
     )
     after = DeliveryId(wanted.after) if wanted.after is not None else None
-    try:
+    with refused_if_missing(_no_such_delivery(wanted.after or "")):
         found = await call.blocking(call.scope.deliveries, limit=wanted.limit + 1, after=after, only=narrowed)
-    except NotFound:
-        raise _no_such_delivery(wanted.after or "") from None
-    shown = tuple(map(_shown, found[: wanted.limit]))
-    page = DeliveryList(
-        data=shown,
-        first_id=shown[0].id if shown else None,
-        last_id=shown[-1].id if shown else None,
-        has_more=len(found) > wanted.limit,
-    )
-    return json_answer(page)
+    return json_answer(page_of(DeliveryList, list(map(_shown, found)), limit=wanted.limit))
 
 
 async def retrieve_webhook_delivery(call: Call) -> Answer:
     """Show one delivery with its attempts."""
     delivery_id = _delivery_id(call)
-    try:
+    with refused_if_missing(_no_such_delivery(delivery_id)):
         return json_answer(_shown(await call.blocking(call.scope.delivery, delivery_id)))
-    except NotFound:
-        raise _no_such_delivery(delivery_id) from None
 
 
 async def resend_webhook_delivery(call: Call) -> Answer:
     """Begin a delivery again at once; receivers see the same `webhook-id`."""
     delivery_id = _delivery_id(call)
     try:
-        return json_answer(_shown(await call.blocking(call.scope.resend, delivery_id)))
-    except NotFound:
-        raise _no_such_delivery(delivery_id) from None
+        with refused_if_missing(_no_such_delivery(delivery_id)):
+            return json_answer(_shown(await call.blocking(call.scope.resend, delivery_id)))
     except TransitionRefused as error:
         raise Refusal(f"Cannot resend: {error.message}.", status=409, code=error.code) from None
 
@@ -200,18 +183,16 @@ async def trigger_webhook_event(call: Call) -> Answer:
     """Tell an event of a batch that never was."""
     wanted = await call.json(TriggerRequest)
     check_url(call.parts, wanted.url, param="url")
-    event_id = EventId(f"evt_test_{call.parts.rng.token_hex(12)}")
-    event = sample_event(wanted.type, call.tenant, event_id, call.parts.clock.now())
+    event = new_sample(call, wanted.type, call.parts.clock.now())
     made = await call.blocking(call.scope.announce, event, url=wanted.url)
-    return json_answer(Triggered(id=made.id, type=made.type, created_at=int(made.created_at.timestamp())))
+    return json_answer(Triggered(id=made.id, type=made.type, created_at=seconds_of(made.created_at)))
 
 
 async def follow_webhook_events(call: Call) -> Answer:
     """Stream the tenant's events from now on, or from behind Last-Event-ID; behind one that is dropped, all of them."""
     known = call.request.headers.get("Last-Event-ID")
     after, place = await call.blocking(_place, call, known)
-    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    return Answer(content_type=EVENT_STREAM, headers=headers, chunks=_events(call, after, place))
+    return streamed(_events(call, after, place))
 
 
 def _place(call: Call, known: str | None) -> tuple[int, EventId]:
@@ -233,7 +214,8 @@ async def _events(call: Call, after: int, place: EventId) -> AsyncIterator[bytes
     while True:
         found = await call.blocking(call.scope.events, after=after, limit=_PAGE)
         for each in found:
-            yield _event(each)
+            # By its id: its serial would count other tenants' events, too.
+            yield written(each.type, each.id, each.body.encode())
             after = each.serial
         now_s = clock.monotonic_s()
         if now_s - admitted_at_s >= CACHED_S:
@@ -243,15 +225,10 @@ async def _events(call: Call, after: int, place: EventId) -> AsyncIterator[bytes
         if found:
             silent_since_s = now_s
         elif now_s - silent_since_s >= HEARTBEAT_S:
-            yield _HEARTBEAT
+            yield HEARTBEAT
             silent_since_s = now_s
         if len(found) < _PAGE:
             await clock.sleep(LOOK_S)
-
-
-def _event(event: WebhookEvent) -> bytes:
-    """Write one event; JSON has no line ends of its own. Its serial would count other tenants' events, too."""
-    return b"event: %b\nid: %b\ndata: %b\n\n" % (event.type.encode(), event.id.encode(), event.body.encode())
 
 
 _ONE = "/v1/webhook_deliveries/{webhook_delivery_id}"

@@ -23,6 +23,7 @@ from batchrunner.api.envelope import (
     server_fault,
     wrong_method,
 )
+from batchrunner.api.events import EVENT_STREAM
 from batchrunner.api.http import Answer, ApiParts, Call, Route
 from batchrunner.api.idempotency import answer_once
 from batchrunner.errors import BatchrunnerError
@@ -34,13 +35,15 @@ logger = logging.getLogger(__name__)
 # By either of these a request to the root names the dialect that it wants.
 DIALECT_HEADER = "Batchrunner-Dialect"
 DIALECT_PARAMETER = "dialect"
-EVENT_STREAM = "text/event-stream"
 # A caller that takes nothing of its answer for so long is given up.
 TAKE_IDLE_S = 60.0
 # So much has to be taken in that time: whoever is slow, but takes, is served.
 _HANDED_BYTES = 128 * 1024
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _ID_CHARS_MAX = 256
+# Source: what the official SDKs send with a request that they send again.
+_RETRY_HEADER = "x-stainless-retry-count"
+_RETRY_COUNT = re.compile(r"[0-9]{1,4}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +245,8 @@ class _Turn:
         self._vitals = parts.vitals
         self._began_s = parts.clock.monotonic_s()
         given = request.headers.get("x-request-id", "")
+        told = request.headers.get(_RETRY_HEADER, "")
+        self.retry_count = int(told) if _RETRY_COUNT.fullmatch(told) else 0
         self.request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{parts.rng.token_hex(16)}"
 
     def speak(self, route: Route) -> None:
@@ -258,6 +263,7 @@ class _Turn:
             "elapsed_ms": self._elapsed_ms(),
             "key_id": self.key_id,
             "request_id": self.request_id,
+            "retry_count": self.retry_count,
         }
 
     async def send(self, answer: Answer) -> web.StreamResponse:
@@ -273,13 +279,14 @@ class _Turn:
         finally:
             self._vitals.note_answer(answer.status, self._clock.monotonic_s() - self._began_s)
             logger.info(
-                "%s %s %d %d ms %s %s",
+                "%s %s %d %d ms %s %s%s",
                 self.request.method,
                 self.template,
                 answer.status,
                 self._elapsed_ms(),
                 self.key_id,
                 self.request_id,
+                f" retry {self.retry_count}" if self.retry_count else "",
                 extra=self.known(answer.status),
             )
 

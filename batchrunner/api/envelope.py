@@ -5,12 +5,13 @@ to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Self
 
 import msgspec
 
-from batchrunner.errors import BatchrunnerError, CallerError, IdempotencyRunning, PeerError
+from batchrunner.errors import BatchrunnerError, CallerError, IdempotencyRunning, NotFound, PeerError
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
@@ -115,18 +116,16 @@ def server_fault() -> Refusal:
     return Refusal(_SERVER_FAULT, status=500, kind=SERVER_ERROR)
 
 
-def quoted_list(values: Sequence[str], *, conjunction: str = "and") -> str:
-    """List values as the API does: `'a', 'b', and 'c'`."""
-    quoted = [f"'{each}'" for each in values]
-    if len(quoted) < 3:
-        return f" {conjunction} ".join(quoted)
-    return f"{', '.join(quoted[:-1])}, {conjunction} {quoted[-1]}"
-
-
 def invalid_value(param: str, value: str, supported: Sequence[str]) -> Refusal:
     """A value that is none of those supported."""
-    message = f"Invalid value: '{value}'. Supported values are: {quoted_list(supported)}."
+    message = f"Invalid value: '{value}'. Supported values are: {_listed(supported)}."
     return Refusal(message, param=param, code="invalid_value")
+
+
+def _listed(values: Sequence[str]) -> str:
+    """List values as the API does: `'a', 'b', and 'c'`."""
+    quoted = [f"'{each}'" for each in values]
+    return " and ".join(quoted) if len(quoted) < 3 else f"{', '.join(quoted[:-1])}, and {quoted[-1]}"
 
 
 def invalid_type(param: str, expected: str, got: str) -> Refusal:
@@ -143,6 +142,15 @@ def missing_parameter(param: str) -> Refusal:
 def unknown_parameter(param: str) -> Refusal:
     """A field that the strict API does not know."""
     return Refusal(f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
+
+
+@contextmanager
+def refused_if_missing(refusal: Refusal) -> Iterator[None]:
+    """Answer so when what the block looks for is not there."""
+    try:
+        yield
+    except NotFound:
+        raise refusal from None
 
 
 def no_such_file(file_id: str) -> Refusal:

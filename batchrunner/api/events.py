@@ -22,7 +22,7 @@ from batchrunner.models import Batch, BatchId
 EVENT_STREAM = "text/event-stream"
 # Proxies close what is silent for half a minute or more.
 HEARTBEAT_S = 15.0
-_HEARTBEAT = b": still here\n\n"
+HEARTBEAT = b": still here\n\n"
 _EVENT_ID = re.compile(r"\d{1,18}-\d{1,18}")
 _encode = msgspec.json.Encoder().encode
 
@@ -41,8 +41,13 @@ async def follow_batch(call: Call) -> Answer:
     known = call.request.headers.get("Last-Event-ID", "")
     if first.is_over and _EVENT_ID.fullmatch(known) and known == first.event_id:
         return Answer(status=204)
+    return streamed(_events(call, first))
+
+
+def streamed(events: AsyncIterator[bytes]) -> Answer:
+    """Answer with events as they come."""
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    return Answer(content_type=EVENT_STREAM, headers=headers, chunks=_events(call, first))
+    return Answer(content_type=EVENT_STREAM, headers=headers, chunks=events)
 
 
 def _look(call: Call, batch: Batch) -> Seen:
@@ -83,7 +88,7 @@ async def _changes(call: Call, feed: Feed, known: Seen) -> AsyncIterator[bytes]:
             if not await call.blocking(is_admitted, call):
                 return
         if seen is known:
-            yield _HEARTBEAT
+            yield HEARTBEAT
             continue
         if seen is None:
             return
@@ -96,9 +101,13 @@ def is_admitted(call: Call) -> bool:
     return call.key is None or call.parts.store.find_key(call.key.digest) is not None
 
 
+def written(name: str, event_id: str, content: bytes) -> bytes:
+    """Write one event; its content is JSON, which has no line ends of its own."""
+    return b"event: %b\nid: %b\ndata: %b\n\n" % (name.encode(), event_id.encode(), content)
+
+
 def _event(name: str, seen: Seen) -> bytes:
-    """Write one event; JSON has no line ends of its own."""
-    return b"event: %b\nid: %b\ndata: %b\n\n" % (name.encode(), seen.event_id.encode(), _encode(seen.batch))
+    return written(name, seen.event_id, _encode(seen.batch))
 
 
 ROUTES = (

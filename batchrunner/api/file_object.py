@@ -8,14 +8,19 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from batchrunner.api.envelope import Refusal
+from batchrunner.api.paging import Page
+from batchrunner.grouping import printable
 from batchrunner.holdings import Upload
 from batchrunner.models import File
+from batchrunner.progress import seconds_of
 
 # Source: the purposes of the OpenAI API, in the order in which it lists them in its refusal.
 PURPOSES = ("fine-tune", "assistants", "batch", "user_data", "vision", "evals")
 BATCH = "batch"
+_BATCH_SUFFIX = ".jsonl"
 # Checked by `check_purpose`, whose words differ from those for other fields.
 Purpose = Annotated[str, Meta(extra_json_schema={"enum": list(PURPOSES)})]
+_BADLY_NAMED = f"The name does not end in {_BATCH_SUFFIX}."
 _EXPIRES_S_MIN = 3600
 _EXPIRES_S_MAX = 2_592_000
 
@@ -43,14 +48,10 @@ class FileObject(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str | UnsetType = UNSET
 
 
-class FileList(msgspec.Struct, frozen=True, kw_only=True):
+class FileList(Page, frozen=True, kw_only=True):
     """A page of files. The next one is behind `last_id`, or `pagination_token`, which stays away from /openai/v1."""
 
-    object: Literal["list"] = "list"
-    data: list[FileObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+    data: tuple[FileObject, ...]
     pagination_token: str | UnsetType | None = UNSET
 
 
@@ -90,13 +91,19 @@ def file_object(file: File, *, is_strict: bool) -> FileObject:
     return FileObject(
         id=file.id,
         bytes=file.size_bytes,
-        created_at=int(file.created_at.timestamp()),
-        expires_at=int(file.expires_at.timestamp()) if file.expires_at else None,
+        created_at=seconds_of(file.created_at),
+        expires_at=seconds_of(file.expires_at),
         filename=file.filename,
         purpose=file.purpose,
+        status_details=None if is_strict or is_named_well(file.filename, file.purpose) else _BADLY_NAMED,
         line_count=UNSET if is_strict else file.line_count,
         sha256=UNSET if is_strict else file.sha256,
     )
+
+
+def is_named_well(filename: str, purpose: str) -> bool:
+    """Tell whether the OpenAI API would take a file of this name."""
+    return purpose != BATCH or filename.lower().endswith(_BATCH_SUFFIX)
 
 
 def upload_object(upload: Upload, file: File | None, *, is_strict: bool) -> UploadObject:
@@ -104,11 +111,11 @@ def upload_object(upload: Upload, file: File | None, *, is_strict: bool) -> Uplo
     return UploadObject(
         id=upload.id,
         bytes=upload.size_bytes,
-        created_at=int(upload.created_at.timestamp()),
+        created_at=seconds_of(upload.created_at),
         filename=upload.filename,
         purpose=upload.purpose,
         status=upload.status.value,
-        expires_at=int(upload.expires_at.timestamp()),
+        expires_at=seconds_of(upload.expires_at),
         file=file_object(file, is_strict=is_strict) if file else None,
     )
 
@@ -116,15 +123,14 @@ def upload_object(upload: Upload, file: File | None, *, is_strict: bool) -> Uplo
 def check_purpose(purpose: str) -> None:
     """Source: recorded answer of the OpenAI API. Raises: Refusal."""
     if purpose not in PURPOSES:
-        shown = "".join(each if each.isprintable() else "?" for each in purpose[:200])
-        raise Refusal(f"'{shown}' is not one of {list(PURPOSES)} - 'purpose'", param="purpose")
+        raise Refusal(f"'{printable(purpose)}' is not one of {list(PURPOSES)} - 'purpose'", param="purpose")
 
 
 def not_json_lines() -> Refusal:
-    """Source: recorded answer of the OpenAI API to a batch file that is empty or does not begin with JSON."""
+    """Source: recorded answer of the OpenAI API to a batch file of another suffix, or empty, or without JSON."""
     return Refusal("Invalid file format for Batch API. Must be .jsonl")
 
 
-def file_too_large(size_bytes_max: int) -> Refusal:
+def file_too_large(size_bytes_max: int, *, field: str) -> Refusal:
     """A file above the cap; sending it again will not help."""
-    return Refusal(f"The file is larger than the maximum of {size_bytes_max} bytes.", status=413, param="file")
+    return Refusal(f"The file is larger than the maximum of {size_bytes_max} bytes.", status=413, param=field)

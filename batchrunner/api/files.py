@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
 from typing import Annotated, Literal
@@ -11,7 +11,7 @@ import msgspec
 from msgspec import UNSET, Meta
 
 from batchrunner.api.download import blob_answer, content_disposition
-from batchrunner.api.envelope import Refusal, no_such_file
+from batchrunner.api.envelope import Refusal, no_such_file, refused_if_missing
 from batchrunner.api.file_object import (
     BATCH,
     ExpiresAfter,
@@ -22,13 +22,14 @@ from batchrunner.api.file_object import (
     check_purpose,
     file_object,
     file_too_large,
+    is_named_well,
     not_json_lines,
 )
 from batchrunner.api.http import JSON, Answer, ApiParts, Call, Route, json_answer
 from batchrunner.api.idempotency import fields_fingerprint, settle_streamed
-from batchrunner.api.multipart import MULTIPART, Form, receive
+from batchrunner.api.multipart import MULTIPART, received
+from batchrunner.api.paging import next_token, page_of
 from batchrunner.api.typed import read_parameters
-from batchrunner.batch_object import ExtendedBatch
 from batchrunner.errors import BlobsUnavailable, NotFound
 from batchrunner.holdings import KeyScope
 from batchrunner.intake import Intake, Taken, examine
@@ -98,19 +99,21 @@ class BlobSink:
         name: str,
         *,
         size_bytes_max: int,
+        field: str = "file",
         digest: Callable[[bytes], None] | None = None,
     ) -> None:
-        """Register the name and open the blob; `digest` sees the bytes too."""
+        """Register the name and open the blob; `field` is where its bytes come from, `digest` sees them too."""
         self.name = name
         self._store = parts.store
         self._size_bytes_max = size_bytes_max
+        self._field = field
         parts.store.register_blob(name, owner=OWNER)
         self._intake = Intake(parts.blobs, name, line_bytes_max=parts.settings.line_bytes_max, digest=digest)
 
     def feed(self, chunk: bytes) -> None:
         """Take bytes. Raises: Refusal above the cap, and as Intake.feed does."""
         if self._intake.size_bytes + len(chunk) > self._size_bytes_max:
-            raise file_too_large(self._size_bytes_max)
+            raise file_too_large(self._size_bytes_max, field=self._field)
         self._intake.feed(chunk)
 
     def finish(self) -> Taken:
@@ -131,8 +134,13 @@ def expiry_s(parts: ApiParts, purpose: str, expires_after_s: int | None) -> floa
 
 
 def new_file(call: Call, taken: Taken, *, blob: str, filename: str, purpose: str, expires_after_s: int | None) -> File:
-    """Make the row of what came in. Raises: Refusal when a batch file does not begin with JSON."""
-    if purpose == BATCH and not taken.is_json_lines:
+    """Make the row of what came in.
+
+    Raises:
+        Refusal: a batch file does not begin with JSON, or under /openai/v1 has another suffix.
+    """
+    is_wrong = call.is_strict and not is_named_well(filename, purpose)
+    if is_wrong or (purpose == BATCH and not taken.is_json_lines):
         raise not_json_lines()
     now = call.parts.clock.now()
     life_s = expiry_s(call.parts, purpose, expires_after_s)
@@ -154,21 +162,17 @@ async def create_file(call: Call) -> Answer:
     """Stream the form's file into Blobs; purpose may come before or after it."""
     parts = call.parts
     size_bytes_max = STRICT_FILE_BYTES_MAX if call.is_strict else parts.settings.file_bytes_max
-    sinks: list[BlobSink] = []
 
-    def open_sink(fields: dict[str, str], _filename: str) -> BlobSink:
+    def open_sink(fields: dict[str, str]) -> BlobSink:
         if "purpose" in fields:
             check_purpose(fields["purpose"])
-        sinks.append(BlobSink(parts, f"files/{parts.rng.token_hex(16)}", size_bytes_max=size_bytes_max))
-        return sinks[0]
+        return BlobSink(parts, f"files/{parts.rng.token_hex(16)}", size_bytes_max=size_bytes_max)
 
-    form = Form(call.request.headers.get("Content-Type", ""), file_field=call.route.file_field, open_sink=open_sink)
-    try:
-        await receive(call, form, size_bytes_max=size_bytes_max)
-        wanted = _read_form(form, is_strict=call.is_strict)
-        if form.filename is None:
-            raise _required("file")
-        taken = await call.blocking(sinks[0].finish)
+    async with received(call, open_sink, size_bytes_max=size_bytes_max) as form:
+        wanted = _read_form(form.fields, is_strict=call.is_strict)
+        if form.sink is None:
+            raise required_property("file")
+        taken = await call.blocking(form.sink.finish)
         answer = await settle_streamed(call, fields_fingerprint(call, form.fields, taken.sha256))
         if answer is not None:
             await call.blocking(form.abort)
@@ -176,7 +180,7 @@ async def create_file(call: Call) -> Answer:
         new = new_file(
             call,
             taken,
-            blob=sinks[0].name,
+            blob=form.sink.name,
             filename=form.filename,
             purpose=wanted.purpose,
             expires_after_s=wanted.expires_after.seconds if wanted.expires_after else None,
@@ -184,32 +188,28 @@ async def create_file(call: Call) -> Answer:
         file = await call.blocking(call.scope.add_file, new, replay=call.replay)
         if file.id != new.id:
             await call.blocking(form.abort)
-    except BaseException:
-        await call.blocking(form.abort)
-        raise
     return json_answer(file_object(file, is_strict=call.is_strict))
 
 
-def _read_form(form: Form, *, is_strict: bool) -> FileForm:
+def _read_form(fields: Mapping[str, str], *, is_strict: bool) -> FileForm:
     """Raises: Refusal when a field is missing or does not fit."""
-    if is_strict and "purpose" not in form.fields:
-        raise _required("purpose")
-    purpose = form.fields.get("purpose", BATCH)
+    if is_strict and "purpose" not in fields:
+        raise required_property("purpose")
+    purpose = fields.get("purpose", BATCH)
     check_purpose(purpose)
     given: dict[str, object] = {"purpose": purpose}
     expiry = {
-        name: form.fields[f"expires_after[{name}]"]
-        for name in ("anchor", "seconds")
-        if f"expires_after[{name}]" in form.fields
+        name: fields[f"expires_after[{name}]"] for name in ("anchor", "seconds") if f"expires_after[{name}]" in fields
     }
-    if not is_strict and "expires_after" in form.fields:
-        expiry = {"anchor": "created_at", "seconds": form.fields["expires_after"]}
+    if not is_strict and "expires_after" in fields:
+        expiry = {"anchor": "created_at", "seconds": fields["expires_after"]}
     if expiry:
         given["expires_after"] = expiry
     return read_parameters(given, FileForm)
 
 
-def _required(name: str) -> Refusal:
+def required_property(name: str) -> Refusal:
+    """A field of a form that has to be there."""
     return Refusal(f"'{name}' is a required property", param=name)
 
 
@@ -221,38 +221,23 @@ async def list_files(call: Call) -> Answer:
 
 def _page(call: Call, wanted: ListFiles) -> Answer:
     after = wanted.after or (None if call.is_strict else wanted.pagination_token)
-    try:
+    with refused_if_missing(no_such_file(after or "")):
         found = call.scope.files(
             limit=wanted.limit + 1,
             after=FileId(after) if after is not None else None,
             purpose=wanted.purpose,
             newest_first=wanted.order == "desc",
         )
-    except NotFound:
-        raise no_such_file(after or "") from None
-    shown = [file_object(each, is_strict=call.is_strict) for each in found[: wanted.limit]]
-    page = FileList(
-        data=shown,
-        first_id=shown[0].id if shown else None,
-        last_id=shown[-1].id if shown else None,
-        has_more=len(found) > wanted.limit,
-        pagination_token=UNSET if call.is_strict else next_token(shown, len(found)),
-    )
-    return json_answer(page)
-
-
-def next_token(shown: Sequence[FileObject | ExtendedBatch], found_count: int) -> str | None:
-    """Give what names the next page of a listing, None at its end. Source: the lists of xAI."""
-    return shown[-1].id if len(shown) < found_count else None
+    shown = [file_object(each, is_strict=call.is_strict) for each in found]
+    token = UNSET if call.is_strict else next_token(shown, limit=wanted.limit)
+    return json_answer(page_of(partial(FileList, pagination_token=token), shown, limit=wanted.limit))
 
 
 async def file_of(call: Call) -> File:
     """Give the file that the path names. Raises: Refusal."""
     file_id = FileId(call.path_params["file_id"])
-    try:
+    with refused_if_missing(no_such_file(file_id)):
         return await call.blocking(call.scope.file, file_id)
-    except NotFound:
-        raise no_such_file(file_id) from None
 
 
 async def retrieve_file(call: Call) -> Answer:
@@ -269,10 +254,8 @@ async def present_file(call: Call, file_id: str) -> Answer:
 async def delete_file(call: Call) -> Answer:
     """Hide a file; its bytes stay while a batch reads them."""
     file_id = FileId(call.path_params["file_id"])
-    try:
+    with refused_if_missing(no_such_file(file_id)):
         await call.blocking(call.scope.delete_file, file_id)
-    except NotFound:
-        raise no_such_file(file_id) from None
     return json_answer(FileDeleted(id=file_id))
 
 

@@ -16,7 +16,6 @@ from functools import partial
 from typing import ParamSpec, Protocol, TypeVar
 
 import msgspec
-import orjson
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
@@ -27,7 +26,7 @@ from batchrunner.api.envelope import SERVER_ERROR, ErrorBody, ErrorEnvelope, Ref
 from batchrunner.api.typed import StructT, read_json, read_parameters
 from batchrunner.api.vitals import Vitals
 from batchrunner.api.watching import Watching
-from batchrunner.holdings import ApiKey, KeyScope, Replay
+from batchrunner.holdings import NO_LIMITS, ApiKey, KeyLimits, KeyScope, Replay
 from batchrunner.models import TenantId
 from batchrunner.outbox import Poster
 from batchrunner.ports import Blobs, Clock, Rng, Store, TenantScope
@@ -146,16 +145,9 @@ class Answer:
     size_bytes: int | None = None
 
 
-def json_answer(value: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
-    """Answer with a struct, or anything that is JSON, in the order of its fields."""
-    body = _encode(value) if isinstance(value, msgspec.Struct) else orjson.dumps(value, default=_encode_struct)
-    return Answer(body=body, status=status, headers=headers or {})
-
-
-def _encode_struct(value: object) -> object:
-    if isinstance(value, msgspec.Struct):
-        return orjson.Fragment(_encode(value))
-    raise TypeError(f"{type(value).__name__} has no JSON")
+def json_answer(value: msgspec.Struct, *, status: int = 200) -> Answer:
+    """Answer with a struct, in the order of its fields."""
+    return Answer(body=_encode(value), status=status)
 
 
 class Handler(Protocol):
@@ -257,13 +249,13 @@ class Call:
         return self.parts.store.scope(self.tenant)
 
     @property
-    def query(self) -> Mapping[str, str]:
-        """The query string; of a name given twice the last counts."""
-        return dict(self.request.query)
+    def limits(self) -> KeyLimits:
+        """What the caller's key is limited to."""
+        return self.key.limits if self.key is not None else NO_LIMITS
 
     def parameters(self, kind: type[StructT]) -> StructT:
-        """Read the query string. Raises: Refusal."""
-        return read_parameters(self.query, kind)
+        """Read the query string; of a name given twice the last counts. Raises: Refusal."""
+        return read_parameters(dict(self.request.query), kind)
 
     @property
     def has_listener(self) -> bool:
@@ -307,6 +299,10 @@ class Call:
         if len(raw) > LONG_BODY_BYTES:
             return await self.blocking(read_json, raw, kind, is_strict=self.is_strict)
         return read_json(raw, kind, is_strict=self.is_strict)
+
+    async def json_if_any(self, kind: type[StructT]) -> StructT:
+        """Read the body as a struct that needs no field, which may be left out altogether. Raises: Refusal."""
+        return await self.json(kind) if (await self.body()).strip() else kind()
 
     async def incoming(self, size_bytes_max: int) -> AsyncIterator[bytes]:
         """Give the body as it comes.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Protocol
+from contextlib import asynccontextmanager
+from typing import Generic, Protocol, TypeVar
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -36,28 +37,29 @@ class Sink(Protocol):
         """Leave nothing behind. May be called twice."""
 
 
-# Called in a thread when the file begins, with the fields so far and its name; may raise Refusal.
-OpenSink = Callable[[dict[str, str], str], Sink]
+SinkT = TypeVar("SinkT", bound=Sink)
+# Called in a thread when the file begins, with the fields so far; may raise Refusal.
+OpenSink = Callable[[dict[str, str]], SinkT]
 
 
-class Form:
+class Form(Generic[SinkT]):
     """A form on its way: `feed` and `finish` run in threads, one at a time; `abort` may come at any time.
 
-    `fields` are the text fields, `filename` is None until the file began. Parts of other names with a file count as
-    fields.
+    `fields` are the text fields, `sink` is None and `filename` empty until the file began. Parts of other names with a
+    file count as fields.
     """
 
-    def __init__(self, content_type: str, *, file_field: str, open_sink: OpenSink) -> None:
+    def __init__(self, content_type: str, *, file_field: str, open_sink: OpenSink[SinkT]) -> None:
         """Begin. Raises: Refusal when the body is no multipart form."""
         kind, options = parse_options_header(content_type)
         boundary = options.get(b"boundary", b"")
         if kind != MULTIPART.encode() or not boundary:
             raise Refusal("Invalid content type: expected multipart/form-data with a boundary.", status=415)
         self.fields: dict[str, str] = {}
-        self.filename: str | None = None
+        self.filename = ""
+        self.sink: SinkT | None = None
         self._file_field = file_field
         self._open_sink = open_sink
-        self._sink: Sink | None = None
         self._lock = threading.Lock()
         self._is_aborted = False
         self._is_ended = False
@@ -111,8 +113,8 @@ class Form:
         """Have the sink leave nothing behind, now or when it is through with what it does."""
         with self._lock:
             self._is_aborted = True
-            if self._sink is not None:
-                self._sink.abort()
+            if self.sink is not None:
+                self.sink.abort()
 
     def _on_part_begin(self) -> None:
         self._part_count += 1
@@ -144,15 +146,15 @@ class Form:
         self._is_in_file = self._name == self._file_field
         if not self._is_in_file:
             return
-        if self.filename is not None:
+        if self.sink is not None:
             raise Refusal(f"The form has more than one '{self._file_field}'.", param=self._file_field)
         self.filename = _plain_name(options.get(b"filename", b"upload").decode("utf-8", "replace"))
-        self._sink = self._open_sink(dict(self.fields), self.filename)
+        self.sink = self._open_sink(dict(self.fields))
 
     def _on_part_bytes(self, raw: bytes, start: int, end: int) -> None:
         if self._is_in_file:
-            assert self._sink is not None
-            self._sink.feed(raw if end - start == len(raw) else raw[start:end])
+            assert self.sink is not None
+            self.sink.feed(raw if end - start == len(raw) else raw[start:end])
             return
         self._field += raw[start:end]
         if len(self._field) > FIELD_BYTES_MAX:
@@ -166,12 +168,25 @@ class Form:
         self._is_ended = True
 
 
-async def receive(call: Call, form: Form, *, size_bytes_max: int) -> None:
-    """Feed the whole body to the form, in blocks, while the next block comes in.
+@asynccontextmanager
+async def received(call: Call, open_sink: OpenSink[SinkT], *, size_bytes_max: int) -> AsyncIterator[Form[SinkT]]:
+    """Give the form of a request once all of it is there. Unless the block comes to its end, nothing of it stays.
 
     Raises:
-        Refusal: the form is malformed, too large, too slow or broken off; and as the sink does. The caller aborts.
+        Refusal: the form is malformed, too large, too slow or broken off; and as the sink does.
     """
+    content_type = call.request.headers.get("Content-Type", "")
+    form = Form(content_type, file_field=call.route.file_field, open_sink=open_sink)
+    try:
+        await _receive(call, form, size_bytes_max=size_bytes_max)
+        yield form
+    except BaseException:
+        await call.blocking(form.abort)
+        raise
+
+
+async def _receive(call: Call, form: Form[SinkT], *, size_bytes_max: int) -> None:
+    """Feed the whole body to the form, in blocks, while the next block comes in."""
     feeding = None
     try:
         async for block in _blocks(call.incoming(size_bytes_max + OVERHEAD_BYTES)):

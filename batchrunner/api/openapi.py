@@ -30,8 +30,9 @@ def document(routes: Sequence[Route]) -> Schema:
             "title": "batchrunner",
             "version": __version__,
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
-            "description": "An OpenAI Batch API. What is under /v1 is under /openai/v1 too, without the extensions. "
-            "What is under /xai/v1 is xAI's API, and is at /v1 too where a request can be told to be xAI's.",
+            "description": "An OpenAI Batch API. What is under /v1 is under /openai/v1 too, where files, uploads and "
+            "batches have the fields of OpenAI only. What is under /xai/v1 is xAI's API, and is at /v1 too where a "
+            "request can be told to be xAI's.",
         },
         "servers": [{"url": "/"}],
         "paths": paths,

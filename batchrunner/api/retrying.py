@@ -18,11 +18,10 @@ from batchrunner.api.http import Call
 from batchrunner.api.webhooks import Url, check_url
 from batchrunner.choosing import failed_ids, lines_of, write_chosen
 from batchrunner.errors import NotFound, TransitionRefused
-from batchrunner.holdings import NO_LIMITS
 from batchrunner.lifecycle import TERMINAL, BatchStatus
 from batchrunner.models import Batch, BatchId, FileId, NewBatch
 from batchrunner.pipeline import give_up, read_blob
-from batchrunner.seal import read_problems
+from batchrunner.seal import refused_numbers
 
 _CHOICES_MAX = 100_000
 _TRIES = 3
@@ -31,7 +30,8 @@ _TRIES = 3
 class RetryRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The body of a retry, which may be empty: every line without a result of its own runs again.
 
-    `codes` are those of the error file, or HTTP statuses such as `429`. What is not given is as in the first batch.
+    `codes` are those of the error file or of `/errors`, or HTTP statuses such as `429`. What is not given is as in the
+    first batch.
     """
 
     codes: Annotated[list[str], Meta(min_length=1, max_length=_CHOICES_MAX)] | None = None
@@ -44,7 +44,7 @@ class RetryRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 async def read_retry(call: Call) -> RetryRequest:
     """Read and check the body. Raises: Refusal."""
-    wanted = await call.json(RetryRequest) if (await call.body()).strip() else RetryRequest()
+    wanted = await call.json_if_any(RetryRequest)
     if wanted.completion_window is not None:
         window_s(wanted.completion_window, is_strict=call.is_strict)
     if wanted.priority is not None:
@@ -99,16 +99,15 @@ def _retry(call: Call, parent: Batch, wanted: RetryRequest) -> Batch:
 
 def _created(call: Call, new: NewBatch, family: list[Batch]) -> Batch:
     try:
-        limits = call.key.limits if call.key is not None else NO_LIMITS
         seen = [each.id for each in family]
-        return call.scope.create_batch(new, replay=call.replay, limits=limits, family=seen)
+        return call.scope.create_batch(new, replay=call.replay, limits=call.limits, family=seen)
     except NotFound:
         raise _gone(f"The input of batch {new.parent_id} was deleted") from None
 
 
 def _write(call: Call, parent: Batch, name: str, failed: set[str]) -> int:
     blobs = call.parts.blobs
-    refused = {problem.line_number for problem in read_problems(blobs, parent.problems_blob)}
+    refused = refused_numbers(blobs, parent.problems_blob)
     line_bytes_max = call.parts.settings.line_bytes_max
     among = chosen_numbers(blobs, parent.chosen_blob) if parent.chosen_blob is not None else None
     source = read_blob(blobs, parent.source)
@@ -168,5 +167,5 @@ def _new_batch(call: Call, parent: Batch, wanted: RetryRequest) -> NewBatch:
 
 def _inherited_priority(call: Call, parent: Batch) -> int:
     """The parent's priority, as far as the key may ask for it: another key may have made the parent."""
-    priority_max = call.key.limits.priority_max if call.key is not None else None
+    priority_max = call.limits.priority_max
     return parent.priority if priority_max is None else min(parent.priority, priority_max)

@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from batchrunner.api.envelope import Refusal, no_such_part, no_such_upload
+from batchrunner.api.envelope import Refusal, no_such_part, no_such_upload, refused_if_missing
 from batchrunner.api.file_object import (
     ExpiresAfter,
     Purpose,
@@ -19,14 +19,15 @@ from batchrunner.api.file_object import (
     check_purpose,
     upload_object,
 )
-from batchrunner.api.files import BlobSink, new_file
+from batchrunner.api.files import BlobSink, new_file, required_property
 from batchrunner.api.http import Answer, Call, Route, json_answer
 from batchrunner.api.idempotency import fields_fingerprint, settle_streamed
-from batchrunner.api.multipart import MULTIPART, Form, receive
+from batchrunner.api.multipart import MULTIPART, received
 from batchrunner.errors import BlobsUnavailable, NotFound, TransitionRefused
 from batchrunner.holdings import KeyScope, PartId, Upload, UploadId, UploadPart, UploadStatus
 from batchrunner.models import File
 from batchrunner.pipeline import read_blob
+from batchrunner.progress import seconds_of
 
 _FILENAME_CHARS_MAX = 1024
 _PARTS_MAX = 10_000
@@ -88,38 +89,32 @@ async def add_part(call: Call) -> Answer:
     _check_pending(upload)
     parts = call.parts
     size_bytes_max = parts.settings.upload_part_bytes_max
-    sinks: list[BlobSink] = []
 
-    def open_sink(_fields: dict[str, str], _filename: str) -> BlobSink:
-        sinks.append(BlobSink(parts, f"parts/{parts.rng.token_hex(16)}", size_bytes_max=size_bytes_max))
-        return sinks[0]
+    def open_sink(_fields: dict[str, str]) -> BlobSink:
+        name = f"parts/{parts.rng.token_hex(16)}"
+        return BlobSink(parts, name, size_bytes_max=size_bytes_max, field=call.route.file_field)
 
-    form = Form(call.request.headers.get("Content-Type", ""), file_field=call.route.file_field, open_sink=open_sink)
     try:
-        await receive(call, form, size_bytes_max=size_bytes_max)
-        if not sinks:
-            raise Refusal("'data' is a required property", param="data")
-        taken = await call.blocking(sinks[0].finish)
-        answer = await settle_streamed(call, fields_fingerprint(call, {"upload_id": upload.id}, taken.sha256))
-        if answer is not None:
-            await call.blocking(form.abort)
-            return answer
-        new = UploadPart(
-            id=PartId(f"part_{parts.rng.token_hex(16)}"),
-            upload_id=upload.id,
-            size_bytes=taken.size_bytes,
-            blob=sinks[0].name,
-            created_at=parts.clock.now(),
-        )
-        part = await call.blocking(call.scope.add_part, new, replay=call.replay)
-        if part.id != new.id:
-            await call.blocking(form.abort)
+        async with received(call, open_sink, size_bytes_max=size_bytes_max) as form:
+            if form.sink is None:
+                raise required_property("data")
+            taken = await call.blocking(form.sink.finish)
+            answer = await settle_streamed(call, fields_fingerprint(call, {"upload_id": upload.id}, taken.sha256))
+            if answer is not None:
+                await call.blocking(form.abort)
+                return answer
+            new = UploadPart(
+                id=PartId(f"part_{parts.rng.token_hex(16)}"),
+                upload_id=upload.id,
+                size_bytes=taken.size_bytes,
+                blob=form.sink.name,
+                created_at=parts.clock.now(),
+            )
+            part = await call.blocking(call.scope.add_part, new, replay=call.replay)
+            if part.id != new.id:
+                await call.blocking(form.abort)
     except TransitionRefused:
-        await call.blocking(form.abort)
         raise _closed(await _upload_of(call)) from None
-    except BaseException:
-        await call.blocking(form.abort)
-        raise
     return json_answer(_part_object(part))
 
 
@@ -222,10 +217,8 @@ def _check_sum(upload: Upload, parts: Sequence[UploadPart]) -> None:
 
 async def _upload_of(call: Call) -> Upload:
     upload_id = UploadId(call.path_params["upload_id"])
-    try:
+    with refused_if_missing(no_such_upload(upload_id)):
         return await call.blocking(call.scope.upload, upload_id)
-    except NotFound:
-        raise no_such_upload(upload_id) from None
 
 
 async def _shown(call: Call, upload: Upload) -> Answer:
@@ -240,7 +233,7 @@ async def _shown(call: Call, upload: Upload) -> Answer:
 
 
 def _part_object(part: UploadPart) -> UploadPartObject:
-    return UploadPartObject(id=part.id, created_at=int(part.created_at.timestamp()), upload_id=part.upload_id)
+    return UploadPartObject(id=part.id, created_at=seconds_of(part.created_at), upload_id=part.upload_id)
 
 
 def _check_pending(upload: Upload) -> None:

@@ -5,7 +5,6 @@ Source: the webhook endpoints of the OpenAI API; `disabled_at` and what follows 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Literal
 
@@ -13,11 +12,13 @@ import msgspec
 from msgspec import Meta
 
 from batchrunner.addresses import URL_CHARS_MAX, url_problem
-from batchrunner.api.envelope import Refusal
+from batchrunner.api.envelope import Refusal, refused_if_missing
 from batchrunner.api.http import Answer, ApiParts, Call, Route, json_answer
-from batchrunner.deliveries import DEFAULT_TYPES, EndpointId, EventId, EventType, Secrets, WebhookEndpoint
-from batchrunner.errors import NotFound, WebhookUnreachable
+from batchrunner.api.paging import Page, page_of
+from batchrunner.deliveries import DEFAULT_TYPES, EndpointId, EventId, EventType, Secrets, WebhookEndpoint, WebhookEvent
+from batchrunner.errors import WebhookUnreachable
 from batchrunner.holdings import KeyScope
+from batchrunner.progress import seconds_of
 from batchrunner.webhooks import (
     OLD_SECRET_KEPT,
     SECRET_BYTES,
@@ -90,14 +91,10 @@ class EndpointWithSecret(EndpointObject, frozen=True, kw_only=True):
     signing_secret: str
 
 
-class EndpointList(msgspec.Struct, frozen=True, kw_only=True):
+class EndpointList(Page, frozen=True, kw_only=True):
     """A page of receivers, newest first; the next one is behind `last_id`."""
 
-    object: Literal["list"] = "list"
     data: tuple[EndpointObject, ...]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 class EndpointDeleted(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,40 +130,24 @@ class SigningSecret(msgspec.Struct, frozen=True, kw_only=True):
     old_secret_until: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Shown:
-    """The members that a receiver has with and without its secret."""
-
-    endpoint: WebhookEndpoint
-
-    def members(self) -> dict[str, object]:
-        each = self.endpoint
-        return {
-            "id": each.id,
-            "name": each.name,
-            "url": each.url,
-            "event_types": each.event_types,
-            "created_at": int(each.created_at.timestamp()),
-            "updated_at": int(each.updated_at.timestamp()),
-            "signing_secret_hint": hint_of(each.secrets.secret),
-            "failing_since": seconds_of(each.failing_since),
-            "disabled_at": seconds_of(each.disabled_at),
-            "disabled_reason": each.disabled_reason,
-        }
-
-
-def seconds_of(at: datetime | None) -> int | None:
-    """Give an instant as it stands on the wire."""
-    return None if at is None else int(at.timestamp())
-
-
 def _plain(endpoint: WebhookEndpoint) -> EndpointObject:
-    return EndpointObject(**_Shown(endpoint).members())  # type: ignore[arg-type]
+    return EndpointObject(
+        id=endpoint.id,
+        name=endpoint.name,
+        url=endpoint.url,
+        event_types=endpoint.event_types,
+        created_at=seconds_of(endpoint.created_at),
+        updated_at=seconds_of(endpoint.updated_at),
+        signing_secret_hint=hint_of(endpoint.secrets.secret),
+        failing_since=seconds_of(endpoint.failing_since),
+        disabled_at=seconds_of(endpoint.disabled_at),
+        disabled_reason=endpoint.disabled_reason,
+    )
 
 
 def _with_secret(endpoint: WebhookEndpoint) -> EndpointWithSecret:
-    members = _Shown(endpoint).members()
-    return EndpointWithSecret(signing_secret=endpoint.secrets.secret, **members)  # type: ignore[arg-type]
+    members = msgspec.structs.asdict(_plain(endpoint))
+    return EndpointWithSecret(signing_secret=endpoint.secrets.secret, **members)
 
 
 def check_url(parts: ApiParts, url: str | None, *, param: str) -> None:
@@ -187,6 +168,11 @@ def no_such_endpoint(endpoint_id: str) -> Refusal:
 def new_secret(parts: ApiParts) -> str:
     """Draw a signing secret."""
     return secret_of(parts.rng.token_hex(SECRET_BYTES))
+
+
+def new_sample(call: Call, kind: EventType, at: datetime) -> WebhookEvent:
+    """Make an event of a batch that never was."""
+    return sample_event(kind, call.tenant, EventId(f"evt_test_{call.parts.rng.token_hex(12)}"), at)
 
 
 async def create_webhook_endpoint(call: Call) -> Answer:
@@ -219,28 +205,17 @@ async def retrieve_webhook_endpoint(call: Call) -> Answer:
 
 async def _found(call: Call) -> WebhookEndpoint:
     endpoint_id = _endpoint_id(call)
-    try:
+    with refused_if_missing(no_such_endpoint(endpoint_id)):
         return await call.blocking(call.scope.endpoint, endpoint_id)
-    except NotFound:
-        raise no_such_endpoint(endpoint_id) from None
 
 
 async def list_webhook_endpoints(call: Call) -> Answer:
     """Give a page of the tenant's receivers."""
     wanted = call.parameters(ListEndpoints)
     after = EndpointId(wanted.after) if wanted.after is not None else None
-    try:
+    with refused_if_missing(no_such_endpoint(wanted.after or "")):
         found = await call.blocking(call.scope.endpoints, limit=wanted.limit + 1, after=after)
-    except NotFound:
-        raise no_such_endpoint(wanted.after or "") from None
-    shown = tuple(map(_plain, found[: wanted.limit]))
-    page = EndpointList(
-        data=shown,
-        first_id=shown[0].id if shown else None,
-        last_id=shown[-1].id if shown else None,
-        has_more=len(found) > wanted.limit,
-    )
-    return json_answer(page)
+    return json_answer(page_of(EndpointList, list(map(_plain, found)), limit=wanted.limit))
 
 
 async def update_webhook_endpoint(call: Call) -> Answer:
@@ -249,28 +224,24 @@ async def update_webhook_endpoint(call: Call) -> Answer:
     check_url(call.parts, wanted.url, param="url")
     types = tuple(dict.fromkeys(wanted.event_types)) if wanted.event_types is not None else None
     endpoint_id = _endpoint_id(call)
-    try:
+    with refused_if_missing(no_such_endpoint(endpoint_id)):
         changed = await call.blocking(
             call.scope.change_endpoint, endpoint_id, name=wanted.name, url=wanted.url, event_types=types
         )
-    except NotFound:
-        raise no_such_endpoint(endpoint_id) from None
     return json_answer(_plain(changed))
 
 
 async def delete_webhook_endpoint(call: Call) -> Answer:
     """Forget a receiver; what it was still to be told is given up."""
     endpoint_id = _endpoint_id(call)
-    try:
+    with refused_if_missing(no_such_endpoint(endpoint_id)):
         await call.blocking(call.scope.delete_endpoint, endpoint_id)
-    except NotFound:
-        raise no_such_endpoint(endpoint_id) from None
     return json_answer(EndpointDeleted(id=endpoint_id))
 
 
 async def _rotation(call: Call) -> datetime | None:
     """Read how long the old secret is to sign as well."""
-    wanted = await call.json(SecretRotation) if (await call.body()).strip() else SecretRotation()
+    wanted = await call.json_if_any(SecretRotation)
     return call.parts.clock.now() + OLD_SECRET_KEPT if wanted.keep_old_secret_active_for_24_hours else None
 
 
@@ -278,10 +249,8 @@ async def rotate_webhook_endpoint_secret(call: Call) -> Answer:
     """Sign with a new secret, and for a day with the old one too if that is wanted."""
     old_until = await _rotation(call)
     endpoint_id, secret = _endpoint_id(call), new_secret(call.parts)
-    try:
+    with refused_if_missing(no_such_endpoint(endpoint_id)):
         rotated = await call.blocking(call.scope.rotate_endpoint_secret, endpoint_id, secret, old_until=old_until)
-    except NotFound:
-        raise no_such_endpoint(endpoint_id) from None
     return json_answer(_with_secret(rotated))
 
 
@@ -291,14 +260,13 @@ async def test_webhook_endpoint(call: Call) -> Answer:
     endpoint = await _found(call)
     parts = call.parts
     now = parts.clock.now()
-    event = sample_event(wanted.event_type, call.tenant, EventId(f"evt_test_{parts.rng.token_hex(12)}"), now)
+    event = new_sample(call, wanted.event_type, now)
     body = event.body.encode()
-    headers = signed_headers(
-        delivery_id(event.id, endpoint.id), wanted.event_type, body, endpoint.secrets.valid(now), now
-    )
+    told_id, secrets = delivery_id(event.id, endpoint.id), endpoint.secrets.valid(now)
+    headers = signed_headers(told_id, wanted.event_type, body, secrets, now, endpoint_id=endpoint.id)
     if parts.poster is None:
         raise Refusal("This server sends no webhooks.", status=503, code="webhooks_off")
-    posted = await parts.poster.post(endpoint.url, body, headers | {"x-inference-webhook-id": endpoint.id})
+    posted = await parts.poster.post(endpoint.url, body, headers)
     if posted.status is None:
         why = f"The endpoint did not answer: {posted.error} ({posted.message})."
         raise Refusal(why, status=WebhookUnreachable.http_status, param="url", code=WebhookUnreachable.code)

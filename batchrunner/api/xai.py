@@ -14,9 +14,10 @@ import msgspec
 from msgspec import Meta, Raw
 
 from batchrunner.api import files
-from batchrunner.api.batches import batch_of, cancelled, page_of_batches, shown
+from batchrunner.api.batches import batch_of, cancelled, found_batches, shown
 from batchrunner.api.creating import INLINE_BYTES_MAX, BatchRequest, Name, create
 from batchrunner.api.http import Answer, Call, Route, json_answer
+from batchrunner.api.paging import next_token
 from batchrunner.api.results import JSON_LINES
 from batchrunner.api.xai_requests import (
     ADD_BYTES_MAX,
@@ -94,8 +95,8 @@ async def list_batches(call: Call) -> Answer:
     """Give a page of the tenant's batches, newest first."""
     wanted = call.parameters(XaiBatchPage)
     limit = min(wanted.limit, _LIST_MAX)
-    found, token = await call.blocking(page_of_batches, call, limit=limit, after=wanted.pagination_token or None)
-    return json_answer(XaiBatchList([xai_object(each) for each in found], token))
+    found = await call.blocking(found_batches, call, limit=limit, after=wanted.pagination_token or None)
+    return json_answer(XaiBatchList([xai_object(each) for each in found[:limit]], next_token(found, limit=limit)))
 
 
 async def cancel_batch(call: Call) -> Answer:
@@ -114,7 +115,7 @@ async def is_create(call: Call) -> bool:
 
 async def wants_page(call: Call) -> bool:
     """Tell whether results are asked for as xAI gives them: those of its own batches, unless lines are asked for."""
-    if JSON_LINES in call.request.headers.get("Accept", "") or not _OF_LINES.isdisjoint(call.query):
+    if JSON_LINES in call.request.headers.get("Accept", "") or not _OF_LINES.isdisjoint(call.request.query):
         return False
     return (await call.blocking(batch_of, call)).dialect == XAI
 

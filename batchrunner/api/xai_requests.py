@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Annotated
@@ -24,14 +23,13 @@ from batchrunner.api.xai_results import LIMIT_MAX, XaiPage, place_in, token_of
 from batchrunner.api.xai_words import URLS, State, XaiRequestMetadata, url_of
 from batchrunner.errors import NotFound, TransitionRefused
 from batchrunner.frames import Record, read_records, segment_of
-from batchrunner.holdings import NO_LIMITS
-from batchrunner.intake import line_rules
 from batchrunner.lifecycle import BatchStatus
 from batchrunner.lines import model_of
 from batchrunner.models import Batch, RecordKind, RequestLine, Shard
 from batchrunner.settings import MIB
 from batchrunner.shards import iter_lines
 from batchrunner.shared_object import rfc3339
+from batchrunner.validation import line_rules
 
 # Source: xAI's limit of one request, which was that of one call before.
 ADD_BYTES_MAX = 25 * MIB
@@ -103,7 +101,6 @@ def _add(call: Call, wanted: AddRequests) -> None:
 
 def _join(call: Call, batch: Batch, lines: Lines) -> None:
     parts = call.parts
-    limits = call.key.limits if call.key is not None else NO_LIMITS
     try:
         join(
             call.scope,
@@ -113,7 +110,7 @@ def _join(call: Call, batch: Batch, lines: Lines) -> None:
             lines,
             lines_max=parts.settings.lines_max,
             closes_at=parts.clock.now() + timedelta(seconds=parts.settings.open_idle_s),
-            add=partial(call.scope.add_lines, batch.id, replay=call.replay, limits=limits),
+            add=partial(call.scope.add_lines, batch.id, replay=call.replay, limits=call.limits),
         )
     except TransitionRefused:
         raise _closed(batch_of(call)) from None
@@ -167,7 +164,7 @@ def _page(call: Call, wanted: XaiPage) -> Answer:
 
 
 def _lines(call: Call, batch: Batch, shard: Shard) -> Iterator[RequestLine]:
-    rules = replace(line_rules(call.parts.settings), endpoint=batch.endpoint, is_url_equal_to_endpoint=False)
+    rules = line_rules(call.parts.settings, endpoint=batch.endpoint)
     try:
         buffer = call.parts.blobs.read(shard.source or batch.source, shard.byte_start, shard.byte_end)
     except NotFound:

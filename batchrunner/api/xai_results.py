@@ -8,7 +8,6 @@ import base64
 import binascii
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -23,7 +22,6 @@ from batchrunner.api.xai_words import XaiResult, result_of
 from batchrunner.choosing import lines_of, read_error_line
 from batchrunner.errors import InputChanged, NotFound
 from batchrunner.frames import Record, read_payload
-from batchrunner.intake import line_rules
 from batchrunner.lifecycle import TERMINAL
 from batchrunner.models import Batch, File
 from batchrunner.pipeline import read_blob
@@ -31,6 +29,7 @@ from batchrunner.ports import Blobs
 from batchrunner.reading import Reader
 from batchrunner.settings import MIB
 from batchrunner.shards import iter_lines
+from batchrunner.validation import line_rules
 
 # Source: xAI's limits of a page. xAI's SDK takes messages of up to 20 MiB.
 LIMIT, LIMIT_MAX = 100, 1000
@@ -165,7 +164,7 @@ def _urls(call: Call, batch: Batch, records: Sequence[Record]) -> dict[int, str]
     """Look up where requests went; not where their input is gone."""
     numbers = {record.line_number for record in records}
     urls: dict[int, str] = {}
-    rules = replace(line_rules(call.parts.settings), endpoint=batch.endpoint, is_url_equal_to_endpoint=False)
+    rules = line_rules(call.parts.settings, endpoint=batch.endpoint)
     for shard in call.scope.shards_of(batch.id, {record.segment.task_id for record in records}):
         try:
             buffer = call.parts.blobs.read(shard.source or batch.source, shard.byte_start, shard.byte_end)

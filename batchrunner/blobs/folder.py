@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Protocol
 
 from batchrunner.blobs.local import LocalBlobs
+from batchrunner.durable import write_whole
 from batchrunner.ports import Blobs, Clock, Rng
 from batchrunner.settings import Settings
 
@@ -37,6 +37,7 @@ def open_blobs(folder: Path, settings: Settings, clock: Clock, rng: Rng) -> Fold
 
     Raises:
         UsageError: the address is none, or boto3 is not installed.
+        BlobsUnavailable: a new folder's bucket does not answer, or refuses.
     """
     local = LocalBlobs(folder / "blobs")
     note = folder / "blobs.address"
@@ -55,15 +56,14 @@ def open_blobs(folder: Path, settings: Settings, clock: Clock, rng: Rng) -> Fold
 
     if not note.exists():
         assert settings.blobs is not None
-        _write_whole(note, str(parse_address(settings.blobs).below(rng.token_hex(8))))
-    address = parse_address(note.read_text().strip())
-    return HomedBlobs(address, settings, clock, local=local)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w") as stream:
-        stream.write(f"{text}\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+        address = parse_address(settings.blobs).below(rng.token_hex(8))
+        made = HomedBlobs(address, settings, clock, local=local)
+        # An address that refuses is not kept: nothing would be read that is paid for, and no other could be named.
+        try:
+            list(made.list(""))
+        except BaseException:
+            made.close()
+            raise
+        write_whole(note, f"{address}\n".encode())
+        return made
+    return HomedBlobs(parse_address(note.read_text().strip()), settings, clock, local=local)

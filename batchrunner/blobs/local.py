@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from batchrunner.blobs.names import checked, is_name
+from batchrunner.durable import sync_folder
 from batchrunner.errors import BlobsUnavailable, DiskFull, NameTaken, NotFound, OwnError
 
 # EFBIG comes from a limit on the size of files, which is as good as full: another segment may still fit.
@@ -49,7 +50,7 @@ class LocalBlobs:
             self._make_folder(path.parent)
             fd = os.open(path, flags, 0o666)
             try:
-                _sync_folder(path.parent)
+                sync_folder(path.parent)
             except OSError:
                 os.close(fd)
                 path.unlink(missing_ok=True)
@@ -190,7 +191,7 @@ class LocalBlobs:
                 left.unlink(missing_ok=True)
             temporary.symlink_to(path)
             temporary.replace(link)
-            _sync_folder(link.parent)
+            sync_folder(link.parent)
         except OSError as error:
             _translate(error, name)
 
@@ -213,7 +214,7 @@ class LocalBlobs:
             # A file stands where the folder has to be; that is no name of ours that is taken.
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
         # Another process may have made it just now and not synced it yet.
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
         self._durable_folders.add(folder)
 
     def _walk(self, folder: str, prefix: str) -> Iterator[str]:
@@ -304,7 +305,7 @@ class LocalWriter:
             os.link(self._temporary, path)
             self._file.close()
             self._temporary.unlink()
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except OSError as error:
             _translate(error, self._name)
 
@@ -384,14 +385,6 @@ def _sync_file(fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
     else:
         os.fdatasync(fd)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _translate(error: OSError, name: str) -> NoReturn:

@@ -8,19 +8,18 @@ import logging
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from batchrunner.blobs.names import checked, is_name
 from batchrunner.blobs.s3_address import S3Address
 from batchrunner.blobs.s3_client import S3Requests
-from batchrunner.blobs.s3_writer import S3Writer, digest
+from batchrunner.blobs.s3_writer import S3Writer
 from batchrunner.errors import BlobsUnavailable, NameTaken, NotFound
 from batchrunner.ports import Clock
 from batchrunner.settings import Settings
 
 if TYPE_CHECKING:
-    from types_boto3_s3.type_defs import ListObjectsV2OutputTypeDef, MultipartUploadTypeDef
+    from types_boto3_s3.type_defs import MultipartUploadTypeDef
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ class S3Blobs:
     def create_segment(self, name: str) -> S3Appender:
         """See Blobs."""
         key = self._key(name)
-        if self._find(key) is not None:
+        if self._requests.size_bytes(key) is not None:
             raise NameTaken(f"{name} exists already")
         return S3Appender(self._requests, key)
 
@@ -60,28 +59,19 @@ class S3Blobs:
 
     def size_bytes(self, name: str) -> int:
         """See Blobs."""
-        size_bytes = self._find(self._key(name))
+        size_bytes = self._requests.size_bytes(self._key(name))
         if size_bytes is None:
             raise NotFound(f"{name} does not exist")
         return size_bytes
 
     def exists(self, name: str) -> bool:
         """See Blobs."""
-        return self._find(self._key(name)) is not None
+        return self._requests.size_bytes(self._key(name)) is not None
 
     def list(self, prefix: str) -> Iterator[str]:
-        """See Blobs. The names are gathered first: services over file systems do not keep to the order."""
-        names: set[str] = set()
-        token: str | None = ""
-        while token is not None:
-            page = self._requests.call(prefix, partial(self._list_page, prefix, token))
-            names.update(each["Key"].removeprefix(self._within) for each in page.get("Contents", []))
-            token = page["NextContinuationToken"] if page.get("IsTruncated") else None
-        yield from sorted(filter(is_name, names))
-
-    def _list_page(self, prefix: str, token: str) -> ListObjectsV2OutputTypeDef:
-        more: dict[str, Any] = {"ContinuationToken": token} if token else {}
-        return self._client.list_objects_v2(Bucket=self._address.bucket, Prefix=self._within + prefix, **more)
+        """See Blobs."""
+        names = (each.removeprefix(self._within) for each in self._requests.keys(self._within + prefix))
+        yield from filter(is_name, names)
 
     def delete(self, name: str) -> None:
         """See Blobs."""
@@ -137,10 +127,6 @@ class S3Blobs:
     def _key(self, name: str) -> str:
         return self._within + checked(name)
 
-    def _find(self, key: str) -> int | None:
-        """Give an object's size, None without one."""
-        return self._requests.size_bytes(key)
-
 
 class S3Appender:
     """See Appender. One request writes it whole; a `sync` that failed repeats the same bytes under the same name."""
@@ -159,8 +145,7 @@ class S3Appender:
     def sync(self) -> None:
         """See Appender."""
         self._check_open()
-        content = b"".join(self._chunks)
-        self._requests.put(self._key, content, digest(content))
+        self._requests.put(self._key, b"".join(self._chunks))
 
     def close(self) -> None:
         """See Appender."""

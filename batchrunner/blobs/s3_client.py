@@ -4,7 +4,10 @@ our words. boto3 is imported when the first client is made.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import logging
+import ssl
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
         CopySourceTypeDef,
         HeadObjectOutputTypeDef,
         ListMultipartUploadsOutputTypeDef,
+        ListObjectsV2OutputTypeDef,
         MultipartUploadTypeDef,
     )
 
@@ -37,6 +41,11 @@ _CREDENTIALS_HINT = (
     "Give boto3 credentials that may list, read, write and delete there: AWS_ACCESS_KEY_ID and"
     " AWS_SECRET_ACCESS_KEY, a profile, or a role. `batchrunner doctor` tries them out."
 )
+
+
+def digest(content: bytes) -> str:
+    """Give what Content-MD5 says of a body, which every service compares with what it got."""
+    return base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
 
 
 class S3Requests:
@@ -61,7 +70,7 @@ class S3Requests:
         Raises:
             NotFound, DiskFull, BlobsUnavailable: as the answer means.
         """
-        from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.exceptions import BotoCoreError, ClientError, SSLError
 
         attempts = Retrying(
             stop=stop_after_attempt(self._tries),
@@ -76,6 +85,8 @@ class S3Requests:
             _translate(error, f"s3://{self.bucket}/{name}")
         except BotoCoreError as error:
             hint = None if _is_passing(error) else _CREDENTIALS_HINT
+            if isinstance(error, SSLError):
+                hint = "s3_ca_bundle or AWS_CA_BUNDLE names the file with the certificates to trust."
             raise BlobsUnavailable(f"s3://{self.bucket}/{name}: {error}", hint=hint) from error
 
     def head(self, key: str) -> HeadObjectOutputTypeDef | None:
@@ -109,6 +120,20 @@ class S3Requests:
             raise IncompleteReadError(actual_bytes=len(content), expected_bytes=answer["ContentLength"])
         return content
 
+    def keys(self, prefix: str) -> list[str]:
+        """Give all keys that begin so, in order: services over file systems do not keep to it."""
+        found: set[str] = set()
+        token: str | None = ""
+        while token is not None:
+            page = self.call(prefix, partial(self._keys_page, prefix, token))
+            found.update(each["Key"] for each in page.get("Contents", []))
+            token = page["NextContinuationToken"] if page.get("IsTruncated") else None
+        return sorted(found)
+
+    def _keys_page(self, prefix: str, token: str) -> ListObjectsV2OutputTypeDef:
+        more: dict[str, Any] = {"ContinuationToken": token} if token else {}
+        return self.client.list_objects_v2(Bucket=self.bucket, Prefix=prefix, **more)
+
     def delete(self, key: str) -> None:
         """Remove an object; a missing one is no error."""
         try:
@@ -118,14 +143,15 @@ class S3Requests:
 
     def uploads(self, prefix: str) -> Iterator[MultipartUploadTypeDef]:
         """Give the unfinished uploads of keys that begin so."""
-        markers: dict[str, Any] | None = {}
-        while markers is not None:
+        markers: dict[str, Any] = {}
+        while True:
             page = self.call(prefix, partial(self._uploads_page, prefix, markers))
             yield from (each for each in page.get("Uploads", []) if each["Key"].startswith(prefix))
-            is_last = not page.get("IsTruncated")
-            markers = (
-                None if is_last else {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
-            )
+            # SeaweedFS goes by ids, and gives no key to go on from.
+            given = {"KeyMarker": page.get("NextKeyMarker"), "UploadIdMarker": page.get("NextUploadIdMarker")}
+            markers = {name: value for name, value in given.items() if value}
+            if not page.get("IsTruncated") or not markers:
+                return
 
     def _uploads_page(self, prefix: str, markers: dict[str, Any]) -> ListMultipartUploadsOutputTypeDef:
         return self.client.list_multipart_uploads(Bucket=self.bucket, Prefix=prefix, **markers)
@@ -143,18 +169,19 @@ class S3Requests:
             if each["Key"] == key:
                 self.drop_upload(key, each["UploadId"])
 
-    def put(self, key: str, content: bytes, digest: str) -> None:
+    def put(self, key: str, content: bytes) -> None:
         """Make an object in one request; repeated, it is the same object."""
+        check = digest(content)
         self.call(
             key,
             lambda: self.client.put_object(
-                Bucket=self.bucket,
-                Key=key,
-                Body=content,
-                ContentMD5=digest,
-                **self.encryption,
+                Bucket=self.bucket, Key=key, Body=content, ContentMD5=check, **self.encryption
             ),
         )
+
+    def begin_upload(self, key: str) -> str:
+        """Begin an upload in parts, tried once: a second one would be another upload. Gives its id."""
+        return self.client.create_multipart_upload(Bucket=self.bucket, Key=key, **self.encryption)["UploadId"]
 
     def move(self, key: str, target: str) -> None:
         """Give an object another key, inside the service."""
@@ -181,6 +208,8 @@ def _make_client(settings: Settings) -> S3Client:
         raise UsageError(
             "s3:// needs boto3, which is not installed", hint="pip install 'batchrunner[s3]' brings it."
         ) from error
+    if settings.s3_ca_bundle is not None:
+        _require_certificates(settings.s3_ca_bundle)
     # It tells where it found credentials each time, as news.
     logging.getLogger("botocore.credentials").setLevel(logging.WARNING)
     addressing: Any = {"addressing_style": settings.s3_addressing}
@@ -207,6 +236,14 @@ def _make_client(settings: Settings) -> S3Client:
         )
     except (BotoCoreError, ValueError) as error:
         raise UsageError(f"no S3 client can be made: {error}", hint=_CREDENTIALS_HINT) from error
+
+
+def _require_certificates(path: str) -> None:
+    """Read a bundle once: botocore takes a missing one for an outage that may pass."""
+    try:
+        ssl.create_default_context(cafile=path)
+    except OSError as error:
+        raise UsageError(f"cannot read s3_ca_bundle {path}: {error.strerror or error}") from error
 
 
 def _note(state: RetryCallState) -> None:
@@ -236,6 +273,12 @@ def code_of(error: BaseException) -> str:
     """Give the code of an answer, empty without one."""
     answer = getattr(error, "response", None) or {}
     return str(answer.get("Error", {}).get("Code", ""))
+
+
+def is_denied(error: BatchrunnerError) -> bool:
+    """Whether the credentials are known, and a permission is missing. An answer to HEAD has no words."""
+    cause = error.__cause__
+    return cause is not None and code_of(cause) in ("AccessDenied", "403")
 
 
 def is_unknown_outcome(error: BatchrunnerError) -> bool:

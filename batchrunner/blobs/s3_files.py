@@ -55,8 +55,8 @@ class S3Files:
             InputChanged: it was written anew meanwhile.
         """
         requests = self._of(address)
-        size_bytes = requests.size_bytes(address.key) or 0
         before = self.look(address)
+        size_bytes = before.size_bytes if before is not None else 0
         with target.open("wb") as stream:
             for start in range(0, size_bytes, _READ_BYTES):
                 stream.write(requests.read(address.key, start, min(size_bytes, start + _READ_BYTES)))

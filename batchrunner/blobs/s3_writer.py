@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -11,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, TypeVar
 
 from batchrunner.blobs.names import checked
-from batchrunner.blobs.s3_client import S3Requests, is_unknown_outcome
+from batchrunner.blobs.s3_client import S3Requests, digest, is_unknown_outcome
 from batchrunner.errors import BatchrunnerError, BlobsUnavailable, NameTaken, NotFound
 
 if TYPE_CHECKING:
@@ -26,11 +24,6 @@ _SENDING_MAX = 2
 _SMALL_BYTES = 64 * 1024
 # Source: Amazon S3, multipart upload limits.
 _PARTS_MAX = 10_000
-
-
-def digest(content: bytes) -> str:
-    """Give what Content-MD5 says of a body, which every service compares with what it got."""
-    return base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
 
 
 class _Part:
@@ -104,8 +97,7 @@ class S3Writer:
         if self._before is not None and not self._is_replacing:
             raise NameTaken(f"{key} exists already")
         if self._upload_id is None and self._held_bytes <= self._part_bytes:
-            content = b"".join(self._held)
-            self._requests.put(key, content, digest(content))
+            self._requests.put(key, b"".join(self._held))
         else:
             self._finish_upload()
             if key != self._key:
@@ -175,10 +167,7 @@ class S3Writer:
     def _begin_upload(self) -> str:
         def begin() -> str:
             self._begun_count += 1
-            answer = self._client.create_multipart_upload(
-                Bucket=self._requests.bucket, Key=self._key, **self._requests.encryption
-            )
-            return answer["UploadId"]
+            return self._requests.begin_upload(self._key)
 
         return self._call(begin)
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 from batchrunner.app import Runner
 from batchrunner.choosing import failed_ids, write_chosen
 from batchrunner.cli.folding import fold
 from batchrunner.cli.preparing import Prepared
 from batchrunner.errors import UsageError
 from batchrunner.models import BatchId
+from batchrunner.pipeline import read_blob
 from batchrunner.ports import TenantScope
-from batchrunner.seal import read_problems
-
-_READ_BYTES = 1 << 20
+from batchrunner.seal import refused_numbers
 
 
 def choose_failed(runner: Runner, scope: TenantScope, prepared: Prepared, wanted: str) -> str:
@@ -38,9 +34,9 @@ def choose_failed(runner: Runner, scope: TenantScope, prepared: Prepared, wanted
     count = write_chosen(
         blobs,
         name,
-        _chunks(prepared.source),
+        read_blob(blobs, first.source),
         failed,
-        refused={problem.line_number for problem in read_problems(blobs, first.problems_blob)},
+        refused=refused_numbers(blobs, first.problems_blob),
         line_bytes_max=runner.settings.line_bytes_max,
     )
     if count == 0:
@@ -48,9 +44,3 @@ def choose_failed(runner: Runner, scope: TenantScope, prepared: Prepared, wanted
             f"--retry-failed: no failed line{'' if codes is None else f' with code {wanted}'} to run again"
         )
     return name
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as stream:
-        while chunk := stream.read(_READ_BYTES):
-            yield chunk

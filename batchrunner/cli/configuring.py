@@ -1,4 +1,6 @@
-"""Where settings come from on the command line: flag, environment, ./batchrunner.toml, the user's config, default."""
+"""Where settings come from on the command line: flag, environment, ./batchrunner.toml, the user's config, default; and
+what of them can be found wrong before anything begins.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from batchrunner.errors import UsageError
-from batchrunner.settings import Settings, resolve, targets_of
+from batchrunner.settings import Settings, has_upstream, resolve, targets_of
 from batchrunner.targets import Target
 
 _PREFIX = "BATCHRUNNER_"
@@ -34,6 +36,14 @@ def load_settings(flags: Mapping[str, object]) -> tuple[Settings, dict[str, str]
             layers.append((f"env {variable}", {name: os.environ[variable]}))
     layers += [(str(path), _read_toml(path)) for path in config_paths() if path.is_file()]
     return resolve(layers)
+
+
+def check_upstreams(settings: Settings) -> None:
+    """Look at the addresses of the upstreams, if any are named. Raises: UsageError."""
+    from batchrunner.upstream import join_url
+
+    for target in targets_of(settings) if has_upstream(settings) else ():
+        join_url(target.base_url, "/v1/chat/completions")
 
 
 def config_paths() -> list[Path]:
@@ -61,6 +71,17 @@ def told_keys(settings: Settings) -> list[str]:
         state = f"{place} is {'set' if target.name in keys else 'not set'}" if place else "none is named"
         told.append(f"key of {target.name}: {state}" if several else f"key: {state}")
     return told
+
+
+def check_webhook_url(settings: Settings, *, is_loopback_allowed: bool, called: str) -> None:
+    """Find out before the start what no notification could be sent with. Raises: UsageError."""
+    from batchrunner.addresses import AddressRules, parse_networks, url_problem
+
+    networks = parse_networks(settings.webhook_networks)
+    rules = AddressRules(is_loopback_allowed=is_loopback_allowed, networks=networks)
+    if settings.webhook_url is not None and (why := url_problem(settings.webhook_url, rules)):
+        # The URL is not repeated: it may hold a password.
+        raise UsageError(f"{called}: {why}")
 
 
 def _api_key_of(target: Target) -> str:

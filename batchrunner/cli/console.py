@@ -9,8 +9,12 @@ import click
 
 
 def say(text: str) -> None:
-    """Print a line of talk."""
-    click.echo(text, err=True)
+    """Print a line of talk. That nobody reads it any more ends nothing."""
+    try:
+        click.echo(text, err=True)
+    except OSError:
+        # What is left in its buffer would fail once more at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def is_terminal() -> bool:

@@ -19,7 +19,8 @@ import orjson
 import batchrunner
 from batchrunner.cli.console import say
 from batchrunner.cli.exits import ExitCode
-from batchrunner.cli.run_folder import RunFolder, write_whole
+from batchrunner.cli.run_folder import RunFolder
+from batchrunner.durable import write_whole
 from batchrunner.errors import OwnError
 
 _FOLDER = Path("demo")

@@ -21,9 +21,10 @@ import msgspec
 from batchrunner.cli.console import counted, say
 from batchrunner.cli.exits import ExitCode
 from batchrunner.cli.remote import tell_end, with_server
-from batchrunner.cli.run_folder import errors_path_for, sync_folder, write_whole
+from batchrunner.cli.run_folder import errors_path_for
 from batchrunner.cli.server_address import Server
 from batchrunner.client import BatchClient, Page, RemoteBatch
+from batchrunner.durable import sync_folder, write_whole
 from batchrunner.errors import AlreadyRunning, BlobsUnavailable, DiskFull, NotFound
 from batchrunner.ports import Clock
 

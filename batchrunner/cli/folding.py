@@ -7,22 +7,13 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-import msgspec
-
 from batchrunner.app import Runner
-from batchrunner.choosing import custom_id_of, numbered_lines
+from batchrunner.choosing import custom_id_of, numbered_lines, read_id
 from batchrunner.errors import ReconciliationError
 from batchrunner.models import Batch, BatchId, FileId, Order, Usage
 from batchrunner.pipeline import read_blob
 from batchrunner.ports import TenantScope
-from batchrunner.seal import read_problems
-
-
-class _Named(msgspec.Struct):
-    custom_id: str | None = None
-
-
-_read_id = msgspec.json.Decoder(_Named).decode
+from batchrunner.seal import refused_numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +77,7 @@ def _files(runner: Runner, scope: TenantScope, batch: Batch) -> tuple[Path | Non
 def _runnable_ids(runner: Runner, first: Batch) -> Iterator[str]:
     """Give the custom_ids of the input's lines that were not refused, in its order; each is there once."""
     blobs = runner.adapters.blobs
-    refused = {problem.line_number for problem in read_problems(blobs, first.problems_blob)}
+    refused = refused_numbers(blobs, first.problems_blob)
     for number, raw in numbered_lines(read_blob(blobs, first.source), runner.settings.line_bytes_max):
         if number not in refused and (custom_id := custom_id_of(raw)) is not None:
             yield custom_id
@@ -99,11 +90,11 @@ def _fold_in(base: _Layer, child: _Layer, folder: Path, suffix: str, *, places: 
     parts = (_lines(base.output), _lines(child.output))
     with output.open("wb") as writing:
         writing.writelines(chain(*parts) if places is None else _by_input(places, *parts))
-    healed = {_read_id(line).custom_id for line in _lines(child.output)}
-    again = {_read_id(line).custom_id: line for line in _lines(child.errors)}
+    healed = {read_id(line).custom_id for line in _lines(child.output)}
+    again = {read_id(line).custom_id: line for line in _lines(child.errors)}
     with errors.open("wb") as writing:
         for line in _lines(base.errors):
-            custom_id = _read_id(line).custom_id
+            custom_id = read_id(line).custom_id
             if custom_id is None or custom_id not in healed:
                 writing.write(again.get(custom_id, line))
     return _Layer(output if output.stat().st_size else None, errors if errors.stat().st_size else None)
@@ -139,7 +130,7 @@ class _Waiting:
     def advance(self) -> None:
         """Go to the line after it."""
         self.line = next(self._lines, b"")
-        self.custom_id = _read_id(self.line).custom_id if self.line else None
+        self.custom_id = read_id(self.line).custom_id if self.line else None
 
 
 def _lines(path: Path | None) -> Iterator[bytes]:

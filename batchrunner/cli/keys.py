@@ -12,7 +12,7 @@ import orjson
 
 from batchrunner.cli.configuring import load_settings
 from batchrunner.cli.console import say
-from batchrunner.cli.server_folder import folder_of, folder_option, opened
+from batchrunner.cli.server_folder import folder_of, folder_option, open_store
 from batchrunner.errors import NotFound, UsageError
 from batchrunner.holdings import ApiKey, KeyId, KeyLimits, KeyScope
 from batchrunner.models import LOCAL_TENANT, TenantId
@@ -67,7 +67,7 @@ def create(
     if not tenant.strip():
         raise UsageError("--tenant is empty")
     expires_s = parse_duration(expires, what="--expires") if expires else None
-    with opened(_folder(server_folder)) as adapters:
+    with open_store(_folder(server_folder)) as adapters:
         now = adapters.clock.now()
         secret, key = _made(
             adapters,
@@ -93,7 +93,7 @@ def create(
 @click.option("--json", "is_json", is_flag=True, help="Print one JSON object for each key.")
 def list_keys(*, tenant: str | None, server_folder: str | None, is_json: bool) -> None:
     """List all keys, oldest first, without their secrets."""
-    with opened(_folder(server_folder)) as adapters:
+    with open_store(_folder(server_folder)) as adapters:
         found = adapters.store.keys(tenant=TenantId(tenant) if tenant is not None else None)
         now = adapters.clock.now()
         rows = [(key, _state(key, now=now)) for key in found]
@@ -115,7 +115,7 @@ def list_keys(*, tenant: str | None, server_folder: str | None, is_json: bool) -
 @click.option("--json", "is_json", is_flag=True, help="Print one JSON object.")
 def revoke(*, key_id: str, server_folder: str | None, is_json: bool) -> None:
     """End a key. A running server refuses it within 5 s."""
-    with opened(_folder(server_folder)) as adapters:
+    with open_store(_folder(server_folder)) as adapters:
         key = adapters.store.revoke_key(KeyId(key_id), at=adapters.clock.now())
     click.echo(orjson.dumps(_described(key)) if is_json else f"{key.id} revoked")
 
@@ -128,7 +128,7 @@ def revoke(*, key_id: str, server_folder: str | None, is_json: bool) -> None:
 def rotate(*, key_id: str, grace: str, server_folder: str | None, is_json: bool) -> None:
     """Make a new secret with the tenant, name, scopes and limits of a key, which then ends."""
     grace_s = parse_duration(grace, what="--grace")
-    with opened(_folder(server_folder)) as adapters:
+    with open_store(_folder(server_folder)) as adapters:
         known = adapters.store.keys()
         old = next((key for key in known if key.id == key_id), None)
         if old is None:

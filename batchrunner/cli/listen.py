@@ -44,8 +44,10 @@ def listen(*, target: str | None, wanted: tuple[str, ...], server_address: str |
 
         secret = await client.secret()
         say(f"signing secret: {secret}")
-        say(f"listening to {client.base_url}{f', forwarding to {target}' if target else ''}; Ctrl-C ends it")
         poster = AiohttpPoster(rules, clock)
+
+        def begin() -> None:
+            say(f"listening to {client.base_url}{f', forwarding to {target}' if target else ''}; Ctrl-C ends it")
 
         async def forward(heard: Heard) -> None:
             if wanted and heard.event.type not in wanted:
@@ -55,7 +57,7 @@ def listen(*, target: str | None, wanted: tuple[str, ...], server_address: str |
                 click.echo(f" {await _posted(poster, target, heard, secret, clock)}")
 
         try:
-            await client.listen(forward)
+            await client.listen(forward, begin=begin)
         finally:
             await poster.close()
         return ExitCode.OK

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
+from batchrunner.cli.server_folder import home_folder
 from batchrunner.clock import SystemRng
 from batchrunner.webhooks import SECRET_BYTES, check_secret, secret_of
 
 # The variable from which the SDKs take what they verify with.
 VARIABLE = "OPENAI_WEBHOOK_SECRET"
-
-
-def secret_path() -> Path:
-    """Where the file lies."""
-    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    return home / "batchrunner" / "webhook_secret"
 
 
 def local_secret() -> str:
@@ -26,7 +20,7 @@ def local_secret() -> str:
     """
     if given := os.environ.get(VARIABLE):
         return check_secret(given)
-    path = secret_path()
+    path = home_folder() / "webhook_secret"
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:

@@ -9,7 +9,7 @@ import click
 from batchrunner.cli.configuring import load_settings
 from batchrunner.cli.exits import ExitCode
 from batchrunner.cli.run_folder import RunFolder
-from batchrunner.cli.server_folder import folder_of, folder_option, opened
+from batchrunner.cli.server_folder import folder_of, folder_option, open_store
 from batchrunner.errors import SchemaNewer
 
 
@@ -38,7 +38,7 @@ def migrate(*, is_check: bool, server_folder: str | None) -> None:
     lock = RunFolder(folder)
     lock.lock()
     try:
-        with opened(folder):
+        with open_store(folder):
             click.echo(f"{told} before, schema {known} now")
     finally:
         lock.unlock()

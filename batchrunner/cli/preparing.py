@@ -5,13 +5,12 @@ same run.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from batchrunner.app import was_anything_sent
 from batchrunner.cli.console import say
+from batchrunner.cli.inputs import PACKED, pieces_of, plain
 from batchrunner.cli.places import Places
 from batchrunner.cli.run_folder import (
     Fingerprint,
@@ -24,14 +23,10 @@ from batchrunner.cli.run_folder import (
     errors_path_for,
     fingerprint,
     hash_file,
-    spool,
-    unpacked,
 )
+from batchrunner.durable import write_pieces
 from batchrunner.errors import UsageError
 from batchrunner.settings import Settings
-
-_READ_BYTES = 1 << 20
-_PACKED = (".gz", ".zst")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,27 +188,22 @@ def _source(request: RunRequest, folder: RunFolder, old: RunRecord | None) -> tu
     """Find the plain input file; what was hashed before and looks unchanged is not read again."""
     spooled = folder.path.resolve() / "input.jsonl"
     if request.is_from_stdin:
-        spool(_chunks(sys.stdin.buffer), spooled)
+        write_pieces(spooled, pieces_of(sys.stdin.buffer))
         return spooled, hash_file(spooled), None
     path, places = request.input_path, request.places
     mark = fingerprint(path) if places.source is None else places.mark(places.source)
     is_known = old is not None and old.fingerprint == mark
-    is_packed = path.suffix in _PACKED
+    is_packed = path.suffix in PACKED
     is_spooled = is_packed or places.source is not None
     if is_spooled and not (is_known and spooled.is_file()):
         if places.source is not None:
             path = folder.path / f"fetched{path.suffix}" if is_packed else spooled
             places.fetch_source(path)
         if is_packed:
-            spool(unpacked(path), spooled)
+            write_pieces(spooled, plain(path))
         if is_packed and places.source is not None:
             path.unlink()
     source = spooled if is_spooled else path.resolve()
     if is_known and old is not None:
         return source, Hashed(old.input_sha256, old.input_bytes, old.line_count_up_to), mark
     return source, hash_file(source), mark
-
-
-def _chunks(stream: BinaryIO) -> Iterator[bytes]:
-    while chunk := stream.read(_READ_BYTES):
-        yield chunk

@@ -9,15 +9,13 @@ from pathlib import Path
 import click
 
 from batchrunner.blobs.s3_address import S3Address
-from batchrunner.cli.configuring import load_settings, read_api_keys
+from batchrunner.cli.configuring import check_upstreams, check_webhook_url, load_settings, read_api_keys
 from batchrunner.cli.exits import ExitCode
+from batchrunner.cli.inputs import PACKED
 from batchrunner.cli.places import Place, Places
 from batchrunner.cli.run_folder import errors_path_for
 from batchrunner.errors import UsageError
-from batchrunner.settings import Settings, has_upstream, parse_duration, targets_of
-
-_WINDOW_LEAST_S, _WINDOW_MOST_S = 60.0, 14 * 86400.0
-_PACKED = (".gz", ".zst")
+from batchrunner.settings import Settings, has_upstream, parse_window
 
 
 @click.command("run", short_help="Run a file of requests and write its output and error files.")
@@ -151,7 +149,12 @@ def run(input_place: Path | S3Address, output_place: Path | S3Address, **options
         is_fresh=bool(options["fresh"]),
         is_json=bool(options["is_json"]),
     )
-    _check_upstreams(settings)
+    if not has_upstream(settings):
+        raise UsageError(
+            "no upstream is named",
+            hint="Give -u URL or set OPENAI_BASE_URL; without a server, try `batchrunner simulate`.",
+        )
+    check_upstreams(settings)
     _check_webhook(settings)
     from batchrunner.tuning import tune_process
 
@@ -160,35 +163,18 @@ def run(input_place: Path | S3Address, output_place: Path | S3Address, **options
     sys.exit(int(code or ExitCode.OK))
 
 
-def _check_upstreams(settings: Settings) -> None:
-    """Refuse what is no upstream before --fresh sets anything aside."""
-    if not has_upstream(settings):
-        raise UsageError(
-            "no upstream is named",
-            hint="Give -u URL or set OPENAI_BASE_URL; without a server, try `batchrunner simulate`.",
-        )
-    from batchrunner.upstream import join_url
-
-    for target in targets_of(settings):
-        join_url(target.base_url, "/v1/chat/completions")
-
-
 def _check_webhook(settings: Settings) -> None:
     """Find out before the run what would keep its end from being told."""
     if settings.webhook_url is None:
         return
-    from batchrunner.addresses import AddressRules, parse_networks, url_problem
     from batchrunner.cli.local_secret import local_secret
 
-    rules = AddressRules(is_loopback_allowed=True, networks=parse_networks(settings.webhook_networks))
-    if why := url_problem(settings.webhook_url, rules):
-        # The URL is not repeated: it may hold a password.
-        raise UsageError(f"--webhook-url: {why}")
+    check_webhook_url(settings, is_loopback_allowed=True, called="--webhook-url")
     local_secret()
 
 
 def _refuse_packed(output_path: Path) -> None:
-    if output_path.suffix in _PACKED:
+    if output_path.suffix in PACKED:
         raise UsageError(
             f"OUTPUT {output_path}: packed output is not written", hint=f"Write {output_path.stem}, then pack it."
         )
@@ -230,7 +216,5 @@ def _path(value: object) -> Path | None:
 def _window(text: str | None) -> str | None:
     """Check --window and give it back as written."""
     if text is not None:
-        seconds = parse_duration(text, what="--window")
-        if not _WINDOW_LEAST_S <= seconds <= _WINDOW_MOST_S:
-            raise UsageError(f"--window {text}: from 1m to 14d")
+        parse_window(text, what="--window")
     return text

@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +13,9 @@ import msgspec
 import orjson
 
 from batchrunner import __version__, crash
-from batchrunner.errors import AlreadyRunning, OutputExists, RunDiffers, UsageError
+from batchrunner.durable import write_whole
+from batchrunner.errors import AlreadyRunning, OutputExists, RunDiffers
 
-_READ_BYTES = 1 << 22
 _HASH_BYTES = 1 << 18
 _COUNT_MAX = 10_001
 
@@ -154,26 +153,6 @@ class RunFolder:
         return target
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file durably: temp, fsync, rename, fsync the folder."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames in a folder durable."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def errors_path_for(output: Path) -> Path:
     """Where the error file goes by default: `.errors` before the suffix."""
     return output.with_name(f"{output.stem}.errors{output.suffix}")
@@ -213,48 +192,3 @@ def check_free(path: Path, *, what: str) -> None:
     """
     if path.exists():
         raise OutputExists(f"{what} {path} exists and was not written by this run")
-
-
-def spool(chunks: Iterator[bytes], target: Path, *, progress: Callable[[int], None] | None = None) -> None:
-    """Write a stream plain into the run folder, whole or not at all; shards need offsets."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    size_bytes = 0
-    with temporary.open("wb") as stream:
-        for chunk in chunks:
-            stream.write(chunk)
-            size_bytes += len(chunk)
-            if progress is not None:
-                progress(size_bytes)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(target)
-    sync_folder(target.parent)
-
-
-def unpacked(path: Path) -> Iterator[bytes]:
-    """Give the plain bytes of a .gz or .zst file.
-
-    Raises:
-        UsageError: the file is not what its name says.
-    """
-    if path.suffix == ".gz":
-        import gzip
-
-        try:
-            with gzip.open(path, "rb") as stream:
-                while chunk := stream.read(_READ_BYTES):
-                    yield chunk
-        except (OSError, EOFError) as error:
-            raise UsageError(f"{path} cannot be unpacked: {error}") from error
-        return
-    import zstandard
-
-    try:
-        with (
-            path.open("rb") as packed,
-            zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True) as stream,
-        ):
-            while chunk := stream.read(_READ_BYTES):
-                yield chunk
-    except zstandard.ZstdError as error:
-        raise UsageError(f"{path} cannot be unpacked: {error}") from error

@@ -14,7 +14,8 @@ from pathlib import Path
 import click
 
 from batchrunner import crash
-from batchrunner.app import Crew, Runner, arm_crash_point
+from batchrunner.app import Crew, Runner
+from batchrunner.child import arm_crash_point
 from batchrunner.cli import export
 from batchrunner.cli.choosing import choose_failed
 from batchrunner.cli.console import counted, say

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import click
 
-from batchrunner.cli.configuring import load_settings, read_api_keys
+from batchrunner.cli.configuring import check_upstreams, check_webhook_url, load_settings, read_api_keys
 from batchrunner.cli.console import counted, say
 from batchrunner.cli.exits import ExitCode
 from batchrunner.cli.run_folder import RunFolder
 from batchrunner.cli.server_folder import folder_of, folder_option
-from batchrunner.errors import UsageError
 from batchrunner.hosting import Host, bind, is_loopback
 from batchrunner.settings import Settings, targets_of
 
@@ -51,6 +50,7 @@ def serve(*, workers: int | None, **options: object) -> None:
     Exit codes: 0 stopped as asked, 1 trouble on our side, 2 usage, 130 stopped at once by a second signal.
     """
     settings, _ = load_settings({**options, "workers": workers or None})
+    check_upstreams(settings)
     if workers is None:
         workers = settings.workers or len(os.sched_getaffinity(0))
     from batchrunner.tuning import tune_process
@@ -66,7 +66,7 @@ async def _serve(settings: Settings, worker_count: int) -> ExitCode:
 
     clock = SystemClock()
     is_local = is_loopback(settings.host)
-    _check_webhooks(settings, is_local=is_local)
+    check_webhook_url(settings, is_loopback_allowed=is_local, called="webhook_url")
     lock = RunFolder(folder_of(settings))
     lock.lock()
     try:
@@ -86,16 +86,6 @@ async def _serve(settings: Settings, worker_count: int) -> ExitCode:
         )
     finally:
         lock.unlock()
-
-
-def _check_webhooks(settings: Settings, *, is_local: bool) -> None:
-    """Find out before the start what no notification could be sent with. Raises: UsageError."""
-    from batchrunner.addresses import AddressRules, parse_networks, url_problem
-
-    rules = AddressRules(is_loopback_allowed=is_local, networks=parse_networks(settings.webhook_networks))
-    if settings.webhook_url is not None and (why := url_problem(settings.webhook_url, rules)):
-        # The URL is not repeated: it may hold a password.
-        raise UsageError(f"webhook_url: {why}")
 
 
 def _announce(host: Host, settings: Settings, folder: Path, worker_count: int, *, port: int) -> None:

@@ -1,4 +1,4 @@
-"""The data folder of a server: where it lies, who works on it, and its store for a command beside the server."""
+"""The data folder of a server: where it lies, and its store, or that of a run, for a command beside those at work."""
 
 from __future__ import annotations
 
@@ -33,13 +33,17 @@ def folder_of(settings: Settings) -> Path:
     """Where the server keeps its state."""
     if settings.server_folder is not None:
         return Path(settings.server_folder).expanduser().absolute()
-    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    return (home / "batchrunner").absolute()
+    return home_folder().absolute()
+
+
+def home_folder() -> Path:
+    """Where lies what is this user's and was given no other place."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "batchrunner"
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[Adapters]:
-    """Open the folder's store for a while, beside a server or without one."""
+def open_store(folder: Path) -> Iterator[Adapters]:
+    """Open the folder's store for a while, beside a server or run or without one."""
     from batchrunner.app import open_adapters
     from batchrunner.cli.configuring import load_settings
 

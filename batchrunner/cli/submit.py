@@ -13,16 +13,15 @@ import orjson
 
 from batchrunner.cli.console import say
 from batchrunner.cli.exits import ExitCode
+from batchrunner.cli.inputs import PACKED, pieces_of, plain
 from batchrunner.cli.remote import exit_code_of_batch, follow, tell_end, with_server
-from batchrunner.cli.run_folder import spool, unpacked
 from batchrunner.cli.server_address import Server, server_of, server_option
 from batchrunner.client import BatchClient, Shown
+from batchrunner.durable import write_pieces
 from batchrunner.errors import InputInvalid, ServerRefused, UsageError
 from batchrunner.lines import is_blank
 from batchrunner.ports import Clock
 
-_PACKED = (".gz", ".zst")
-_READ_BYTES = 1 << 20
 _LINE_BYTES_MAX = 16 << 20
 _MIB = 1 << 20
 _VALIDATE = "`batchrunner validate FILE` lists every problem."
@@ -93,36 +92,36 @@ def _tell_interrupted(server: Server, made: Sequence[str]) -> None:
 async def _submit(client: BatchClient, path: Path, fields: Mapping[str, object]) -> Shown:
     """Upload the file and make the batch."""
     await client.greet()
-    with _plain(path) as plain:
-        endpoint = fields.get("endpoint") or _endpoint_of(plain)
-        size_bytes = plain.stat().st_size
+    with _spooled(path) as source:
+        endpoint = fields.get("endpoint") or _endpoint_of(source)
+        size_bytes = source.stat().st_size
         if size_bytes >= _MIB:
             say(f"uploading {size_bytes / _MIB:,.0f} MiB to {client.base_url}")
         try:
-            file_id = await client.upload(plain, filename=_filename(path))
+            file_id = await client.upload(source, filename=_filename(path))
         except ServerRefused as error:
             raise InputInvalid(error.message, hint=_VALIDATE) from error
     return await client.create({**fields, "endpoint": endpoint, "input_file_id": file_id})
 
 
 @contextmanager
-def _plain(path: Path) -> Iterator[Path]:
+def _spooled(path: Path) -> Iterator[Path]:
     """Give the input as a plain file that can be read as often as it takes."""
     if str(path) != "-" and not path.is_file():
         raise UsageError(f"FILE {path} {'is not a file' if path.exists() else 'is not there'}", hint="Check the path.")
-    if str(path) != "-" and path.suffix not in _PACKED:
+    if str(path) != "-" and path.suffix not in PACKED:
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder) / "input.jsonl"
-        spool(iter(lambda: sys.stdin.buffer.read(_READ_BYTES), b"") if str(path) == "-" else unpacked(path), plain)
-        yield plain
+        spooled = Path(folder) / "input.jsonl"
+        write_pieces(spooled, pieces_of(sys.stdin.buffer) if str(path) == "-" else plain(path))
+        yield spooled
 
 
 def _filename(path: Path) -> str:
     if str(path) == "-":
         return "stdin.jsonl"
-    return path.name.removesuffix(path.suffix) if path.suffix in _PACKED else path.name
+    return path.name.removesuffix(path.suffix) if path.suffix in PACKED else path.name
 
 
 def _endpoint_of(path: Path) -> str:

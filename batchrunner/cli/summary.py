@@ -13,8 +13,6 @@ from batchrunner.lifecycle import TERMINAL, BatchStatus
 from batchrunner.models import NO_USAGE, Batch, Usage
 from batchrunner.supervisor import Live
 
-_TOP_ERRORS = 5
-
 
 class ErrorGroup(msgspec.Struct, frozen=True):
     """Failed lines of one code, with a few of their ids; without ids, failed attempts of a run that has not ended."""

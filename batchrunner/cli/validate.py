@@ -18,17 +18,14 @@ import orjson
 from batchrunner.cli.configuring import load_settings
 from batchrunner.cli.console import say
 from batchrunner.cli.exits import ExitCode
-from batchrunner.cli.run_folder import unpacked
+from batchrunner.cli.inputs import pieces_of, plain
 from batchrunner.clock import SystemClock
 from batchrunner.cutting import Block, Cutter, LongLine
 from batchrunner.errors import NotFound
-from batchrunner.lines import LineRules
-from batchrunner.models import LineProblem, OnInvalid
+from batchrunner.models import LineProblem
 from batchrunner.settings import Settings
-from batchrunner.validation import Validation, Validator
+from batchrunner.validation import Validation, validator_of
 
-_READ_BYTES = 1 << 20
-_PACKED = (".gz", ".zst")
 _SPOOLED_BYTES = 16 << 20
 _SHOWN = 10
 _NAMES_MAX = 1000
@@ -68,22 +65,7 @@ def _judge(
     endpoint: str | None,
     on_problem: Callable[[LineProblem], None],
 ) -> Validation:
-    rules = LineRules(
-        endpoint=endpoint,
-        endpoints=settings.endpoints,
-        custom_id_chars_max=settings.custom_id_chars_max,
-        line_bytes_max=settings.line_bytes_max,
-    )
-    validator = Validator(
-        rules,
-        OnInvalid.FAIL,
-        lines_max=settings.lines_max,
-        bytes_max=settings.input_bytes_max,
-        shard_lines_max=settings.shard_lines_max,
-        shard_bytes_max=settings.shard_bytes_max,
-        problems_max=1,
-        on_problem=on_problem,
-    )
+    validator = validator_of(settings, endpoint=endpoint, problems_max=1, on_problem=on_problem)
     for chunk in source.chunks():
         validator.feed(chunk)
         census.feed(chunk)
@@ -135,15 +117,7 @@ def _open(path: Path, stack: ExitStack) -> _Source:
         return _Source(_Spool(sys.stdin.buffer, stack.enter_context(tempfile.TemporaryFile())))
     if not path.is_file():
         raise NotFound(f"INPUT {path} is not there" if not path.exists() else f"INPUT {path} is not a file")
-    if path.suffix in _PACKED:
-        return _Source(lambda: unpacked(path))
-    return _Source(lambda: _read(path))
-
-
-def _read(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as stream:
-        while chunk := stream.read(_READ_BYTES):
-            yield chunk
+    return _Source(lambda: plain(path))
 
 
 class _Spool:
@@ -157,13 +131,12 @@ class _Spool:
     def __call__(self) -> Iterator[bytes]:
         if not self._is_kept:
             self._is_kept = True
-            while chunk := self._stream.read(_READ_BYTES):
+            for chunk in pieces_of(self._stream):
                 self._kept.write(chunk)
                 yield chunk
             return
         self._kept.seek(0)
-        while chunk := self._kept.read(_READ_BYTES):
-            yield chunk
+        yield from pieces_of(self._kept)
 
 
 # -- what the lines ask for ------------------------------------------------------------------------------------------
@@ -303,8 +276,7 @@ class _JsonReport:
         out = sys.stdout.buffer
         out.write(orjson.dumps(whole)[:-1] + b',"problems":[')
         self._kept.seek(0)
-        while chunk := self._kept.read(_READ_BYTES):
-            out.write(chunk)
+        out.writelines(pieces_of(self._kept))
         out.write(b"]}\n")
         out.flush()
 

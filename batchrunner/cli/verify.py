@@ -17,11 +17,10 @@ import click
 import orjson
 
 from batchrunner.cli.exits import ExitCode
-from batchrunner.cli.run_folder import errors_path_for, unpacked
+from batchrunner.cli.inputs import plain
+from batchrunner.cli.run_folder import errors_path_for
 from batchrunner.errors import NotFound
 
-_READ_BYTES = 1 << 20
-_PACKED = (".gz", ".zst")
 _SHOWN = 20
 _BUCKETS = 64
 # Hashes that look wrong and are looked at again with their real ids; of more than that, the count is by hash alone.
@@ -106,14 +105,7 @@ def _lines(path: Path | None, digest: Callable[[bytes], None] | None = None) -> 
 
 
 def _chunks(path: Path | None) -> Iterator[bytes]:
-    if path is None:
-        return
-    if path.suffix in _PACKED:
-        yield from unpacked(path)
-        return
-    with path.open("rb") as stream:
-        while chunk := stream.read(_READ_BYTES):
-            yield chunk
+    return iter(()) if path is None else plain(path)
 
 
 def _named(raw: bytes) -> str | None:

@@ -76,36 +76,31 @@ def test(*, endpoint_id: str, event_type: str, server_address: str | None) -> No
 
 @webhooks.command("list")
 @click.option("--status", type=click.Choice(["pending", "delivered", "undelivered"]), help="Only these.")
+@click.option("--event", "event_type", type=EVENT_TYPE, help="Only those of one type.")
 @click.option("--batch", "batch_id", metavar="ID", help="Only those of one batch.")
+@click.option("--endpoint", "webhook_endpoint_id", metavar="ID", help="Only those to one registered receiver.")
 @click.option("--limit", type=click.IntRange(1, 100), default=20, show_default=True, help="How many.")
 @click.option("--endpoints", "is_endpoints", is_flag=True, help="List the registered receivers instead.")
 @click.option("--json", "is_json", is_flag=True, help="Print the page as the server shows it, one JSON object.")
 @server_option
 def list_deliveries(
-    *,
-    status: str | None,
-    batch_id: str | None,
-    limit: int,
-    is_endpoints: bool,
-    is_json: bool,
-    server_address: str | None,
+    *, limit: int, is_endpoints: bool, is_json: bool, server_address: str | None, **narrowed: str | None
 ) -> None:
     """List notifications, newest first: what, to whom, and what came of it."""
-    wanted = (
-        {"limit": str(limit)} | ({"status": status} if status else {}) | ({"batch_id": batch_id} if batch_id else {})
-    )
+    wanted = {"limit": str(limit)} | {name: value for name, value in narrowed.items() if value is not None}
+    if is_endpoints and len(wanted) > 1:
+        raise UsageError("--endpoints lists receivers, which nothing narrows down but --limit")
 
     async def work(client: WebhookClient) -> ExitCode:
+        lines: list[str]
         if is_endpoints:
-            for endpoint in await client.endpoints():
-                click.echo(_endpoint_text(endpoint))
-            return ExitCode.OK
-        found, raw = await client.deliveries(wanted)
-        if is_json:
-            click.echo(raw)
-            return ExitCode.OK
-        for each in found:
-            click.echo(_delivery_text(each))
+            endpoints, raw = await client.endpoints(wanted)
+            lines = [_endpoint_text(each) for each in endpoints]
+        else:
+            deliveries, raw = await client.deliveries(wanted)
+            lines = [_delivery_text(each) for each in deliveries]
+        for line in [raw.decode()] if is_json else lines:
+            click.echo(line)
         return ExitCode.OK
 
     _on(server_address, work)

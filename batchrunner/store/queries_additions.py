@@ -12,7 +12,7 @@ from batchrunner.holdings import KeyLimits
 from batchrunner.lifecycle import BatchEvent, BatchStatus
 from batchrunner.models import BatchId, TaskId, TaskKind, TenantId
 from batchrunner.store.moments import Moment
-from batchrunner.store.queries_batches import lock_batch, locked_batch_of_tenant, move, require_lines
+from batchrunner.store.queries_batches import batch_of_tenant, lock_batch, move, require_lines
 from batchrunner.store.queries_blobs import drop_blob, need_blob
 from batchrunner.store.queries_progress import add_shards
 from batchrunner.store.tables import additions, batches, extents, tasks
@@ -24,7 +24,7 @@ def add_lines(
     """Add shards, counts and the addition's row; guards, under the lock of the batch's row, that it is open and in
     progress, and that the lines take the very next numbers.
     """
-    batch = locked_batch_of_tenant(conn, tenant, batch_id)
+    batch = batch_of_tenant(conn, tenant, batch_id, is_locked=True)
     if not batch["is_open"]:
         raise TransitionRefused(f"the batch {batch_id} takes no more requests")
     if batch["status"] is not BatchStatus.IN_PROGRESS:
@@ -56,7 +56,7 @@ def additions_of_batch(conn: Connection, batch_id: BatchId, *, from_line: int) -
 
 def close_batch(conn: Connection, tenant: TenantId, batch_id: BatchId, moment: Moment) -> None:
     """Close a tenant's batch; guards as `close` does."""
-    close(conn, locked_batch_of_tenant(conn, tenant, batch_id), moment)
+    close(conn, batch_of_tenant(conn, tenant, batch_id, is_locked=True), moment)
 
 
 def close(conn: Connection, batch: RowMapping, moment: Moment) -> bool:

@@ -23,6 +23,7 @@ from batchrunner.webhooks import event_of
 _BATCH = select(batches).where(batches.c.id == bindparam("b_id"))
 _BATCH_OF_TENANT = _BATCH.where(batches.c.tenant == bindparam("b_tenant"))
 _LOCKED_BATCH = _BATCH.with_for_update()
+_LOCKED_BATCH_OF_TENANT = _BATCH_OF_TENANT.with_for_update()
 _SHARDS = select(tasks).where(tasks.c.kind == TaskKind.SHARD, tasks.c.batch_id == bindparam("b_id"))
 _SHARDS = _SHARDS.order_by(tasks.c.first_line)
 
@@ -47,19 +48,15 @@ def lock_batch(conn: Connection, batch_id: BatchId) -> RowMapping:
     return conn.execute(_LOCKED_BATCH, {"b_id": batch_id}).mappings().one()
 
 
-def batch_of_tenant(conn: Connection, tenant: TenantId, batch_id: BatchId, *, even_deleted: bool = False) -> RowMapping:
-    """Read a batch; guards that another tenant's and a deleted one look like a missing one."""
-    row = conn.execute(_BATCH_OF_TENANT, {"b_id": batch_id, "b_tenant": tenant}).mappings().one_or_none()
+def batch_of_tenant(
+    conn: Connection, tenant: TenantId, batch_id: BatchId, *, even_deleted: bool = False, is_locked: bool = False
+) -> RowMapping:
+    """Read a batch, if it is wanted as `lock_batch` does; guards that another tenant's and a deleted one look like a
+    missing one.
+    """
+    query = _LOCKED_BATCH_OF_TENANT if is_locked else _BATCH_OF_TENANT
+    row = conn.execute(query, {"b_id": batch_id, "b_tenant": tenant}).mappings().one_or_none()
     if row is None or (row["deleted_at"] is not None and not even_deleted):
-        raise NotFound(f"no batch {batch_id}")
-    return row
-
-
-def locked_batch_of_tenant(conn: Connection, tenant: TenantId, batch_id: BatchId) -> RowMapping:
-    """Read a batch and keep others from changing it until the transaction ends; guards as `batch_of_tenant` does."""
-    locked = _BATCH_OF_TENANT.with_for_update()
-    row = conn.execute(locked, {"b_id": batch_id, "b_tenant": tenant}).mappings().one_or_none()
-    if row is None or row["deleted_at"] is not None:
         raise NotFound(f"no batch {batch_id}")
     return row
 
@@ -206,7 +203,7 @@ def _require_family(conn: Connection, tenant: TenantId, parent_id: BatchId, seen
 
 def delete_batch(conn: Connection, tenant: TenantId, batch_id: BatchId, moment: Moment) -> None:
     """Hide a batch; guards, under the lock of its row, that it is over."""
-    row = locked_batch_of_tenant(conn, tenant, batch_id)
+    row = batch_of_tenant(conn, tenant, batch_id, is_locked=True)
     if row["status"] not in TERMINAL:
         raise TransitionRefused(f"the batch {batch_id} is {row['status']}: only one that is over can be deleted")
     conn.execute(update(batches).where(batches.c.id == batch_id).values(deleted_at=moment.wall))
@@ -297,7 +294,7 @@ def _announce(conn: Connection, batch_id: BatchId, moment: Moment) -> None:
 
 def send(conn: Connection, tenant: TenantId, batch_id: BatchId, event: BatchEvent, moment: Moment) -> bool:
     """Move a tenant's batch; guards that the event is judged by the status found in this transaction."""
-    row = locked_batch_of_tenant(conn, tenant, batch_id)
+    row = batch_of_tenant(conn, tenant, batch_id, is_locked=True)
     return move(conn, row, event, moment) is not None
 
 

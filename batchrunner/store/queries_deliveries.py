@@ -23,7 +23,6 @@ from sqlalchemy import (
 
 from batchrunner.deliveries import (
     Appointments,
-    Delivery,
     DeliveryAttempt,
     DeliveryFilter,
     DeliveryId,
@@ -50,13 +49,6 @@ _DISABLED_FAILING = "it has failed for 5 days"
 
 _rows = webhook_deliveries
 _c = webhook_deliveries.c
-
-
-def delivery_of(row: RowMapping) -> Delivery:
-    """Read a row of webhook_deliveries."""
-    names = ("id", "tenant", "event_id", "type", "batch_id", "endpoint_id", "url", "state", "reason", "due_at")
-    more = ("attempt_count", "attempts", "created_at", "ended_at")
-    return Delivery(**{name: row[name] for name in (*names, *more)})
 
 
 # -- taking ------------------------------------------------------------------------------------------------------------
@@ -235,7 +227,7 @@ def _note_endpoint(conn: Connection, endpoint_id: EndpointId, each: Recorded, mo
     if since is None:
         since = each.attempt.started_at
         conn.execute(update(webhook_endpoints).where(of_id).values(failing_since=since))
-    if each.is_gone:
+    if each.reason is EndReason.GONE:
         disable_endpoint(conn, endpoint_id, _DISABLED_GONE, moment)
     elif is_failing_too_long(since, each.attempt_count, moment.wall):
         disable_endpoint(conn, endpoint_id, _DISABLED_FAILING, moment)

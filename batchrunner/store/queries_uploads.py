@@ -8,12 +8,11 @@ from dataclasses import fields, replace
 from sqlalchemy import ColumnElement, Connection, RowMapping, delete, func, insert, select, update
 
 from batchrunner.errors import NameTaken, NotFound, QuotaExceeded, TransitionRefused
-from batchrunner.holdings import Replay, Upload, UploadId, UploadPart, UploadStatus
+from batchrunner.holdings import Upload, UploadId, UploadPart, UploadStatus
 from batchrunner.models import File, TenantId
 from batchrunner.store.moments import Moment
 from batchrunner.store.queries_blobs import drop_blob, need_blob
 from batchrunner.store.queries_files import add_file
-from batchrunner.store.queries_idempotency import note_made
 from batchrunner.store.rows import upload_of
 from batchrunner.store.tables import upload_parts, uploads
 
@@ -80,14 +79,10 @@ def parts_of_upload(conn: Connection, upload_id: UploadId) -> Sequence[RowMappin
     return conn.execute(query).mappings().all()
 
 
-def complete_upload(
-    conn: Connection, tenant: TenantId, upload_id: UploadId, file: File, moment: Moment, *, replay: Replay | None
-) -> Upload:
+def complete_upload(conn: Connection, tenant: TenantId, upload_id: UploadId, file: File, moment: Moment) -> Upload:
     """Insert the file and end the upload; guards that the upload is pending, and lets the same end be repeated."""
     upload = upload_of_tenant(conn, tenant, upload_id, moment)
     if upload.file_id == file.id:
-        return upload
-    if replay is not None and note_made(conn, tenant, replay, upload_id, moment) is not None:
         return upload
     _pending(conn, tenant, upload_id, moment)
     add_file(conn, file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import datetime
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, func, insert, select, update
@@ -21,30 +22,13 @@ from batchrunner.deliveries import (
 from batchrunner.errors import NameTaken, NotFound, QuotaExceeded
 from batchrunner.models import TenantId
 from batchrunner.store.moments import Moment
+from batchrunner.store.rows import secrets_of
 from batchrunner.store.tables import webhook_deliveries, webhook_endpoints, webhook_events, webhook_secrets
 from batchrunner.webhooks import delivery_id, receiver_of
 
 ENDPOINTS_MAX = 100
 
 _endpoints, _deliveries, _events = webhook_endpoints.c, webhook_deliveries.c, webhook_events.c
-
-
-def secrets_of(row: RowMapping) -> Secrets:
-    """Read the secret columns."""
-    return Secrets(secret=row["secret"], old=row["old_secrets"])
-
-
-def endpoint_of(row: RowMapping) -> WebhookEndpoint:
-    """Read a row of webhook_endpoints."""
-    plain = ("id", "tenant", "name", "url", "event_types", "created_at", "updated_at")
-    ends = ("failing_since", "disabled_at", "disabled_reason")
-    return WebhookEndpoint(secrets=secrets_of(row), **{name: row[name] for name in (*plain, *ends)})
-
-
-def event_of_row(row: RowMapping) -> WebhookEvent:
-    """Read a row of webhook_events."""
-    names = ("id", "tenant", "batch_id", "type", "body", "created_at", "serial")
-    return WebhookEvent(**{name: row[name] for name in names})
 
 
 # -- receivers ---------------------------------------------------------------------------------------------------------
@@ -61,8 +45,7 @@ def add_endpoint(conn: Connection, endpoint: WebhookEndpoint) -> None:
     count = conn.execute(mine).scalar_one()
     if count >= ENDPOINTS_MAX:
         raise QuotaExceeded(f"{count} webhook endpoints are registered, at most {ENDPOINTS_MAX}")
-    plain = ("id", "tenant", "name", "url", "event_types", "created_at", "updated_at")
-    values: dict[str, object] = {name: getattr(endpoint, name) for name in plain}
+    values = {each.name: getattr(endpoint, each.name) for each in fields(WebhookEndpoint) if each.name != "secrets"}
     conn.execute(insert(webhook_endpoints).values(values | _secret_values(endpoint.secrets)))
 
 
@@ -195,8 +178,8 @@ def _is_made(conn: Connection, name: DeliveryId) -> bool:
 
 
 def _write_event(conn: Connection, event: WebhookEvent, moment: Moment) -> list[dict[str, object]]:
-    names = ("id", "tenant", "batch_id", "type", "body", "created_at")
-    conn.execute(insert(webhook_events).values({name: getattr(event, name) for name in names}))
+    values = {each.name: getattr(event, each.name) for each in fields(WebhookEvent) if each.name != "serial"}
+    conn.execute(insert(webhook_events).values(values))
     return [
         _delivery(event, EndpointId(each["id"]), each["url"], moment)
         for each in _enabled(conn, event.tenant)

@@ -8,11 +8,15 @@ from dataclasses import fields
 from sqlalchemy import RowMapping
 
 from batchrunner.additions import Addition
+from batchrunner.deliveries import Delivery, Secrets, WebhookEndpoint, WebhookEvent
 from batchrunner.holdings import ApiKey, Replay, Upload, UploadPart
 from batchrunner.models import Batch, Claim, Extent, File, SessionId, Shard, TaskKind, TaskRef, Usage
 
 _ADDITION = tuple(each.name for each in fields(Addition))
 _BATCH = tuple(each.name for each in fields(Batch) if each.name != "usage")
+_DELIVERY = tuple(each.name for each in fields(Delivery))
+_ENDPOINT = tuple(each.name for each in fields(WebhookEndpoint) if each.name != "secrets")
+_EVENT = tuple(each.name for each in fields(WebhookEvent))
 _EXTENT = tuple(each.name for each in fields(Extent) if each.name != "usage")
 _FILE = tuple(each.name for each in fields(File))
 _KEY = tuple(each.name for each in fields(ApiKey))
@@ -72,6 +76,26 @@ def shard_of(row: RowMapping) -> Shard:
 def extent_of(row: RowMapping) -> Extent:
     """Read a row of extents."""
     return Extent(usage=usage_of(row), **{name: row[name] for name in _EXTENT})
+
+
+def secrets_of(row: RowMapping) -> Secrets:
+    """Read the secret columns that receivers and tenants share."""
+    return Secrets(secret=row["secret"], old=row["old_secrets"])
+
+
+def endpoint_of(row: RowMapping) -> WebhookEndpoint:
+    """Read a row of webhook_endpoints."""
+    return WebhookEndpoint(secrets=secrets_of(row), **{name: row[name] for name in _ENDPOINT})
+
+
+def event_of(row: RowMapping) -> WebhookEvent:
+    """Read a row of webhook_events."""
+    return WebhookEvent(**{name: row[name] for name in _EVENT})
+
+
+def delivery_of(row: RowMapping) -> Delivery:
+    """Read a row of webhook_deliveries."""
+    return Delivery(**{name: row[name] for name in _DELIVERY})
 
 
 def claim_of(

@@ -114,12 +114,12 @@ class SqlTenantScope(SqlTenantLines):
             queries_uploads.upload_of_tenant(conn, self._tenant, upload_id, self._store.moment())
             return [part_of(row) for row in queries_uploads.parts_of_upload(conn, upload_id)]
 
-    def complete_upload(self, upload_id: UploadId, file: File, *, replay: Replay | None = None) -> Upload:
+    def complete_upload(self, upload_id: UploadId, file: File) -> Upload:
         """See TenantScope."""
         self._require_own(file.tenant, file.id)
         with self._store.writing() as conn:
             moment = self._store.moment()
-            upload = queries_uploads.complete_upload(conn, self._tenant, upload_id, file, moment, replay=replay)
+            upload = queries_uploads.complete_upload(conn, self._tenant, upload_id, file, moment)
             if upload.file_id != file.id:
                 queries_blobs.abandon_blob(conn, file.blob)
             return upload

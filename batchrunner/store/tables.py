@@ -73,6 +73,12 @@ def _secrets() -> list[Column[Any]]:
     ]
 
 
+def _index(name: str, *columns: str, where: str, unique: bool = False) -> Index:
+    """An index of some rows only."""
+    condition = text(where)
+    return Index(name, *columns, unique=unique, sqlite_where=condition, postgresql_where=condition)
+
+
 files = Table(
     "files",
     schema,
@@ -91,13 +97,7 @@ files = Table(
     Column("validation_blob", Text),
     Index("files_by_tenant", "tenant", "created_at", "id"),
     Index("files_by_blob", "blob"),
-    Index(
-        "files_to_free",
-        "deleted_at",
-        "expires_at",
-        sqlite_where=text("freed_at IS NULL"),
-        postgresql_where=text("freed_at IS NULL"),
-    ),
+    _index("files_to_free", "deleted_at", "expires_at", where="freed_at IS NULL"),
     comment="Stored bytes with a purpose; a row means that its blob is whole until it is freed.",
 )
 
@@ -165,13 +165,7 @@ batches = Table(
     Index("batches_by_tenant_and_status", "tenant", "status"),
     Index("batches_by_parent", "parent_id"),
     Index("batches_by_output", "output_file_id"),
-    Index(
-        "batches_with_journals",
-        "journal_ended_at",
-        "status",
-        sqlite_where=text("journal_freed_at IS NULL"),
-        postgresql_where=text("journal_freed_at IS NULL"),
-    ),
+    _index("batches_with_journals", "journal_ended_at", "status", where="journal_freed_at IS NULL"),
     comment="One order. Counts are of registered records and change in the transaction that registers them.",
 )
 
@@ -217,13 +211,7 @@ tasks = Table(
     Index("tasks_by_batch", "batch_id", "kind", "first_line"),
     Index("tasks_by_session", "session"),
     Index("tasks_by_loser", "taken_from"),
-    Index(
-        "one_seal_per_batch",
-        "batch_id",
-        unique=True,
-        sqlite_where=text("kind = 'seal'"),
-        postgresql_where=text("kind = 'seal'"),
-    ),
+    _index("one_seal_per_batch", "batch_id", where="kind = 'seal'", unique=True),
     # Journals are named by task id: a number is never given twice.
     sqlite_autoincrement=True,
     comment="What a worker may claim. Shard columns are null in other kinds.",
@@ -379,12 +367,7 @@ webhook_endpoints = Table(
     Column("disabled_reason", Text),
     Column("deleted_at", Instant, comment="hidden since, without secrets; the row stays a month, as a place in lists"),
     Index("webhook_endpoints_by_tenant", "tenant", "serial"),
-    Index(
-        "webhook_endpoints_by_deletion",
-        "deleted_at",
-        sqlite_where=text("deleted_at IS NOT NULL"),
-        postgresql_where=text("deleted_at IS NOT NULL"),
-    ),
+    _index("webhook_endpoints_by_deletion", "deleted_at", where="deleted_at IS NOT NULL"),
     comment="Receivers that a tenant registered.",
 )
 
@@ -437,12 +420,7 @@ webhook_deliveries = Table(
     Column("created_at", Instant, nullable=False),
     Column("ended_at", Instant),
     Index("webhook_deliveries_to_claim", "state", "receiver", "due_at", "serial"),
-    Index(
-        "webhook_deliveries_by_session",
-        "session",
-        sqlite_where=text("session IS NOT NULL"),
-        postgresql_where=text("session IS NOT NULL"),
-    ),
+    _index("webhook_deliveries_by_session", "session", where="session IS NOT NULL"),
     Index("webhook_deliveries_by_tenant", "tenant", "serial"),
     Index("webhook_deliveries_by_endpoint", "endpoint_id", "state"),
     Index("webhook_deliveries_by_end", "ended_at"),

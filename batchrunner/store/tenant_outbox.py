@@ -24,8 +24,7 @@ from batchrunner.holdings import Replay
 from batchrunner.models import TenantId
 from batchrunner.store import queries_deliveries, queries_idempotency, queries_webhooks
 from batchrunner.store.moments import Moment
-from batchrunner.store.queries_deliveries import delivery_of
-from batchrunner.store.queries_webhooks import endpoint_of, event_of_row
+from batchrunner.store.rows import delivery_of, endpoint_of, event_of
 
 _EVERYTHING = DeliveryFilter()
 
@@ -128,13 +127,13 @@ class SqlTenantOutbox:
         self._require_own(event.tenant, event.id)
         with self._store.writing() as conn:
             queries_webhooks.announce(conn, event, self._store.moment(), url=url)
-            return event_of_row(queries_webhooks.event_named(conn, event.id))
+            return event_of(queries_webhooks.event_named(conn, event.id))
 
     def events(self, *, after: int, limit: int) -> list[WebhookEvent]:
         """See TenantOutbox."""
         with self._store.reading() as conn:
             rows = queries_webhooks.events_after(conn, self._tenant, after=after, limit=limit)
-            return [event_of_row(row) for row in rows]
+            return [event_of(row) for row in rows]
 
     def event_serial(self, event_id: EventId) -> int:
         """See TenantOutbox."""
@@ -145,7 +144,7 @@ class SqlTenantOutbox:
         """See TenantOutbox."""
         with self._store.reading() as conn:
             row = queries_webhooks.last_event(conn, self._tenant)
-            return None if row is None else event_of_row(row)
+            return None if row is None else event_of(row)
 
     def delivery(self, delivery_id: DeliveryId) -> Delivery:
         """See TenantOutbox."""

@@ -42,6 +42,21 @@ async def test_uploaded_file_is_the_object_of_the_original(api: Served) -> None:
     assert file["expires_at"] - file["created_at"] == 30 * 86400
 
 
+@pytest.mark.parametrize("name", ["in.txt", "upload", "jsonl"])
+async def test_a_batch_file_of_another_name_is_taken_with_a_warning_and_by_strict_refused(
+    api: Served, name: str
+) -> None:
+    taken = await api.upload(filename=name)
+    other = await api.upload(filename=name, purpose="evals")
+    strict = await api.upload(filename=name, prefix="/openai/v1")
+
+    assert (taken.json["status"], taken.json["status_details"]) == ("processed", "The name does not end in .jsonl.")
+    assert other.json["status_details"] is None
+    assert strict.status == 400
+    assert strict.json["error"]["message"] == "Invalid file format for Batch API. Must be .jsonl"
+    assert (await api.upload(filename="IN.JSONL", prefix="/openai/v1")).status == 200
+
+
 async def test_fields_may_come_after_the_file_chunked_without_a_length(api: Served) -> None:
     """As openai-node sends it."""
     raw = form(fields={"purpose": "batch"}, content=LINE * 2000, is_file_first=True)

@@ -1,7 +1,7 @@
 """Every refusal of files, uploads, keys and HTTP itself, byte for byte as the golden files have it.
 
-A golden file holds a request, the status, headers that matter, and the body. `{names}` in it stand for what the fixture
-made.
+A golden file holds a request, what is asked before it if anything, the status, headers that matter, and the body.
+`{names}` in it stand for what the fixture made.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from batchrunner.clock import SystemClock
 from batchrunner.holdings import KeyLimits, KeyScope
 from batchrunner.settings import Settings
 from tests.api.serving import FORM_HEADERS, LINE, Served, form, serving
@@ -37,9 +38,16 @@ class Stage:
         return text
 
 
+class StoppedClock(SystemClock):
+    """The machine's clock, but nothing takes any time: of a slow machine's a refusal would tell."""
+
+    def monotonic_s(self) -> float:
+        return 0.0
+
+
 @pytest.fixture
 async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
-    async with serving(tmp_path, is_open=False, settings=SMALL) as served:
+    async with serving(tmp_path, is_open=False, settings=SMALL, clock=StoppedClock()) as served:
         served.secret = served.add_key("acme")
         served.add_key("acme", scopes=[KeyScope.READ], secret="brk_reader_with_one_scope")
         served.add_key("acme", limits=KeyLimits(rpm=1), secret="brk_one_request_a_minute")
@@ -71,11 +79,17 @@ async def begin_upload(served: Served) -> tuple[str, str]:
 
 @pytest.mark.parametrize("case", CASES)
 async def test_refusal_is_as_the_golden_file_has_it(stage: Stage, case: str) -> None:
-    golden = json.loads(stage.fill((GOLDEN / f"{case}.json").read_text(encoding="utf-8")))
+    await check_refusal(stage, (GOLDEN / f"{case}.json").read_text(encoding="utf-8"))
+
+
+async def check_refusal(stage: Stage, content: str) -> None:
+    """Ask for what a golden file asks for, and hold the answer against the one in it."""
+    golden = json.loads(stage.fill(content))
     asked: dict[str, Any] = golden["request"]
 
-    for _ in range(asked.get("times", 1) - 1):
-        await stage.served.call(asked["method"], asked["path"], **sent(stage, asked))
+    for each in golden.get("before", []):
+        before = await stage.served.call(each["method"], each["path"], **sent(stage, each))
+        assert before.status == 200
     reply = await stage.served.call(asked["method"], asked["path"], **sent(stage, asked))
 
     assert reply.status == golden["status"]
@@ -97,7 +111,8 @@ def sent(stage: Stage, asked: dict[str, Any]) -> dict[str, Any]:
         body = asked["body"].encode() * asked.get("body_times", 1)
     if "fields" in asked:
         content = asked["file"].encode() * asked.get("file_times", 1) if "file" in asked else None
-        body = form(fields=asked["fields"], content=content, name=asked.get("file_name", "file"))
+        filename = asked.get("file_called", "in.jsonl")
+        body = form(fields=asked["fields"], content=content, filename=filename, name=asked.get("file_name", "file"))
         headers |= FORM_HEADERS
     secret = asked.get("secret", stage.served.secret)
     if secret:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_asyncio
 
+from batchrunner.holdings import KeyLimits
 from batchrunner.store.sqlite import SqliteStore
 from tests.api.batching import chat_lines, make_batch
 from tests.api.serving import Served, serving
-from tests.api.test_golden import Stage, sent
+from tests.api.test_golden import Stage, check_refusal
 
 GOLDEN = Path(__file__).parent / "golden_batches"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.json"))
@@ -25,6 +24,9 @@ async def stage(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stage
     """A server without workers, with a batch in each status that a refusal speaks of. Refusals change nothing."""
     async with serving(tmp_path_factory.mktemp("golden"), is_open=False) as served:
         served.secret = served.add_key("acme")
+        served.add_key("acme", limits=KeyLimits(open_batches_max=1), secret="brk_one_open_batch")
+        served.add_key("acme", limits=KeyLimits(queued_lines_max=1), secret="brk_one_queued_line")
+        served.add_key("acme", limits=KeyLimits(priority_max=0), secret="brk_no_priority")
         names = {
             "batch_file": (await served.upload()).json["id"],
             "user_data_file": (await served.upload(b"x", purpose="user_data")).json["id"],
@@ -50,15 +52,4 @@ async def put(served: Served, status: str) -> str:
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("case", CASES)
 async def test_refusal_is_as_the_golden_file_has_it(stage: Stage, case: str) -> None:
-    golden = json.loads(stage.fill((GOLDEN / f"{case}.json").read_text(encoding="utf-8")))
-    asked: dict[str, Any] = golden["request"]
-
-    reply = await stage.served.call(asked["method"], asked["path"], **sent(stage, asked))
-
-    assert reply.status == golden["status"]
-    assert reply.json == golden["body"]
-    assert list(reply.json["error"]) == ["message", "type", "param", "code"]
-    assert reply.headers["Content-Type"] == "application/json"
-    assert reply.headers["x-request-id"].startswith("req_")
-    if reply.status == 409:
-        assert reply.headers["x-should-retry"] == "false"
+    await check_refusal(stage, (GOLDEN / f"{case}.json").read_text(encoding="utf-8"))

@@ -247,10 +247,10 @@ _CLEAN_LOOKS = 3
 
 
 async def begun(host: Host) -> None:
-    """Wait until the server writes what it is being sent."""
+    """Wait until the server writes what it is being sent; each look asks it something, which takes its turn."""
     async with asyncio.timeout(60):
-        while not any("~" in each for each in host.stored_names()):  # noqa: ASYNC110 - another process
-            await asyncio.sleep(0.01)  # real time: the server is another process
+        while not any("~" in each for each in host.stored_names()):
+            await upload(host, [HEAD[:40]])
 
 
 async def settled(host: Host, open_files_max: int | None = None) -> None:

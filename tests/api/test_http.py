@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from batchrunner.api.dispatch import Router
-from batchrunner.api.http import Answer, Call, Route, json_answer
+from batchrunner.api.http import Answer, Call, Route
 from batchrunner.api.routes import ROUTES
 from batchrunner.errors import DiskFull, IdempotencyRunning, JournalCorrupt, StoreUnavailable
 from tests.api.serving import FORM_HEADERS, LINE, Served, form, serving
@@ -168,11 +168,6 @@ async def broken_stream(_call: Call) -> Answer:
     return Answer(chunks=chunks(), size_bytes=8)
 
 
-async def echo(call: Call) -> Answer:
-    await call.body()
-    return json_answer({"tenant": call.tenant})
-
-
 BAD = tuple(
     Route(method="GET", path=f"/bad/{handler.__name__}", handler=handler, summary="", scope=None)
     for handler in (failing, without_store, without_space, with_damage, running, broken_stream)
@@ -233,6 +228,21 @@ async def test_the_log_line_has_no_body_and_no_id_of_a_tenant(api: Served, caplo
     assert record.__dict__["request_id"] == reply.headers["x-request-id"]
     assert file_id not in record.getMessage()
     assert "s3cr3t" not in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("said", "known"), [("2", 2), ("0", 0), (None, 0), ("-1", 0), ("1e9", 0), ("9" * 30, 0), ("\u0662", 0)]
+)
+async def test_the_log_line_tells_that_an_sdk_tries_again(
+    api: Served, caplog: pytest.LogCaptureFixture, said: str | None, known: int
+) -> None:
+    caplog.set_level(logging.INFO, logger="batchrunner")
+
+    await api.call("GET", "/v1/batches", headers={} if said is None else {"x-stainless-retry-count": said})
+
+    (record,) = [each for each in caplog.records if each.__dict__.get("action") == "request"]
+    assert record.__dict__["retry_count"] == known
+    assert record.getMessage().endswith(" retry 2" if known else record.__dict__["request_id"])
 
 
 async def test_head_of_a_route_without_get_is_refused(api: Served) -> None:

@@ -110,10 +110,6 @@ async def test_foreign_verifiers_accept_every_event(
     assert got.headers["x-inference-webhook-id"] == made["id"]
 
 
-def later(got: Got) -> str:
-    return str(int(got.headers["webhook-timestamp"]) + 1)
-
-
 @pytest.mark.parametrize(
     "change",
     [

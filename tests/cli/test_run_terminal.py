@@ -25,7 +25,7 @@ def talk(event, _arguments, said=[]):
         except RuntimeError:
             traceback.print_exc()
 
-if "batchrunner.app" in sys.orig_argv:
+if "batchrunner.working" in sys.orig_argv:
     sys.addaudithook(talk)
 """
 

@@ -12,7 +12,7 @@ from batchrunner.clock import SystemClock
 from batchrunner.errors import PortTaken
 from batchrunner.hosting import bind, is_loopback
 from batchrunner.settings import Settings
-from tests.cli.calling import call
+from tests.cli.calling import call, spawn
 from tests.unit.fanning import VirtualClock
 
 
@@ -32,6 +32,42 @@ def test_host_that_means_no_address_is_refused(tmp_path: Path, host: str) -> Non
 
     assert refused.code == 2
     assert f"--host {host}" in refused.err
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://box/v1", "localhost:8000", "http://", "http://me:hunter2@box/v1", "http://box/v1?a=b"]
+)
+def test_address_that_is_no_upstream_is_refused_before_anything_is_made(tmp_path: Path, url: str) -> None:
+    refused = call("serve", "--data", tmp_path / "served", "--port", 0, "-u", url)
+
+    assert refused.code == 2
+    assert "base URL" in refused.err
+    assert "hunter2" not in refused.err
+    assert not (tmp_path / "served").exists()
+
+
+def test_table_without_an_address_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "batchrunner.toml").write_text('[[upstream]]\nname = "box"\nbase_url = "box:8000"\n')
+
+    refused = call("serve", "--data", tmp_path / "served", "--port", 0)
+
+    assert refused.code == 2
+    assert "box:8000" in refused.err
+
+
+def test_server_ends_as_asked_when_nobody_reads_its_talk_any_more(tmp_path: Path) -> None:
+    with spawn("serve", "--data", tmp_path / "served", "--port", 0, "--workers", 0) as server:
+        assert server.stderr is not None
+        assert server.stderr.readline().startswith("http://")
+        server.stderr.close()
+        try:
+            server.terminate()
+            code = server.wait(timeout=60)
+        finally:
+            server.kill()
+
+    assert code == 0
 
 
 async def test_free_port_is_the_same_at_all_addresses_and_nobody_listens_yet() -> None:

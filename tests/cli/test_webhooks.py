@@ -78,14 +78,11 @@ async def listening(home: Path, api: Served, *words: str) -> AsyncIterator[tuple
 
 
 async def first_line(api: Served, process: asyncio.subprocess.Process, kind: str) -> str:
-    """Trigger until the listener has heard: it begins with what comes after it."""
+    """Trigger an event, and give what the listener shows of the first one that it heard."""
     assert process.stdout is not None
-    line = asyncio.ensure_future(process.stdout.readline())
+    await api.call("POST", "/v1/webhook_events", json={"type": kind})
     async with asyncio.timeout(LIMIT_S):
-        while not line.done():
-            await api.call("POST", "/v1/webhook_events", json={"type": kind})
-            await asyncio.wait({line}, timeout=0.2)
-    return line.result().decode()
+        return (await process.stdout.readline()).decode()
 
 
 async def test_listen_forwards_signed_events_and_shows_what_came_of_them(tmp_path: Path, api: Served) -> None:
@@ -140,6 +137,41 @@ async def test_a_test_tells_what_the_receiver_answers(tmp_path: Path, api: Serve
 
     assert tested[:2] == (code, f"{status}\n")
     assert listed[1] == f"{made['id']}  {receiver.base}  ?]0;mine  batch.completed\n"
+
+
+async def test_the_log_is_narrowed_and_printed_as_the_server_shows_it(tmp_path: Path, api: Served) -> None:
+    wanted = {"name": "mine", "url": "http://127.0.0.1:1023/", "event_types": ["batch.completed", "batch.failed"]}
+    made = (await api.call("POST", "/v1/webhook_endpoints", json=wanted)).json
+    for kind in ("batch.completed", "batch.failed"):
+        await api.call("POST", "/v1/webhook_events", json={"type": kind, "url": "http://127.0.0.1:1022/"})
+
+    async def listed(*words: str) -> Any:
+        code, out, _ = await called(tmp_path, "webhooks", "list", "--json", *words, "--server", api.base)
+        assert code == 0
+        return json.loads(out)["data"]
+
+    one = await listed("--event", "batch.failed", "--endpoint", made["id"])
+    assert [(each["event_type"], each["webhook_endpoint_id"]) for each in one] == [("batch.failed", made["id"])]
+    assert len(await listed("--event", "batch.completed")) == 2
+    assert len(await listed("--batch", "batch_test", "--status", "pending")) == 4
+    assert await listed("--status", "delivered") == await listed("--batch", "batch_other") == []
+    assert [each["id"] for each in await listed("--endpoints", "--limit", "1")] == [made["id"]]
+    code, _, _ = await called(tmp_path, "webhooks", "list", "--endpoints", "--event", "batch.failed")
+    assert code == 2
+
+
+async def test_what_is_for_a_deleted_receiver_is_not_sent_again(tmp_path: Path, api: Served) -> None:
+    wanted = {"name": "mine", "url": "http://127.0.0.1:1023/", "event_types": ["batch.completed"]}
+    made = (await api.call("POST", "/v1/webhook_endpoints", json=wanted)).json
+    await api.call("POST", "/v1/webhook_events", json={"type": "batch.completed"})
+    (told,) = (await api.call("GET", "/v1/webhook_deliveries")).json["data"]
+    await api.call("DELETE", f"/v1/webhook_endpoints/{made['id']}")
+
+    code, _, err = await called(tmp_path, "webhooks", "resend", told["id"], "--server", api.base)
+
+    assert code == 1
+    assert "was deleted" in err
+    assert "Any change of a disabled receiver enables it" in err
 
 
 async def test_a_receiver_that_is_not_there_has_not_taken_its_test(tmp_path: Path, api: Served) -> None:

@@ -51,9 +51,11 @@ class ScriptedPoster:
     posts: list[Post] = field(default_factory=list)
     under_way: Counter[str] = field(default_factory=Counter)
     most: Counter[str] = field(default_factory=Counter)
+    came: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Posted:
         self.posts.append(Post(self.now(), url, dict(headers), body))
+        self.came.set()
         number = len(self.posts)
         key = headers["webhook-id"]
         self.under_way[key] += 1
@@ -281,7 +283,9 @@ async def test_attempts_under_way_are_bounded(world: World) -> None:
 
     for _ in range(5):
         await courier._turn()
-        await asyncio.sleep(0)
+        while len(poster.posts) < len(courier._under_way):
+            poster.came.clear()
+            await poster.came.wait()
     under_way = len(poster.posts)
     courier.stop(grace_s=0.0)
     await courier.run()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import aiohttp
 import orjson
 
 from batchrunner.lifecycle import TERMINAL, TRANSITIONS, BatchEvent, BatchStatus
-from tests.e2e.served import LOOK_S, Server
+from tests.e2e.served import Server
 
 _INSTANTS = tuple(
     f"{status}_at"
@@ -20,11 +20,43 @@ _INSTANTS = tuple(
 )
 
 
-@dataclass(slots=True)
 class Place:
-    """Where the server is now: it changes when a killed one is started again."""
+    """Where the server is now: it moves when a killed one is started again."""
 
-    server: Server
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._moved = asyncio.Condition()
+
+    async def move(self, server: Server) -> None:
+        """Have a new server."""
+        async with self._moved:
+            self.server = server
+            self._moved.notify_all()
+
+    @contextlib.asynccontextmanager
+    async def visit(self) -> AsyncIterator[Server]:
+        """Have the server for a try, which may break off. An API process that dies alone leaves its port to its parent,
+        and the next try waits for the next process; where nobody has the port, this waits for the next server.
+        """
+        server = self.server
+        try:
+            yield server
+        except aiohttp.ClientConnectorError:
+            async with self._moved:
+                await self._moved.wait_for(lambda: self.server is not server)
+        except (aiohttp.ClientError, ConnectionError):
+            pass
+
+    async def events(self, batch_id: str) -> AsyncGenerator[dict[str, str], None]:
+        """Follow a batch to its end, from connection to connection, going on behind the last event that came."""
+        last_id, is_over = "", False
+        while not is_over:
+            async with self.visit() as server, contextlib.aclosing(server.events(batch_id, last_id)) as events:
+                last_id_before = last_id
+                async for event in events:
+                    last_id = event["id"]
+                    yield event
+                is_over = last_id == last_id_before
 
 
 class Reader:
@@ -34,29 +66,39 @@ class Reader:
         self.lines: list[bytes] = []
         self.after = "0"
         self.is_whole = False
-        self._path = f"/batches/{batch_id}/results"
+        self._batch_id = batch_id
         self._page_lines = page_lines
 
     async def read(self, server: Server) -> None:
         """Take one page; nothing is kept of one that breaks off."""
-        with contextlib.suppress(aiohttp.ClientError, ConnectionError):
-            query = {"after": self.after, "limit": str(self._page_lines)}
-            async with server.session.get(server.base_url + self._path, params=query) as answer:
-                assert answer.status == 200
-                body = await answer.read()
-                assert body.endswith(b"\n") or not body
-                lines = body.splitlines()
-                assert int(answer.headers["X-Last-Sequence"]) == int(self.after) + len(lines)
-                self.lines += lines
-                self.after = answer.headers["X-Last-Sequence"]
-                self.is_whole = answer.headers["X-Incomplete"] == "false"
+        query = {"after": self.after, "limit": str(self._page_lines)}
+        url = f"{server.base_url}/batches/{self._batch_id}/results"
+        async with server.session.get(url, params=query) as answer:
+            assert answer.status == 200
+            body = await answer.read()
+            assert body.endswith(b"\n") or not body
+            lines = body.splitlines()
+            assert int(answer.headers["X-Last-Sequence"]) == int(self.after) + len(lines)
+            self.lines += lines
+            self.after = answer.headers["X-Last-Sequence"]
+            self.is_whole = answer.headers["X-Incomplete"] == "false"
 
     async def read_until(self, place: Place, count: int, *, within_s: float) -> None:
-        """Read until there are so many lines, or all."""
-        async with asyncio.timeout(within_s):
-            while len(self.lines) < count and not self.is_whole:
-                await self.read(place.server)
-                await asyncio.sleep(LOOK_S)  # real time: the server is another process
+        """Read what there is at each event of the batch, until there are so many lines, or all."""
+        async with asyncio.timeout(within_s), contextlib.aclosing(place.events(self._batch_id)) as events:
+            async for _ in events:
+                is_behind = True
+                while is_behind and not self._has(count):
+                    before = self.after
+                    async with place.visit() as server:
+                        await self.read(server)
+                        is_behind = self.after != before
+                if self._has(count):
+                    return
+        raise AssertionError(f"the batch is over, and of {count} lines there are {len(self.lines)}")
+
+    def _has(self, count: int) -> bool:
+        return len(self.lines) >= count or self.is_whole
 
     @property
     def custom_ids(self) -> list[str]:
@@ -69,48 +111,21 @@ class Follower:
 
     def __init__(self, batch_id: str) -> None:
         self.seen: list[tuple[tuple[int, int], dict[str, Any]]] = []
-        self._path = f"/batches/{batch_id}/events"
-        self._last = ""
+        self._batch_id = batch_id
 
     async def follow(self, place: Place, *, within_s: float) -> None:
         """Follow until the server says that there is nothing more."""
-        async with asyncio.timeout(within_s):
-            while True:
-                with contextlib.suppress(aiohttp.ClientError, ConnectionError):
-                    headers = {"Last-Event-ID": self._last} if self._last else {}
-                    url = place.server.base_url + self._path
-                    async with place.server.session.get(url, headers=headers) as answer:
-                        if answer.status == 204:
-                            return
-                        assert answer.status == 200
-                        async for event in _events(answer.content):
-                            self._take(event)
-                await asyncio.sleep(LOOK_S)  # real time: the server is another process
-
-    def _take(self, event: dict[str, str]) -> None:
-        version, sequence = map(int, event["id"].split("-"))
-        self._last = event["id"]
-        self.seen.append(((version, sequence), orjson.loads(event["data"])))
+        async with asyncio.timeout(within_s), contextlib.aclosing(place.events(self._batch_id)) as events:
+            async for event in events:
+                version, sequence = map(int, event["id"].split("-"))
+                self.seen.append(((version, sequence), orjson.loads(event["data"])))
 
     def check(self) -> None:
         """Prove that the events only went on, and that what they show never went back."""
         levels = [level for level, _ in self.seen]
         assert levels == sorted(levels)
+        assert self.seen[-1][1]["status"] in TERMINAL
         check_forward(batch for _, batch in self.seen)
-
-
-async def _events(stream: aiohttp.StreamReader) -> AsyncIterator[dict[str, str]]:
-    """Give each whole event; one that breaks off before its blank line is none."""
-    event: dict[str, str] = {}
-    async for raw in stream:
-        line = raw.decode()
-        if line == "\n":
-            if "data" in event:
-                yield event
-            event = {}
-        else:
-            name, _, value = line.rstrip("\n").partition(": ")
-            event[name] = value
 
 
 @dataclass(slots=True)
@@ -119,13 +134,16 @@ class Watcher:
 
     seen: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
+    async def look(self, server: Server) -> None:
+        """Look once."""
+        for batch in (await server.get("/batches?limit=100"))["data"]:
+            self.seen.setdefault(batch["id"], []).append(batch)
+
     async def watch(self, place: Place) -> None:
-        """Look until it is cancelled."""
+        """Look until it is cancelled; each time is a whole request."""
         while True:
-            with contextlib.suppress(aiohttp.ClientError, ConnectionError):
-                for batch in (await place.server.get("/batches?limit=100"))["data"]:
-                    self.seen.setdefault(batch["id"], []).append(batch)
-            await asyncio.sleep(LOOK_S)  # real time: the server is another process
+            async with place.visit() as server:
+                await self.look(server)
 
     def check(self) -> None:
         """Prove that nothing of any batch went back."""

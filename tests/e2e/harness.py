@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -147,6 +148,30 @@ class Bench:
         if reached not in done:
             command.kill_group()
             raise AssertionError(f"not reached: {(await command.ended()).stderr}; {self.simulator.stats()}")
+
+
+async def died(process: psutil.Process) -> None:
+    """Wait for the death of a process whose parent is frozen and cannot bury it."""
+    loop, dead = asyncio.get_running_loop(), asyncio.Event()
+    pidfd = os.pidfd_open(process.pid)
+    loop.add_reader(pidfd, dead.set)
+    try:
+        async with asyncio.timeout(COMMAND_S):
+            await dead.wait()
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+
+
+def freeze(database: Path, *processes: psutil.Process) -> None:
+    """Stop processes while none of them writes: one that did would keep all others from the database."""
+    with contextlib.closing(sqlite3.connect(database, timeout=COMMAND_S, isolation_level=None)) as holding:
+        holding.execute("BEGIN IMMEDIATE")
+        for each in processes:
+            each.suspend()
+            while each.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+                os.sched_yield()
+        holding.execute("ROLLBACK")
 
 
 def chat_line(number: int, **body: object) -> bytes:

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import re
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
+import orjson
 import psutil
 
 from batchrunner.simulate import Simulator, SimulatorSettings
@@ -19,19 +20,49 @@ from tests.e2e.harness import Command, Ended, chat_line, start
 from tests.invariants import Checked, check_run
 
 WAIT_S = 60.0
-LOOK_S = 0.02
 TERMINAL = frozenset({"completed", "failed", "expired", "cancelled"})
+# A batch may be followed for long; what is silent for longer than its heartbeats is broken.
+_FOLLOWING = aiohttp.ClientTimeout(total=None, sock_read=WAIT_S)
+
+Found = TypeVar("Found")
+
+
+@dataclass(slots=True)
+class Talk:
+    """What a server says on stderr, read all the time, so that no pipe fills."""
+
+    lines: list[str] = field(default_factory=list)
+    is_over: bool = False
+    _heard: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def read(self, stderr: asyncio.StreamReader) -> None:
+        """Take in each line until there are no more."""
+        while not self.is_over:
+            line = await stderr.readline()
+            async with self._heard:
+                if line:
+                    self.lines.append(line.decode(errors="replace"))
+                self.is_over = not line
+                self._heard.notify_all()
+
+    async def said(self, words: str) -> str:
+        """Wait for a line with these words, if it was not there before, and give it."""
+        async with self._heard:
+            await self._heard.wait_for(lambda: self.is_over or any(words in line for line in self.lines))
+        found = next((line for line in self.lines if words in line), None)
+        assert found is not None, f"it ended without saying {words!r}: {''.join(self.lines)}"
+        return found
 
 
 @dataclass(slots=True)
 class Server:
-    """A running `serve`. Its talk is read all the time, so that no pipe fills."""
+    """A running `serve`."""
 
     command: Command
     base_url: str
     opening: list[str]
+    talk: Talk
     reading: asyncio.Task[None]
-    talk: list[str]
     session: aiohttp.ClientSession
 
     @property
@@ -49,7 +80,7 @@ class Server:
 
     def worker(self) -> psutil.Process:
         """A worker process."""
-        return self.child("batchrunner.app")
+        return self.child("batchrunner.working")
 
     async def get(self, path: str) -> Any:
         """GET JSON under the base URL."""
@@ -69,6 +100,17 @@ class Server:
         """GET /readyz."""
         async with self.session.get(f"{self.root}/readyz") as answer:
             return answer.status, await answer.json()
+
+    async def when(self, ask: Callable[[], Awaitable[Found]], is_wanted: Callable[[Found], bool]) -> Found:
+        """Ask until the answer is as wanted, and give it. `ask` makes a whole request each time: that is its pace."""
+        async with asyncio.timeout(WAIT_S):
+            while not is_wanted(found := await ask()):
+                pass
+        return found
+
+    async def until_ready(self) -> None:
+        """Wait until its worker has reported."""
+        await self.when(self.ready, lambda found: found[1]["checks"]["workers"].get("detail", "").startswith("1 of"))
 
     async def submit(self, path: Path, **fields: Any) -> str:
         """Upload a file and make a batch of it; gives the batch's id."""
@@ -92,17 +134,42 @@ class Server:
             async with self.session.post(f"{self.base_url}/files", data=form) as answer:
                 return answer.status, await answer.json()
 
+    async def events(self, batch_id: str, last_id: str = "") -> AsyncGenerator[dict[str, str], None]:
+        """Follow a batch over one connection; an event that breaks off before its blank line is none."""
+        headers = {"Last-Event-ID": last_id} if last_id else {}
+        url = f"{self.base_url}/batches/{batch_id}/events"
+        async with self.session.get(url, headers=headers, timeout=_FOLLOWING) as answer:
+            assert answer.status in (200, 204)
+            event: dict[str, str] = {}
+            async for raw in answer.content:
+                line = raw.decode()
+                if line == "\n":
+                    if "data" in event:
+                        yield event
+                    event = {}
+                else:
+                    name, _, value = line.rstrip("\n").partition(": ")
+                    event[name] = value
+
     async def batch_when(
         self, batch_id: str, is_reached: Callable[[dict[str, Any]], bool], *, within_s: float = WAIT_S
     ) -> dict[str, Any]:
-        """Ask for a batch until it is as wanted; the API may be gone for a while."""
+        """Follow a batch until it is as wanted. Where an API process dies, its parent keeps the port: the next request
+        waits for the next process.
+        """
         async with asyncio.timeout(within_s):
             while True:
-                with contextlib.suppress(aiohttp.ClientError):
-                    batch: dict[str, Any] = await self.get(f"/batches/{batch_id}")
-                    if is_reached(batch):
-                        return batch
-                await asyncio.sleep(LOOK_S)  # real time: the server is another process
+                try:
+                    async with contextlib.aclosing(self.events(batch_id)) as events:
+                        async for event in events:
+                            batch: dict[str, Any] = orjson.loads(event["data"])
+                            if is_reached(batch):
+                                return batch
+                            assert batch["status"] not in TERMINAL, batch
+                except aiohttp.ClientConnectorError:
+                    raise
+                except aiohttp.ClientError:
+                    pass
 
     async def ended_batch(self, batch_id: str, *, within_s: float = WAIT_S) -> dict[str, Any]:
         """Wait for the end of a batch."""
@@ -119,12 +186,7 @@ class Server:
     async def said(self, words: str) -> str:
         """Wait until it has said something."""
         async with asyncio.timeout(WAIT_S):
-            while True:
-                for line in self.talk:
-                    if words in line:
-                        return line
-                assert not self.reading.done(), f"it ended without saying {words!r}: {''.join(self.talk)}"
-                await asyncio.sleep(LOOK_S)  # real time: the server is another process
+            return await self.talk.said(words)
 
     async def stop(self, *signals: signal.Signals) -> Ended:
         """Send signals, SIGTERM if none is named, and wait for the end."""
@@ -137,7 +199,7 @@ class Server:
         async with asyncio.timeout(WAIT_S):
             code = await self.command.process.wait()
             await self.reading
-        return Ended(code, b"", "".join([*self.opening, *self.talk]))
+        return Ended(code, b"", "".join([*self.opening, *self.talk.lines]))
 
     async def kill_all(self) -> None:
         """Kill parent, API and workers at one instant."""
@@ -189,10 +251,9 @@ class Site:
         if not (opening and re.fullmatch(r"http://\S+/v1\n", opening[0])):
             command.kill_group()
             raise AssertionError("".join(opening) + (await command.ended()).stderr)
-        talk: list[str] = []
-        server = Server(
-            command, opening[0].strip(), opening, asyncio.create_task(_read(command, talk)), talk, self.session
-        )
+        talk = Talk()
+        reading = asyncio.create_task(talk.read(command.process.stderr))
+        server = Server(command, opening[0].strip(), opening, talk, reading, self.session)
         self.servers.append(server)
         return server
 
@@ -214,19 +275,6 @@ class Site:
         assert counts["completed"] == len(checked.succeeded)
         assert counts["total"] == len(checked.succeeded) + len(checked.failed)
         return checked
-
-
-async def until(is_reached: Callable[[], Awaitable[bool]]) -> None:
-    """Ask again and again until something is so."""
-    async with asyncio.timeout(WAIT_S):
-        while not await is_reached():  # noqa: ASYNC110 - what is waited for is in another process
-            await asyncio.sleep(LOOK_S)  # real time: the server is another process
-
-
-async def _read(command: Command, talk: list[str]) -> None:
-    assert command.process.stderr is not None
-    while line := await command.process.stderr.readline():
-        talk.append(line.decode(errors="replace"))
 
 
 @contextlib.asynccontextmanager

@@ -19,7 +19,7 @@ from batchrunner.lifecycle import BatchEvent
 from batchrunner.models import LOCAL_TENANT
 from batchrunner.simulate import Simulator, SimulatorSettings
 from batchrunner.store.sqlite import SqliteStore
-from tests.e2e.harness import Bench, Command, bench, start
+from tests.e2e.harness import Bench, Command, bench, freeze, start
 from tests.e2e.small_disk import needs_root, small_disk
 
 pytestmark = pytest.mark.slow
@@ -223,9 +223,9 @@ async def test_frozen_worker_loses_its_lines_to_another_and_its_late_answers_cou
         command = await run.start("--workers", "2", "--json")
         await run.reach(lambda stats: stats.ok >= 64, command)
         frozen = command.workers()[0]
-        frozen.send_signal(signal.SIGSTOP)
+        freeze(run.state / "state.db", frozen)
         await run.reach(lambda stats: stats.repeats > 0, command)
-        frozen.send_signal(signal.SIGCONT)
+        frozen.resume()
         ended = await command.ended()
 
         assert ended.code == 0, ended.stderr
@@ -241,7 +241,7 @@ async def test_run_ends_although_a_worker_stays_frozen(tmp_path: Path) -> None:
 
         command = await run.start("--workers", "2", "--json")
         await run.reach(lambda stats: stats.ok >= 64, command)
-        command.workers()[0].send_signal(signal.SIGSTOP)
+        freeze(run.state / "state.db", command.workers()[0])
         ended = await command.ended()
 
         assert ended.code == 0, ended.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import httpx2
@@ -15,35 +14,37 @@ from tests.e2e.served import WAIT_S, Site, site
 LINES = 2_000
 WINDOW = 32
 STOP_S = 1.0
+LATENCIES_S = {"100ms": 0.1, "3s": 3.0}
 FLAGS = ("--workers", "1", "--concurrency", str(WINDOW))
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("latency", ["100ms", "3s"])
-async def test_cancelled_batch_sends_nothing_a_second_later_and_keeps_what_is_done(
+@pytest.mark.parametrize("latency", LATENCIES_S)
+async def test_cancelled_batch_sends_for_less_than_a_second_and_keeps_what_is_done(
     tmp_path: Path, latency: str
 ) -> None:
     """What is in flight may end, and is kept: it is paid for. Undisturbed it would take six seconds, or minutes."""
+    sent_in_a_second = WINDOW * int(STOP_S / LATENCIES_S[latency])
     async with site(tmp_path, latency=latency) as here:
         server = await here.serve(*FLAGS)
         batch_id = await server.submit(here.write_input(LINES))
-        await here.simulator.wait_until(lambda stats: stats.ok >= WINDOW)
+        # Each place of the window has been taken again just now.
+        await here.simulator.wait_until(lambda stats: stats.total >= 2 * WINDOW)
 
         cancelled = await server.post(f"/batches/{batch_id}/cancel")
-        await asyncio.sleep(STOP_S)  # real time: this is the promise
-        stopped_at = here.simulator.stats().total
+        sent = here.simulator.stats().total
         again = await server.post(f"/batches/{batch_id}/cancel")
         batch = await server.ended_batch(batch_id)
 
         assert cancelled["status"] == "cancelling"
         assert again["status"] in ("cancelling", "cancelled")
         assert again["cancelling_at"] == cancelled["cancelling_at"]
-        assert here.simulator.stats().total == stopped_at < LINES
+        assert sent <= here.simulator.stats().total <= sent + sent_in_a_second < LINES
         assert batch["status"] == "cancelled"
         checked = await here.check(server, batch, repeats_max=0)
         assert set(checked.codes) == {"batch_cancelled"}
-        assert len(checked.succeeded) == here.simulator.stats().ok == stopped_at
+        assert len(checked.succeeded) == here.simulator.stats().ok == here.simulator.stats().total
         assert (await server.post(f"/batches/{batch_id}/cancel")) == batch
         assert (await server.stop()).code == 0
 

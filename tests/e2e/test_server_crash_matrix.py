@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.e2e.following import Place, Watcher
-from tests.e2e.served import Server, Site, site, until
+from tests.e2e.served import Server, Site, site
 
 LINES = 400
 WINDOW = 16
@@ -78,8 +78,9 @@ async def begin(here: Site, hold: Hold) -> tuple[Server, str]:
     """Bring a batch into the status and keep it there."""
     server = await here.serve(*FLAGS, BATCHRUNNER_REGISTER_S="50ms", BATCHRUNNER_CRASH_AT=hold.point or "")
     batch_id = await server.submit(here.write_input(LINES))
+    if hold.status in ("in_progress", "cancelling"):
+        await here.simulator.wait_until(lambda stats: stats.ok >= LINES // 4)
     if hold.status == "cancelling":
-        await server.batch_when(batch_id, lambda batch: batch["request_counts"]["completed"] > 0)
         assert await cancel(server, batch_id) == 200
 
     def is_there(batch: dict[str, Any]) -> bool:
@@ -112,7 +113,7 @@ async def recover(here: Site, place: Place, hold: Hold, victim: str, batch_id: s
     if victim == "all" or hold.point:
         await place.server.kill_all()
         port = place.server.base_url.rpartition(":")[2].removesuffix("/v1")
-        place.server = await here.serve(*FLAGS, "--port", port)
+        await place.move(await here.serve(*FLAGS, "--port", port))
     async with asyncio.timeout(RECOVERY_S):
         await answered(place.server, batch_id)
 
@@ -145,8 +146,7 @@ async def test_process_killed_in_a_status_leaves_one_end(tmp_path: Path, name: s
         answer = await strike(server, batch_id, victim, event)
         await recover(here, place, hold, victim, batch_id)
         batch = await place.server.ended_batch(batch_id)
-        await watched_end(watcher, batch)
-        watching.cancel()
+        await last_look(watching, watcher, place.server, batch)
 
         watcher.check()
         assert batch["status"] in ends_of(hold, event, answer)
@@ -156,13 +156,13 @@ async def test_process_killed_in_a_status_leaves_one_end(tmp_path: Path, name: s
         assert (await place.server.stop()).code == 0
 
 
-async def watched_end(watcher: Watcher, batch: dict[str, Any]) -> None:
-    """Wait until the watcher has seen the end too."""
-
-    async def is_seen() -> bool:
-        return watcher.seen.get(batch["id"], [{}])[-1].get("status") == batch["status"]
-
-    await until(is_seen)
+async def last_look(watching: asyncio.Task[None], watcher: Watcher, server: Server, batch: dict[str, Any]) -> None:
+    """Have the watcher see the end too."""
+    watching.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await watching
+    await watcher.look(server)
+    assert watcher.seen[batch["id"]][-1]["status"] == batch["status"]
 
 
 async def check_files(here: Site, server: Server, batch: dict[str, Any]) -> None:
@@ -191,8 +191,7 @@ async def test_process_killed_as_the_deadline_comes_leaves_an_expired_batch(tmp_
         await kill(server, victim)
         await recover(here, place, Hold("in_progress"), victim, batch_id)
         batch = await place.server.ended_batch(batch_id)
-        await watched_end(watcher, batch)
-        watching.cancel()
+        await last_look(watching, watcher, place.server, batch)
 
         watcher.check()
         assert batch["status"] == "expired"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from batchrunner import crash
-from tests.e2e.served import Server, Site, site, until
+from tests.e2e.served import Server, Site, site
 
 LINES = 300
 WINDOW = 16
@@ -55,7 +55,7 @@ async def test_worker_dies_at_point_and_then_all_and_the_batch_completes(tmp_pat
         await armed.said("worker 0 ended with code -9")
         # The next one may die there as well before all are killed.
         await armed.kill_all()
-        deaths = sum("ended with code -9" in line for line in armed.talk) + 1
+        deaths = sum("ended with code -9" in line for line in armed.talk.lines) + 1
 
         await end_and_check(here, batch_id, deaths=deaths)
 
@@ -98,11 +98,7 @@ async def test_api_that_dies_in_its_sweep_leaves_nothing_behind(tmp_path: Path) 
         await armed.kill_all()
 
         again = await here.serve("--workers", "1", BATCHRUNNER_SWEEP_S="100ms")
-
-        async def is_swept() -> bool:
-            return any("blobs deleted" in line for line in again.talk)
-
-        await until(is_swept)
+        await again.said("blobs deleted")
         batch = await again.ended_batch(batch_id)
         await here.check(again, batch)
         assert kept <= set((here.data / "blobs" / "files").rglob("*"))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.served import Server, Site, site, until
+from tests.e2e.harness import freeze
+from tests.e2e.served import Server, Site, site
 from tests.e2e.small_disk import fill_up, needs_root, small_disk
 
 LINES = 2_000
@@ -32,14 +33,15 @@ def ballast_of(here: Site) -> Path:
 
 
 async def stand_still(here: Site, server: Server) -> None:
-    """Fill the disk, the server's own reserve too, until a worker says that nothing goes on."""
-
-    async def is_stuck() -> bool:
-        fill_up(ballast_of(here))
-        _, found = await server.ready()
-        return "disk_full" in found["checks"]["workers"].get("detail", "") and not reserve_of(here).exists()
-
-    await until(is_stuck)
+    """Fill the disk, the server's own reserve too, while the worker sleeps, until that says that nothing goes on."""
+    await server.when(server.ready, lambda _: reserve_of(here).exists())
+    worker = server.worker()
+    freeze(here.data / "state.db", worker)
+    fill_up(ballast_of(here))
+    await server.when(server.ready, lambda _: not reserve_of(here).exists())
+    fill_up(ballast_of(here))
+    worker.resume()
+    await server.when(server.ready, lambda found: "disk_full" in found[1]["checks"]["workers"].get("detail", ""))
 
 
 def reserve_of(here: Site) -> Path:
@@ -84,16 +86,9 @@ async def test_batch_is_cancelled_out_of_the_reserve_of_a_full_disk(tmp_path: Pa
         batch_id = await server.submit(here.write_input(LINES), metadata={"why": "full"})
         await here.simulator.wait_until(lambda stats: stats.ok >= LINES // 10)
 
-        async def is_reserved() -> bool:
-            return reserve_of(here).exists()
-
-        await until(is_reserved)
+        await server.when(server.ready, lambda _: reserve_of(here).exists())
         fill_up(ballast_of(here))
-
-        async def is_released() -> bool:
-            return not reserve_of(here).exists()
-
-        await until(is_released)
+        await server.when(server.ready, lambda _: not reserve_of(here).exists())
         cancelled = await server.post(f"/batches/{batch_id}/cancel")
         batch = await server.ended_batch(batch_id)
 

@@ -52,7 +52,7 @@ async def kill_again_and_again(here: Site, place: Place, scale: Scale, rng: rand
         await place.server.kill_all()
         # What a dead worker had sent arrives before the new one is up; it is counted against this kill.
         sent = here.simulator.stats().total
-        place.server = await here.serve(*FLAGS, "--port", port)
+        await place.move(await here.serve(*FLAGS, "--port", port))
         async with asyncio.timeout(RECOVERY_S):
             await requests(here, 1, since=sent)
         assert here.simulator.stats().repeats - before <= REPEATS_PER_KILL

@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ import aiohttp
 import psutil
 import pytest
 
-from tests.e2e.harness import Command, start
-from tests.e2e.served import Server, Site, site, until
+from tests.e2e.harness import Command, freeze, start
+from tests.e2e.served import Server, Site, site
 
 LINES = 400
 WINDOW = 16
+FLAGS = ("--workers", "1", "--concurrency", str(WINDOW))
 # What may be sent again after a death: what was in flight, and one commit group of the worker.
 REPEATS_PER_KILL = WINDOW + 256
 # A busy machine takes its time to start a process; `bench.server` measures how long.
@@ -28,18 +31,14 @@ AT_ONCE_S = 10.0
 pytestmark = pytest.mark.slow
 
 
-def is_moving(batch: dict[str, Any]) -> bool:
-    return bool(batch["status"] == "in_progress" and batch["request_counts"]["completed"] >= LINES // 10)
-
-
-async def until_ready(server: Server) -> None:
-    """Wait until a worker ticks."""
-
-    async def ticks() -> bool:
-        checks = (await server.ready())[1]["checks"]
-        return bool(checks["workers"].get("detail", "").startswith("1 of"))
-
-    await until(ticks)
+@asynccontextmanager
+async def in_mid_batch(folder: Path) -> AsyncIterator[tuple[Site, Server, str]]:
+    """Give a server that has done a part of the batch of this id."""
+    async with site(folder, latency="100ms") as here:
+        server = await here.serve(*FLAGS)
+        batch_id = await server.submit(here.write_input(LINES))
+        await here.simulator.wait_until(lambda stats: stats.ok >= LINES // 10)
+        yield here, server, batch_id
 
 
 async def end_and_check(here: Site, server: Server, batch_id: str, *, kills: int) -> None:
@@ -68,7 +67,7 @@ async def test_first_lines_are_the_base_url_and_a_curl_line_that_works(tmp_path:
 async def test_workers_let_the_api_go_first(tmp_path: Path) -> None:
     async with site(tmp_path) as here:
         server = await here.serve("--workers", "1")
-        await until_ready(server)
+        await server.until_ready()
 
         assert server.worker().nice() == server.api().nice() + 5
         assert server.api().nice() == psutil.Process().nice()
@@ -76,10 +75,7 @@ async def test_workers_let_the_api_go_first(tmp_path: Path) -> None:
 
 
 async def test_killed_api_comes_back_on_its_port_and_the_batch_goes_on(tmp_path: Path) -> None:
-    async with site(tmp_path, latency="100ms") as here:
-        server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
-        batch_id = await server.submit(here.write_input(LINES))
-        await server.batch_when(batch_id, is_moving)
+    async with in_mid_batch(tmp_path) as (here, server, batch_id):
         old, worker = server.api(), server.worker()
 
         old.kill()
@@ -106,30 +102,28 @@ async def test_half_an_upload_of_a_killed_api_leaves_the_disk(tmp_path: Path) ->
         writing.write(b"content-type: multipart/form-data; boundary=x\r\n\r\n" + head + b"{}\n" * 500_000)
         await writing.drain()
 
-        async def is_half_there() -> bool:
-            return any("~" in path.name for path in (here.data / "blobs").rglob("files/*"))
+        async def half_written() -> list[Path]:
+            assert await status_of(server, "/healthz") == 200
+            return [path for path in (here.data / "blobs").rglob("files/*") if "~" in path.name]
 
-        await until(is_half_there)
+        await server.when(half_written, bool)
         server.api().kill()
         await server.said("1 half written blobs")
 
-        assert not await is_half_there()
+        assert await half_written() == []
         writing.close()
         assert (await server.stop()).code == 0
 
 
 async def test_killed_worker_comes_back_and_its_lines_at_once(tmp_path: Path) -> None:
-    async with site(tmp_path, latency="100ms") as here:
-        server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
-        batch_id = await server.submit(here.write_input(LINES))
-        moved = await server.batch_when(batch_id, is_moving)
+    async with in_mid_batch(tmp_path) as (here, server, batch_id):
         worker = server.worker()
 
         worker.kill()
-        done = moved["request_counts"]["completed"]
         async with asyncio.timeout(RECOVERY_S):
-            # Whatever was counted by then; a worker that registers more than that is a new one.
             await server.said("worker 0 ended with code -9")
+            # Whatever was counted by then; a worker that registers more than that is a new one.
+            done = (await server.get(f"/batches/{batch_id}"))["request_counts"]["completed"]
             await server.batch_when(batch_id, lambda batch: batch["request_counts"]["completed"] > done + WINDOW)
 
         assert server.worker().pid != worker.pid
@@ -138,28 +132,21 @@ async def test_killed_worker_comes_back_and_its_lines_at_once(tmp_path: Path) ->
 
 
 async def test_killed_server_is_started_again_and_the_batch_completes(tmp_path: Path) -> None:
-    async with site(tmp_path, latency="100ms") as here:
-        server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
-        batch_id = await server.submit(here.write_input(LINES))
-        await server.batch_when(batch_id, is_moving)
-
+    async with in_mid_batch(tmp_path) as (here, server, batch_id):
         await server.kill_all()
-        again = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
+        again = await here.serve(*FLAGS)
 
         await end_and_check(here, again, batch_id, kills=1)
         assert (await again.stop()).code == 0
 
 
 async def test_server_may_be_started_while_the_children_of_a_killed_one_still_end(tmp_path: Path) -> None:
-    async with site(tmp_path, latency="100ms") as here:
-        server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
-        batch_id = await server.submit(here.write_input(LINES))
-        await server.batch_when(batch_id, is_moving)
+    async with in_mid_batch(tmp_path) as (here, server, batch_id):
         port = server.base_url.rpartition(":")[2].removesuffix("/v1")
         children = server.command.workers()
 
         server.command.send(signal.SIGKILL)
-        again = await here.serve("--workers", "1", "--concurrency", str(WINDOW), "--port", port)
+        again = await here.serve(*FLAGS, "--port", port)
 
         gone, alive = await asyncio.to_thread(psutil.wait_procs, children, timeout=AT_ONCE_S)
         assert len(gone) == 2
@@ -170,7 +157,7 @@ async def test_server_may_be_started_while_the_children_of_a_killed_one_still_en
 
 async def test_sigterm_lets_what_is_in_flight_end_and_nothing_is_sent_again(tmp_path: Path) -> None:
     async with site(tmp_path, latency="500ms") as here:
-        server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
+        server = await here.serve(*FLAGS)
         batch_id = await server.submit(here.write_input(LINES // 4))
         await here.simulator.wait_until(lambda stats: stats.total >= 2 * WINDOW)
 
@@ -179,14 +166,14 @@ async def test_sigterm_lets_what_is_in_flight_end_and_nothing_is_sent_again(tmp_
         assert ended.code == 0, ended.stderr
         assert "SIGTERM: waiting up to 30 s" in ended.stderr
         assert "Traceback" not in ended.stderr
-        again = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
+        again = await here.serve(*FLAGS)
         await end_and_check(here, again, batch_id, kills=0)
         assert (await again.stop()).code == 0
 
 
 async def test_second_signal_ends_at_once(tmp_path: Path) -> None:
     async with site(tmp_path, latency="20s") as here:
-        server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
+        server = await here.serve(*FLAGS)
         await server.submit(here.write_input(LINES))
         await here.simulator.wait_until(lambda stats: stats.total >= 1)
 
@@ -262,6 +249,7 @@ async def test_signal_to_all_processes_is_a_clean_end(tmp_path: Path) -> None:
 async def test_second_server_on_the_folder_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
     async with site(tmp_path) as here:
         server = await here.serve("--workers", "1")
+        await server.until_ready()
 
         second = await (await here.launch("--workers", "1")).ended()
 
@@ -314,21 +302,15 @@ async def test_server_without_upstream_says_so_validates_and_waits(tmp_path: Pat
 async def test_readiness_tells_that_no_worker_reports(tmp_path: Path) -> None:
     async with site(tmp_path) as here:
         server = await here.serve("--workers", "1")
-        await until_ready(server)
+        await server.until_ready()
         worker = server.worker()
 
-        async def is_unready() -> bool:
-            return (await server.ready())[0] != 200
+        freeze(here.data / "state.db", worker)
+        status, found = await server.when(server.ready, lambda found: found[0] != 200)
+        worker.resume()
 
-        worker.suspend()
-        try:
-            await until(is_unready)
-            found = await server.ready()
-        finally:
-            worker.resume()
-
-        assert found[0] == 503
-        assert found[1]["failed"] == ["workers"]
+        assert status == 503
+        assert found["failed"] == ["workers"]
         await server.stop()
 
 
@@ -338,17 +320,14 @@ async def test_first_key_closes_an_open_server(tmp_path: Path) -> None:
         assert (await server.get("/batches"))["data"] == []
 
         created = await (await start_keys(here, "create", "--scopes", "read")).ended()
-
-        async def is_closed() -> bool:
-            return await status_of(server, "/v1/batches") == 401
-
-        await until(is_closed)
+        await server.said("there are API keys now")
+        await server.said("the API process ended with code 0")
 
         secret = created.stdout.decode().strip()
+        assert await status_of(server, "/v1/batches") == 401
         assert await status_of(server, "/v1/batches", secret) == 200
         assert await status_of(server, "/healthz") == await status_of(server, "/readyz") == 200
         assert await status_of(server, "/metrics") == 200
-        assert "there are API keys now" in await server.said("there are API keys now")
         assert (await server.stop()).code == 0
 
 

@@ -28,7 +28,8 @@ async def test_no_line_is_torn_or_given_twice_over_a_kill(tmp_path: Path, victim
         if victim == "all":
             port = server.base_url.rpartition(":")[2].removesuffix("/v1")
             await server.kill_all()
-            server = place.server = await here.serve("--workers", "1", "--concurrency", str(WINDOW), "--port", port)
+            server = await here.serve("--workers", "1", "--concurrency", str(WINDOW), "--port", port)
+            await place.move(server)
         else:
             (server.worker() if victim == "worker" else server.api()).kill()
         await reader.read_until(place, LINES + 1, within_s=WAIT_S)

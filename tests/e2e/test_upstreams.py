@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.harness import Command, chat_line, start
-from tests.e2e.served import Server, site, until
+from tests.e2e.served import Server, site
 from tests.invariants import check_run
 
 pytestmark = pytest.mark.slow
@@ -149,7 +149,7 @@ async def test_server_goes_on_at_the_other_upstream_and_tells_of_each(tmp_path: 
         batch_id = await server.submit(at.input)
         running = await server.batch_when(batch_id, lambda batch: "upstreams" in batch["progress"])
         first.command.send(signal.SIGKILL)
-        await until(lambda: _tells(server, "first", is_up=False))
+        await server.when(lambda: _tells(server, "first", is_up=False), bool)
         batch = await server.ended_batch(batch_id)
         await at.check(server, batch)
 

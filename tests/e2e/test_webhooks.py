@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import orjson
+import psutil
 import pytest
 
 from tests.api.receiving import receiving
-from tests.e2e.served import site, until
+from tests.e2e.harness import died, freeze
+from tests.e2e.served import site
 
 FLAGS = ("--workers", "1")
 
@@ -19,20 +22,26 @@ pytestmark = pytest.mark.slow
 async def test_whoever_dies_the_end_is_told_under_one_id(tmp_path: Path, point: str) -> None:
     async with receiving() as receiver, site(tmp_path, latency="1ms") as here:
         armed = await here.serve(*FLAGS, BATCHRUNNER_CRASH_AT=point)
+        await armed.until_ready()
+        parent, api, worker = psutil.Process(armed.command.pid), armed.api(), armed.worker()
+        freeze(here.data / "state.db", worker)
         batch_id = await armed.submit(here.write_input(5), webhook_url=f"{receiver.base}/hook")
-        await armed.said("ended with code -9")
+        # After the death at the point nobody takes another step: no parent to start the dead again, no API to deliver.
+        dying, others = (worker, (parent, api)) if point == "seal.published" else (api, (parent,))
+        freeze(here.data / "state.db", *others)
+        worker.resume()
+        await died(dying)
         await armed.kill_all()
 
         again = await here.serve(*FLAGS)
         await again.ended_batch(batch_id)
         await receiver.wait(2 if point == "webhook.posted" else 1)
 
-        async def is_recorded() -> bool:
-            (delivery,) = (await again.get("/webhook_deliveries"))["data"]
-            return bool(delivery["status"] == "delivered")
+        async def its_delivery() -> Any:
+            (found,) = (await again.get("/webhook_deliveries"))["data"]
+            return found
 
-        await until(is_recorded)
-        (delivery,) = (await again.get("/webhook_deliveries"))["data"]
+        delivery = await again.when(its_delivery, lambda found: found["status"] == "delivered")
 
     assert {each.id for each in receiver.got} == {delivery["id"]}
     assert {orjson.loads(each.body)["data"]["id"] for each in receiver.got} == {batch_id}

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import psutil
 import pytest
 
+from tests.e2e.following import Place
 from tests.e2e.harness import chat_line
-from tests.e2e.served import LOOK_S, Server, Site, site
+from tests.e2e.served import Server, Site, site
 
 FLAGS = ("--workers", "1", "--concurrency", "64")
 REPEATS_PER_KILL = 64 + 256
@@ -23,42 +23,43 @@ MIB = 1024 * 1024
 pytestmark = pytest.mark.slow
 
 
-@dataclass(slots=True)
-class Place:
-    """The server that is up now."""
-
-    server: Server
-
-    async def ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        """Ask until an answer comes: the server may be gone for a while."""
-        while True:
-            with contextlib.suppress(aiohttp.ClientError):
-                async with self.server.session.request(method, self.server.base_url + path, json=body) as answer:
-                    return answer.status, await answer.json()
-            await asyncio.sleep(LOOK_S)  # real time: the server is another process
+async def ask(place: Place, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+    """Ask until an answer comes: the server may be gone for a while."""
+    while True:
+        async with (
+            place.visit() as server,
+            server.session.request(method, server.base_url + path, json=body) as answer,
+        ):
+            return answer.status, await answer.json()
 
 
 @dataclass(slots=True)
 class Pager:
-    """Reads result pages for as long as requests run, going on from the last token."""
+    """Reads result pages whenever the batch has moved, going on from the last token."""
 
     place: Place
     batch_id: str
     seen: dict[str, str] = field(default_factory=dict)
+    token: str = ""
 
     async def read_until(self, count: int) -> None:
-        token = ""
-        while len(self.seen) < count:
-            status, page = await self.place.ask(
-                "GET", f"/batches/{self.batch_id}/results?limit=1000&pagination_token={token}"
-            )
-            assert status == 200, page
-            for each in page["results"]:
-                answer = each["batch_result"]["response"]["chat_get_completion"]["choices"][0]["message"]["content"]
-                assert self.seen.setdefault(each["batch_request_id"], answer) == answer
-            token = page["pagination_token"] or token
-            if page["pagination_token"] is None:
-                await asyncio.sleep(LOOK_S)  # real time: the server is another process
+        async with contextlib.aclosing(self.place.events(self.batch_id)) as events:
+            async for _ in events:
+                while await self.read():
+                    pass
+                if len(self.seen) == count:
+                    return
+
+    async def read(self) -> bool:
+        """Take one page; tell whether there are more now."""
+        query = f"?limit=1000&pagination_token={self.token}"
+        status, page = await ask(self.place, "GET", f"/batches/{self.batch_id}/results{query}")
+        assert status == 200, page
+        for each in page["results"]:
+            answer = each["batch_result"]["response"]["chat_get_completion"]["choices"][0]["message"]["content"]
+            assert self.seen.setdefault(each["batch_request_id"], answer) == answer
+        self.token = page["pagination_token"] or self.token
+        return page["pagination_token"] is not None
 
 
 def lines_in(path: Path) -> list[bytes]:
@@ -78,7 +79,7 @@ async def add_all(place: Place, batch_id: str, lines: list[bytes], *, size: int)
     """Add lines, some at a time. What was answered by nobody is sent again: then its ids may be taken."""
     for start in range(0, len(lines), size):
         body = {"batch_requests": requests_of(lines[start : start + size])}
-        status, answer = await place.ask("POST", f"/batches/{batch_id}/requests", body)
+        status, answer = await ask(place, "POST", f"/batches/{batch_id}/requests", body)
         assert status == 200 or (status == 400 and "already" in answer["error"]), answer
 
 
@@ -93,7 +94,7 @@ async def opened(server: Server) -> str:
 
 async def closed(here: Site, place: Place, batch_id: str, *, lines: int, repeats_max: int) -> dict[str, Any]:
     """Close the batch, wait for its end and prove its ledger."""
-    status, _ = await place.ask("POST", f"/batches/{batch_id}/close", {})
+    status, _ = await ask(place, "POST", f"/batches/{batch_id}/close", {})
     assert status == 200
     batch = await place.server.ended_batch(batch_id)
     assert (batch["status"], batch["state"]["num_success"]) == ("completed", lines)
@@ -115,7 +116,7 @@ async def test_requests_that_join_between_kills_are_answered_once_each(tmp_path:
             for number in range(1, kills + 1):
                 await requests(here, number * lines // (kills + 2))
                 await place.server.kill_all()
-                place.server = await here.serve(*FLAGS, "--port", port)
+                await place.move(await here.serve(*FLAGS, "--port", port))
             await adding
 
         await closed(here, place, batch_id, lines=lines, repeats_max=REPEATS_PER_KILL * kills)
@@ -135,7 +136,7 @@ async def test_an_api_that_dies_while_requests_join_loses_and_doubles_none(tmp_p
         adding = asyncio.create_task(add_all(place, batch_id, lines_in(path), size=20))
         await armed.said("ended with code -9")
         await armed.kill_all()
-        place.server = await here.serve(*FLAGS, "--port", port)
+        await place.move(await here.serve(*FLAGS, "--port", port))
         await adding
 
         await closed(here, place, batch_id, lines=lines, repeats_max=REPEATS_PER_KILL)

@@ -110,15 +110,20 @@ class Crew:
     fetched: list[str] = field(default_factory=list)
     _journals: list[Journal] = field(default_factory=list)
     _running: list[asyncio.Task[None]] = field(default_factory=list)
+    _synced: asyncio.Event = field(default_factory=asyncio.Event)
+    _marks: list[tuple[int, int]] = field(default_factory=list)
 
     def hire(self, *, window: int = 8) -> Worker:
         """Start a worker with a window of this size."""
         loop, name = asyncio.get_running_loop(), SessionId(f"session-{len(self.workers)}")
         store, blobs = SqliteStore.open(self.folder / "state.db", self.clock), LocalBlobs(self.folder / "blobs")
         self.store.open_session(name, host="here", pid=1)
-        journal = Journal(
-            blobs, name, on_durable=lambda: _soon(loop, worker.durable), tick_s=0.001, records_max=1 << 20
-        )
+
+        def tell() -> None:
+            worker.durable()
+            self._synced.set()
+
+        journal = Journal(blobs, name, on_durable=lambda: _soon(loop, tell), tick_s=0.001, records_max=1 << 20)
         gate = Gate(cooldown=Cooldown(), outage=Outage(), first_contact=FirstContact())
         fanout = Fanout(
             outlets=[Outlet(name="default", upstream=self.upstream, gate=gate)],
@@ -173,15 +178,34 @@ class Crew:
             for worker in self.workers:
                 # The keeper's rounds are in real time.
                 worker.changed()
+            await self.settle()
+            while any(each.waiting_records for each in self._journals):
+                await self._sync()
+                await self.settle()
+
+    async def settle(self) -> None:
+        """Let everything happen that needs no time to pass; marks become durable in none."""
+        while True:
             await settled()
-            for journal in self._journals:
-                while journal.waiting_records or any(each.wanted_mark > each.durable_mark for each in journal._shards):
-                    journal.request_sync()
-                    await asyncio.sleep(0.0005)  # real time: the commit thread's
+            marks = [
+                (each.wanted_mark, each.durable_mark) for journal in self._journals for each in list(journal._shards)
+            ]
+            is_waiting = any(wanted > durable for wanted, durable in marks)
+            if marks == self._marks and not is_waiting:
+                return
+            self._marks = marks
+            if is_waiting:
+                await self._sync()
             for worker in self.workers:
                 # The commit thread's own word of it may still be on its way.
                 worker.durable()
-            await settled()
+
+    async def _sync(self) -> None:
+        """Wait until the commit thread has told of another group."""
+        self._synced.clear()
+        for journal in self._journals:
+            journal.request_sync()
+        await self._synced.wait()
 
     async def until(self, holds: Callable[[], bool], *, within_s: float = 60.0) -> float:
         """Let time pass until something holds; gives how long it took."""
@@ -228,6 +252,7 @@ async def crew(folder: Path, script: Script, *, is_server: bool = True, **change
     settings = replace(Settings(), lease_s=1e6, **changes)
     store = SqliteStore.open(folder / "state.db", clock)
     made = Crew(folder, clock, CrewUpstream(clock, script), settings, is_server, store)
+    clock.settle = made.settle
     try:
         yield made
     finally:

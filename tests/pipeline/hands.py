@@ -25,7 +25,7 @@ from batchrunner.models import (
     TaskKind,
     Usage,
 )
-from batchrunner.pipeline import Pipeline, create
+from batchrunner.pipeline import Pipeline
 from batchrunner.ports import TenantScope
 from batchrunner.settings import Settings
 from batchrunner.shards import ShardRun
@@ -162,7 +162,13 @@ class Place:
             deadline_at=deadline_at,
             on_unknown=on_unknown,
         )
-        create(self.scope(hand), new)
+        self.scope(hand).create_batch(new)
+
+    def begin_once(self, hand: Hand) -> ShardRun:
+        """Make a batch of ten lines, each of which may be sent once, and have the hand take them."""
+        self.begin(hand, lines=10, on_unknown=OnUnknown.FAIL)
+        hand.validate()
+        return hand.take()
 
     def scope(self, hand: Hand) -> TenantScope:
         """The tenant's view."""

@@ -265,9 +265,7 @@ def test_line_that_may_be_sent_once_is_not_sent_again_for_a_damaged_result(place
 def test_line_that_may_be_sent_once_is_not_sent_again_when_its_shard_was_given_back_whole(place: Place) -> None:
     """A clean stop tells that no open line is in doubt, but damage takes that word back."""
     one, two = place.hand("one"), place.hand("two")
-    place.begin(one, lines=10, on_unknown=OnUnknown.FAIL)
-    one.validate()
-    run = one.take()
+    run = place.begin_once(one)
     one.answer(run, 5)
     one.store.give_back(run.claim.ref, run.last_progress())
     flip(place, 2)

@@ -12,7 +12,7 @@ from batchrunner import crash
 from batchrunner.blobs.local import LocalBlobs
 from batchrunner.errors import Fenced, InputChanged
 from batchrunner.lifecycle import BatchEvent, BatchStatus
-from batchrunner.models import LineCode, OnUnknown, Progress, TaskKind
+from batchrunner.models import LineCode, Progress, TaskKind
 from batchrunner.shards import ShardRun
 from tests.pipeline.hands import BATCH, LEASE_S, Hand, Place
 
@@ -320,9 +320,7 @@ def test_changed_input_is_found_before_a_line_goes_out(place: Place) -> None:
 
 def test_at_most_once_line_in_doubt_is_never_sent_again(place: Place) -> None:
     one, two = place.hand("one"), place.hand("two")
-    place.begin(one, lines=10, on_unknown=OnUnknown.FAIL)
-    one.validate()
-    run = one.take()
+    run = place.begin_once(one)
     one.answer(run, 3)
     one.next_line(run)
 
@@ -465,9 +463,7 @@ def codes(place: Place) -> dict[str, str]:
 
 def test_lines_only_reserved_before_a_clean_stop_are_sent_by_the_next_holder(place: Place) -> None:
     one, two = place.hand("one"), place.hand("two")
-    place.begin(one, lines=10, on_unknown=OnUnknown.FAIL)
-    one.validate()
-    run = one.take()
+    run = place.begin_once(one)
     reserve(one, run, 9)
     one.answer(run, 3)
 
@@ -486,9 +482,7 @@ def test_lines_only_reserved_before_a_clean_stop_are_sent_by_the_next_holder(pla
 def test_line_that_was_refused_before_a_clean_stop_is_sent_again(place: Place) -> None:
     """Below the last line that was sent there may be one that waited for its next try, or for a token."""
     one, two = place.hand("one"), place.hand("two")
-    place.begin(one, lines=10, on_unknown=OnUnknown.FAIL)
-    one.validate()
-    run = one.take()
+    run = place.begin_once(one)
     one.answer(run, 2)
     assert one.next_line(run) is not None
     one.answer(run, 2)
@@ -505,9 +499,7 @@ def test_line_that_was_refused_before_a_clean_stop_is_sent_again(place: Place) -
 
 def test_line_under_way_when_a_stop_breaks_it_off_is_the_only_unknown_one(place: Place) -> None:
     one, two = place.hand("one"), place.hand("two")
-    place.begin(one, lines=10, on_unknown=OnUnknown.FAIL)
-    one.validate()
-    run = one.take()
+    run = place.begin_once(one)
     reserve(one, run, 9)
     one.answer(run, 2)
     under_way = one.next_line(run)
@@ -528,9 +520,7 @@ def test_line_under_way_when_a_stop_breaks_it_off_is_the_only_unknown_one(place:
 
 def test_lines_of_a_dead_holder_are_unknown_up_to_its_intent_even_after_a_clean_stop(place: Place) -> None:
     one, two, three = place.hand("one"), place.hand("two"), place.hand("three")
-    place.begin(one, lines=10, on_unknown=OnUnknown.FAIL)
-    one.validate()
-    run = one.take()
+    run = place.begin_once(one)
     one.answer(run, 3)
     stop(one, run)
     dying = two.take()

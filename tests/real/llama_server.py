@@ -30,6 +30,9 @@ def serve() -> None:
     params.n_ctx = 512 * SLOTS
     params.n_parallel = SLOTS
     params.n_gpu_layers = 0
+    # Threads that wait for each other at every layer crawl on cores that have other work as well.
+    for threads in (params.cpuparams, params.cpuparams_batch):
+        threads.n_threads = 1
     params.warmup = False
     server = xllamacpp.Server(params)
     print(server.listening_address, flush=True)

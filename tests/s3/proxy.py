@@ -23,9 +23,17 @@ class Fault(Enum):
 
     BUSY = "answered 503 and not passed on"
     FULL = "answered 507 and not passed on"
+    DENIED = "answered 403 and not passed on"
     CUT = "not passed on, the connection is closed"
     LOST = "passed on, and the answer is lost"
     HELD = "not passed on until `release`"
+
+
+_ANSWERS = {
+    Fault.BUSY: (503, b"SlowDown"),
+    Fault.FULL: (507, b"InsufficientStorage"),
+    Fault.DENIED: (403, b"AccessDenied"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +114,7 @@ class Proxy:
             return
         answering = asyncio.create_task(self._pump(back, writer))
         try:
-            while await self._pass_on(reader, writer, forth, answering):
+            while await self._pass_on(reader, writer, forth, back, answering):
                 pass
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             return
@@ -127,6 +135,7 @@ class Proxy:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         forth: asyncio.StreamWriter,
+        back: asyncio.StreamReader,
         answering: asyncio.Task[None],
     ) -> bool:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -143,14 +152,15 @@ class Proxy:
             await self._free.wait()
         elif fault is Fault.CUT:
             return False
-        elif fault in (Fault.BUSY, Fault.FULL):
-            status, code = (503, b"SlowDown") if fault is Fault.BUSY else (507, b"InsufficientStorage")
+        elif fault in _ANSWERS:
+            status, code = _ANSWERS[fault]
             body_bytes = len(_BUSY.partition(b"\r\n\r\n")[2]) - 2 + len(code)
             writer.write(_BUSY % (status, code, body_bytes, code))
             await writer.drain()
             return False
         if fault is Fault.LOST:
             answering.cancel()
+            await asyncio.wait({answering})
         forth.write(head)
         left = int(headers.get("content-length", "0"))
         if fault is Fault.LOST and headers.get("expect", "").lower() == "100-continue":
@@ -163,8 +173,9 @@ class Proxy:
             forth.write(chunk)
             await forth.drain()
         if fault is Fault.LOST:
-            # What it was asked for is done before its answer would have come.
-            await asyncio.sleep(0.5)  # real time: another process works
+            # What it was asked for is done when the service answers, whoever hears it.
+            while (await back.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 "):
+                pass
             return False
         return True
 

@@ -10,10 +10,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
-import urllib.error
-import urllib.request
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,47 +70,48 @@ def _program(name: str) -> str:
     return found
 
 
-def _await_answer(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    give_up_at_s = time.monotonic() + _START_S
-    while time.monotonic() < give_up_at_s:
-        assert process.poll() is None, f"the service ended: {log.read_text()[-2000:]}"
-        with contextlib.suppress(OSError):
-            try:
-                urllib.request.urlopen(url, timeout=2).close()
-            except urllib.error.HTTPError:
-                return
-            return
-        time.sleep(0.1)  # real time: a process starts
-    raise AssertionError(f"no answer from {url}: {log.read_text()[-2000:]}")
-
-
 def _make_bucket(url: str) -> None:
     give_up_at_s = time.monotonic() + _START_S
     while True:
         try:
             client_of(url).create_bucket(Bucket=BUCKET)
         except Exception:
-            # It listens before it can do anything.
+            # It listens before it can do anything. The client sends each request several times, with pauses of its own.
             if time.monotonic() > give_up_at_s:
                 raise
-            time.sleep(0.2)  # real time: a process starts
         else:
             return
 
 
 @contextlib.contextmanager
-def _started(command: list[str], url: str, folder: Path, env: dict[str, str]) -> Iterator[Service]:
-    log = folder / "service.log"
-    with log.open("wb") as stream:
-        # SeaweedFS leaves caches in the folder for temporary files, under names that another user's would have too.
-        surroundings = os.environ | {"TMPDIR": str(folder)} | env
-        process = subprocess.Popen(command, cwd=folder, stdout=stream, stderr=stream, env=surroundings)
-    try:
-        _await_answer(url, process, log)
-        yield Service(url, process)
-    finally:
-        process.kill()
-        process.wait()
+def _started(command: list[str], url: str, folder: Path, env: dict[str, str], *, says: bytes) -> Iterator[Service]:
+    """Run a service that says this when it can be reached."""
+    # SeaweedFS leaves caches in the folder for temporary files, under names that another user's would have too.
+    surroundings = os.environ | {"TMPDIR": str(folder)} | env
+    talk: deque[bytes] = deque(maxlen=50)
+    is_there: Future[bool] = Future()
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=surroundings
+    ) as process:
+        following = threading.Thread(target=_follow, args=(process, says, talk, is_there))
+        following.start()
+        try:
+            assert is_there.result(_START_S), f"the service ended: {b''.join(talk).decode(errors='replace')}"
+            yield Service(url, process)
+        finally:
+            process.kill()
+            following.join()
+
+
+def _follow(process: subprocess.Popen[bytes], says: bytes, talk: deque[bytes], is_there: Future[bool]) -> None:
+    """Read all that a service says, so that no pipe fills."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        talk.append(line)
+        if says in line and not is_there.done():
+            is_there.set_result(True)
+    if not is_there.done():
+        is_there.set_result(False)
 
 
 @contextlib.contextmanager
@@ -140,7 +142,11 @@ def distinct_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def seaweedfs(
-    folder: Path, *, port: int | None = None, ports: list[int] | None = None, env: dict[str, str] | None = None
+    folder: Path,
+    *flags: str,
+    port: int | None = None,
+    ports: list[int] | None = None,
+    env: dict[str, str] | None = None,
 ) -> Iterator[Service]:
     """Run SeaweedFS: its whole stack in one process. With four `ports` it may be one that ran there before."""
     is_new = ports is None or not any(folder.iterdir())
@@ -162,9 +168,10 @@ def seaweedfs(
         f"-volume.port={volume}",
         f"-filer.port={filer}",
         f"-s3.port={s3}",
+        *flags,
     ]
     keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
-    with _started(command, url, folder, keys | (env or {})) as service:
+    with _started(command, url, folder, keys | (env or {}), says=b"Start Seaweed S3 API Server") as service:
         if is_new:
             _make_bucket(url)
         yield service
@@ -182,6 +189,6 @@ def juicefs(folder: Path) -> Iterator[Service]:
     command = [program, "gateway", meta, f"127.0.0.1:{port}", "--multi-buckets", "--no-banner", "--no-usage-report"]
     command += ["--log", str(folder / "gateway.log"), "--cache-dir", str(folder / "cache")]
     keys = {"MINIO_ROOT_USER": ACCESS_KEY, "MINIO_ROOT_PASSWORD": SECRET_KEY}
-    with _started(command, url, folder, keys) as service:
+    with _started(command, url, folder, keys, says=b"IAM initialization complete") as service:
         _make_bucket(url)
         yield service

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,12 +17,13 @@ from batchrunner.blobs.s3_files import S3Files
 from batchrunner.clock import SystemClock
 from batchrunner.errors import BatchrunnerError, BlobsUnavailable, DiskFull
 from batchrunner.settings import MIB, Settings
-from tests.cli.calling import Called, call
+from tests.cli.calling import ENVIRONMENT, Called, call, simulator
 from tests.s3.proxy import Fault, Proxy, Request, proxied
 from tests.s3.services import BUCKET, Service, client_of
 
 CONTENT = os.urandom(18 * MIB)
 CHUNK = 256 * 1024
+LINE = b'{"custom_id":"a","method":"POST","url":"/v1/chat/completions","body":{"model":"m","messages":[]}}\n'
 
 
 @pytest.fixture
@@ -201,6 +204,41 @@ def test_what_a_killed_writer_left_is_dropped(s3_service: Callable[[str], Servic
     blobs.close()
 
 
+def test_list_of_many_pages_is_whole_and_in_order(
+    blobs: S3Blobs, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "2")
+    names = [f"files/{number}" for number in range(5)]
+    for name in reversed(names):
+        write(blobs, name, b"x")
+    proxy.counts.clear()
+
+    assert list(blobs.list("files/")) == names
+    assert proxy.counts["List"] == 3
+
+
+@pytest.mark.real
+def test_unfinished_uploads_of_many_pages_are_all_dropped(s3_service: Callable[[str], Service]) -> None:
+    url = s3_service("seaweedfs").url
+    blobs = S3Blobs(S3Address(BUCKET, "pages"), Settings(s3_endpoint_url=url, s3_addressing="path"), SystemClock())
+    pages: list[str] = []
+
+    def two_each(params: dict[str, object], **_: object) -> None:
+        pages.append(str(params.get("KeyMarker")))
+        params["MaxUploads"] = 2
+
+    blobs._client.meta.events.register("provide-client-params.s3.ListMultipartUploads", two_each)
+    for name in ("a", "b", "b", "b", "c"):
+        client_of(url).create_multipart_upload(Bucket=BUCKET, Key=f"pages/{name}")
+
+    dropped = blobs.drop_begun()
+
+    assert dropped == 5
+    assert len(pages) >= 3
+    assert not [each for each in uploads_left(url) if each.startswith("pages/")]
+    blobs.close()
+
+
 def test_service_that_is_gone_is_no_bug_and_no_missing_blob(blobs: S3Blobs, proxy: Proxy) -> None:
     proxy.rule = lambda _request: Fault.CUT
 
@@ -244,15 +282,19 @@ def doctor(*arguments: str) -> Called:
     return call("doctor", *arguments, "--json")
 
 
-@pytest.mark.slow
-def test_doctor_tries_out_the_bucket_and_leaves_nothing_there(
-    proxy: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def commands(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Have commands of this process ask the service, in a folder of their own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BATCHRUNNER_S3_ENDPOINT_URL", proxy.url)
+    assert settings.s3_endpoint_url is not None
+    monkeypatch.setenv("BATCHRUNNER_S3_ENDPOINT_URL", settings.s3_endpoint_url)
     monkeypatch.setenv("BATCHRUNNER_S3_ADDRESSING", "path")
-    monkeypatch.setattr(s3_client, "_WAIT_MAX_S", 0.01)
+    return tmp_path
 
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("commands")
+def test_doctor_tries_out_the_bucket_and_leaves_nothing_there(proxy: Proxy) -> None:
     good = doctor("--blobs", f"s3://{BUCKET}/tried")
     no_bucket = doctor("--blobs", "s3://no-such-bucket/tried")
     no_address = doctor("--blobs", "s3:/batches")
@@ -263,8 +305,87 @@ def test_doctor_tries_out_the_bucket_and_leaves_nothing_there(
     assert no_bucket.code == no_address.code == no_put.code == 1
     assert "Make the bucket" in failed(no_bucket)["bucket list"]
     assert "bucket" in failed(no_address)
-    assert "s3:PutObject" in failed(no_put)["bucket put"]
+    assert list(failed(no_put)) == ["bucket put"]
+    assert "It needs" not in failed(no_put)["bucket put"]
     assert "Contents" not in client_of(proxy.url).list_objects_v2(Bucket=BUCKET, Prefix="tried/")
+
+
+@pytest.mark.usefixtures("commands")
+@pytest.mark.parametrize(
+    ("kind", "step", "permission"),
+    [
+        ("List", "list", "s3:ListBucket"),
+        ("ListUploads", "list uploads", "s3:ListBucketMultipartUploads"),
+        ("PUT", "put", "s3:PutObject"),
+        ("GET", "ranged get", "s3:GetObject"),
+        ("Abort", "abort upload", "s3:AbortMultipartUpload"),
+        ("DELETE", "delete", "s3:DeleteObject"),
+    ],
+)
+def test_doctor_names_the_permission_that_is_missing_and_no_other(
+    proxy: Proxy, kind: str, step: str, permission: str
+) -> None:
+    proxy.rule = lambda request: Fault.DENIED if request.kind == kind else None
+
+    found = failed(doctor("--blobs", f"s3://{BUCKET}/denied"))
+
+    assert list(found) == [f"bucket {step}"]
+    assert found[f"bucket {step}"].endswith(f"It needs {permission}.")
+
+
+@pytest.mark.slow
+def test_new_run_whose_bucket_refuses_sends_nothing_and_may_be_given_another(
+    commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (commands / "in.jsonl").write_bytes(LINE)
+    command = ("run", "in.jsonl", "-o", "out.jsonl", "-u")
+    state = commands / "out.jsonl.run"
+    with simulator() as upstream:
+        monkeypatch.setenv("BATCHRUNNER_BLOBS", "s3://no-such-bucket/runs")
+        refused = call(*command, upstream)
+        was_begun = (state / "state.db").exists()
+        monkeypatch.setenv("BATCHRUNNER_BLOBS", f"s3://{BUCKET}/runs")
+        ended = call(*command, upstream)
+
+    assert (refused.code, was_begun, ended.code) == (1, False, 0), refused.err + ended.err
+    assert "Make the bucket" in refused.err
+    assert (state / "blobs.address").read_text().startswith(f"s3://{BUCKET}/runs/")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("blobs", "is_imported"), [(None, False), (f"s3://{BUCKET}/lazy", True)])
+def test_boto3_is_imported_for_a_bucket_only(commands: Path, blobs: str | None, *, is_imported: bool) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+import batchrunner.cli.run, batchrunner.cli.running, batchrunner.cli.serve, batchrunner.hosting, batchrunner.serving
+from batchrunner.app import open_adapters
+from batchrunner.cli.configuring import load_settings
+open_adapters(Path("state"), load_settings({{"blobs": {blobs!r}}})[0])
+sys.exit(10 + ("boto3" in sys.modules))
+"""
+
+    ran = subprocess.run([sys.executable, "-c", code], cwd=commands, env=ENVIRONMENT | os.environ, check=False)
+
+    assert ran.returncode == 10 + is_imported
+
+
+@pytest.mark.usefixtures("commands")
+@pytest.mark.parametrize("content", [None, b"no certificate"])
+def test_certificates_that_cannot_be_read_are_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+) -> None:
+    bundle = tmp_path / "ca.pem"
+    if content is not None:
+        bundle.write_bytes(content)
+    monkeypatch.setenv("BATCHRUNNER_S3_CA_BUNDLE", str(bundle))
+    monkeypatch.setenv("BATCHRUNNER_BLOBS", f"s3://{BUCKET}/runs")
+    (tmp_path / "in.jsonl").write_bytes(LINE)
+
+    ended = call("run", "in.jsonl", "-o", "out.jsonl", "-u", "http://127.0.0.1:9/v1")
+
+    assert ended.code == 2
+    assert f"cannot read s3_ca_bundle {bundle}" in ended.err
 
 
 def failed(called: Called) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import json
 import random
@@ -14,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from batchrunner.simulate import SimulatorStats
-from tests.e2e.harness import Bench, bench, start
+from tests.e2e.harness import COMMAND_S, Bench, bench, start
+from tests.e2e.small_disk import fill_up, needs_root, small_disk
 from tests.s3.conftest import environment_of
-from tests.s3.proxy import Fault, Proxy, proxied
+from tests.s3.proxy import Fault, Proxy, Request, proxied
 from tests.s3.services import BUCKET, Service, client_of, distinct_ports, seaweedfs
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -87,27 +90,53 @@ async def test_failed_lines_become_an_object_beside_the_output(
     assert names_of(url, "failed/") == {"out.jsonl", "out.errors.jsonl"}
 
 
+class Failures:
+    """A rule that spoils whatever is to be written, and tells of each such request."""
+
+    def __init__(self, fault: Fault) -> None:
+        self._fault = fault
+        self._told: asyncio.Queue[int] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+
+    def __call__(self, request: Request) -> Fault | None:
+        if request.method not in ("PUT", "POST"):
+            return None
+        self._loop.call_soon_threadsafe(self._told.put_nowait, request.number)
+        return self._fault
+
+    async def wait(self, count: int) -> None:
+        """Wait for so many more."""
+        async with asyncio.timeout(COMMAND_S):
+            for _ in range(self._told.qsize() + count):
+                await self._told.get()
+
+
 @pytest.mark.parametrize("fault", [Fault.BUSY, Fault.CUT, Fault.HELD])
 async def test_service_that_fails_for_a_while_stops_the_sending_and_the_run_goes_on(
     tmp_path: Path, proxy: Proxy, fault: Fault
 ) -> None:
     """What may wait for the service is what comes within a segment's time and a second, and what is in flight."""
-    environment = environment_of(proxy.url, BATCHRUNNER_SEGMENT_S="500ms")
+    environment = environment_of(proxy.url, BATCHRUNNER_SEGMENT_S="500ms", BATCHRUNNER_S3_TIMEOUT_S="1s")
+    failures = Failures(fault)
     async with bench(tmp_path, latency="20ms") as run:
         run.environment = environment
         run.write_input(6_000)
         command = await run.start("--workers", "1", "--json")
         await run.reach(lambda stats: stats.total >= 1_500, command)
 
-        proxy.rule = lambda request: fault if request.method in ("PUT", "POST") else None
-        stopped_at = await still(run)
+        proxy.rule = failures
+        await command.said("waiting:")
+        await run.reach(lambda stats: stats.in_flight == 0, command)
+        stopped_at = run.simulator.stats().total
+        await failures.wait(2)
+        still_at = run.simulator.stats().total
         proxy.rule = lambda _request: None
         proxy.release()
         ended = await command.ended()
 
         assert ended.code == 0, ended.stderr
         # 16 requests of 20 ms are 800 a second at most.
-        assert stopped_at < 1_500 + 800 * 4
+        assert still_at == stopped_at < 1_500 + 800 * 4
         run.check(repeats_max=0)
         assert uploads_left(proxy.url, environment["BATCHRUNNER_BLOBS"]) == []
 
@@ -123,8 +152,11 @@ async def test_service_killed_in_mid_run_is_waited_for_and_the_run_goes_on(tmp_p
             await run.reach(lambda stats: stats.total >= 1_500, command)
             assert service.process is not None
             service.process.kill()
-            stopped_at = await still(run)
-        with seaweedfs(folder, ports=ports) as service:
+            await command.said("waiting:")
+        with contextlib.ExitStack() as stack:
+            # Its start takes seconds, in which nothing is sent.
+            service = await asyncio.to_thread(stack.enter_context, seaweedfs(folder, ports=ports))
+            stopped_at = run.simulator.stats().total
             ended = await command.ended(within_s=120)
 
             assert ended.code == 0, ended.stderr
@@ -133,15 +165,48 @@ async def test_service_killed_in_mid_run_is_waited_for_and_the_run_goes_on(tmp_p
             assert uploads_left(service.url, run.environment["BATCHRUNNER_BLOBS"]) == []
 
 
-async def still(run: Bench) -> int:
-    """Wait until nothing has been sent for a second; gives how much was sent before."""
-    import asyncio
+@needs_root
+async def test_service_whose_disk_is_full_is_waited_for_and_the_run_goes_on(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "96m") as disk:
+        folder, ballast = disk / "weed", disk / "ballast"
+        folder.mkdir()
+        async with bench(tmp_path, latency="20ms") as run:
+            run.write_input(6_000)
+            with seaweedfs(folder) as service:
+                run.environment = environment_of(service.url, BATCHRUNNER_SEGMENT_S="500ms")
+                command = await run.start("--workers", "1", "--json")
+                await run.reach(lambda stats: stats.total >= 1_500, command)
 
-    before = -1
-    while (now := run.simulator.stats().total) != before:
-        before = now
-        await asyncio.sleep(1.0)  # real time: the run is another process
-    return now
+                fill_up(ballast)
+                said = await command.said("waiting:")
+                stopped_at = run.simulator.stats().total
+                ballast.unlink()
+                ended = await command.ended(within_s=120)
+
+                assert "blobs_unavailable" in said
+                assert ended.code == 0, ended.stderr
+                assert stopped_at < 1_500 + 800 * 4
+                run.check(repeats_max=0)
+                assert uploads_left(service.url, run.environment["BATCHRUNNER_BLOBS"]) == []
+
+
+async def test_run_that_waits_for_the_service_ends_when_it_is_told_to(tmp_path: Path, proxy: Proxy) -> None:
+    """All of its lines are answered, and none of the answers can be kept."""
+    proxy.rule = lambda request: Fault.BUSY if request.method == "PUT" else None
+    async with bench(tmp_path) as run:
+        run.environment = environment_of(proxy.url)
+        run.write_input(WINDOW)
+        command = await run.start()
+        await command.said("waiting: blobs_unavailable")
+        command.send(signal.SIGTERM)
+        stopped = await command.ended()
+
+        proxy.rule = lambda _request: None
+        ended = await run.run("--json")
+
+        assert stopped.code == 130, stopped.stderr
+        assert ended.code == 0, ended.stderr
+        run.check(repeats_max=WINDOW)
 
 
 @dataclass(frozen=True, slots=True)

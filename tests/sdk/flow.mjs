@@ -17,21 +17,18 @@ const wanted = idsOf(content.toString());
 const endpoint = "/v1/chat/completions";
 const order = { endpoint, completion_window: "24h" };
 const client = new OpenAI({ baseURL, apiKey });
-const WAIT_MS = 60_000;
-const LOOK_MS = 50;
 const WALK_MAX = 1000;
-
-const pause = () => new Promise((resolve) => setTimeout(resolve, LOOK_MS));
 
 function idsOf(jsonl) {
   return jsonl.split("\n").filter(Boolean).map((line) => JSON.parse(line).custom_id);
 }
 
 // A client that shows the status of each of its responses, and may lose one of them.
-function watching(statuses, { lose = () => false, ...options } = {}) {
+function watching(statuses, { lose = () => false, see = () => {}, ...options } = {}) {
   const watched = async (url, init) => {
     const answer = await fetch(url, init);
     statuses.push(answer.status);
+    see();
     if (lose(statuses.length)) throw new TypeError("the cable was pulled");
     return answer;
   };
@@ -42,13 +39,13 @@ function upload(options = {}, from = client) {
   return from.files.create({ file: fs.createReadStream(inputPath), purpose: "batch" }, options);
 }
 
+// The end of a batch is the end of its events.
 async function ended(batchId) {
-  for (let waited = 0; waited < WAIT_MS; waited += LOOK_MS) {
-    const batch = await client.batches.retrieve(batchId);
-    if (["completed", "failed", "expired", "cancelled"].includes(batch.status)) return batch;
-    await pause();
-  }
-  throw new Error(`${batchId} does not end`);
+  const headers = { Authorization: `Bearer ${apiKey}` };
+  await (await fetch(`${baseURL}/batches/${batchId}/events`, { headers })).text();
+  const batch = await client.batches.retrieve(batchId);
+  assert(["completed", "failed", "expired", "cancelled"].includes(batch.status), batch.status);
+  return batch;
 }
 
 async function finished() {
@@ -67,7 +64,7 @@ async function walked(pages) {
 
 const stories = {
   async whole_flow() {
-    const file = await client.files.waitForProcessing((await upload()).id, { pollInterval: LOOK_MS });
+    const file = await client.files.waitForProcessing((await upload()).id);
     assert.equal(file.status, "processed");
     assert.equal(file.bytes, content.length);
     assert.equal(file.filename, path.basename(inputPath));
@@ -118,9 +115,10 @@ const stories = {
     for (let round = 0; round < 20; round += 1) {
       const statuses = [];
       const key = `slow-${VERSION}-${round}`;
-      const slow = slowUpload(key, () => statuses.includes(409) || statuses.includes(200));
+      const mayEnd = happening();
+      const slow = slowUpload(key, mayEnd);
       await slow.halfSent;
-      const watched = watching(statuses, { maxRetries: 5 });
+      const watched = watching(statuses, { see: mayEnd.happened, maxRetries: 5 });
       const file = await watched.files.create(
         { file: await toFile(content, "same.jsonl"), purpose: "batch" },
         { headers: { "Idempotency-Key": key } },
@@ -254,7 +252,14 @@ const stories = {
   },
 };
 
-// Upload the input without any SDK, with a pause in the middle until it may end.
+// Something to wait for, and what says that it has happened.
+function happening() {
+  let happened;
+  const waiting = new Promise((resolve) => { happened = resolve; });
+  return Object.assign(waiting, { happened });
+}
+
+// Upload the input without any SDK, with a pause in the middle until it may end or is answered.
 function slowUpload(key, mayEnd) {
   const boundary = "----flow";
   const field = `--${boundary}\r\nContent-Disposition: form-data; name=`;
@@ -267,11 +272,10 @@ function slowUpload(key, mayEnd) {
       "Idempotency-Key": key,
     },
   });
-  let isAnswered = false;
   const ended = new Promise((resolve, reject) => {
     request.on("error", reject);
     request.on("response", async (answer) => {
-      isAnswered = true;
+      mayEnd.happened();
       const pieces = [];
       for await (const piece of answer) pieces.push(piece);
       resolve({ status: answer.statusCode, id: JSON.parse(Buffer.concat(pieces).toString()).id });
@@ -282,7 +286,7 @@ function slowUpload(key, mayEnd) {
   });
   (async () => {
     await halfSent;
-    while (!mayEnd() && !isAnswered) await pause();
+    await mayEnd;
     request.end(Buffer.concat([content.subarray(content.length / 2), Buffer.from(`\r\n--${boundary}--\r\n`)]));
   })();
   return { halfSent, ended };

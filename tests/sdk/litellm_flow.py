@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-LOOK_S = 0.1
 ENDED = {"completed", "failed", "cancelled"}
 
 
@@ -23,7 +21,6 @@ def main(address: str, path: str) -> None:
     wanted = {"completion_window": "24h", "endpoint": "/v1/chat/completions", "metadata": {"name": "nightly"}}
     batch = litellm.create_batch(input_file_id=file.id, **wanted, **who)
     while batch.status not in ENDED:
-        time.sleep(LOOK_S)  # real time: the server is another process
         batch = litellm.retrieve_batch(batch_id=batch.id, **who)
     content = litellm.file_content(file_id=batch.output_file_id, **who).content
     lines = [json.loads(line) for line in content.splitlines()]

@@ -7,7 +7,7 @@ import heapq
 import json
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -48,6 +48,8 @@ class VirtualClock:
 
     def __init__(self) -> None:
         self.now_s = 1000.0
+        # Awaited before each step of time.
+        self.settle: Callable[[], Awaitable[None]] = settled
         self._sleepers: list[tuple[float, int, asyncio.Future[Attempt | None]]] = []
         self._serial = 0
 
@@ -76,12 +78,12 @@ class VirtualClock:
     async def advance(self, duration_s: float) -> None:
         """Let this much time pass, and everything happen that it brings."""
         end_s = self.now_s + duration_s
-        await settled()
+        await self.settle()
         while self._sleepers and self._sleepers[0][0] <= end_s + 1e-9:
             self.now_s, _, sleeper = heapq.heappop(self._sleepers)
             if not sleeper.done():
                 sleeper.set_result(None)
-            await settled()
+            await self.settle()
         self.now_s = end_s
 
 
@@ -115,6 +117,7 @@ class Sent:
     in_flight: int
     key: str | None
     is_at_most_once: bool
+    model: str | None
 
 
 # What a line's n-th request (from 1) comes to, and after how long.
@@ -157,7 +160,8 @@ class ScriptedUpstream:
         is_at_most_once: bool = False,
         owner: AssetOwner | None = None,
     ) -> Attempt:
-        line = int(json.loads(body)["n"])
+        said = json.loads(body)
+        line = int(said["n"])
         started_at_s = self._clock.monotonic_s()
         self.in_flight.append(line)
         self.in_flight_max = max(self.in_flight_max, len(self.in_flight))
@@ -168,6 +172,7 @@ class ScriptedUpstream:
                 in_flight=len(self.in_flight),
                 key=idempotency_key,
                 is_at_most_once=is_at_most_once,
+                model=said.get("model"),
             )
         )
         self._counts[line] += 1
@@ -330,11 +335,30 @@ class Scene:
 
     async def finish(self, *runs: ShardRun, within_s: float = 600.0) -> float:
         """Advance until the shards are finished; gives the seconds that it took."""
-        began_s = self.clock.now_s
-        while not all(run.is_finished for run in runs):
-            assert self.clock.now_s - began_s < within_s, f"not finished within {within_s} s"
-            await self.clock.advance(0.05)
-        return self.clock.now_s - began_s
+        return await finished(self.clock, runs, within_s=within_s)
+
+
+async def finished(clock: VirtualClock, runs: Sequence[ShardRun], *, within_s: float) -> float:
+    """Advance until the shards are finished; gives the seconds that it took."""
+    began_s = clock.now_s
+    while not all(run.is_finished for run in runs):
+        assert clock.now_s - began_s < within_s, f"not finished within {within_s} s"
+        await clock.advance(0.05)
+    return clock.now_s - began_s
+
+
+@asynccontextmanager
+async def running(fanout: Fanout, clock: VirtualClock) -> AsyncIterator[None]:
+    """Have a fan-out at work until the block ends."""
+    fanout.stop_sends_at(float("inf"))
+    task = asyncio.create_task(fanout.run())
+    try:
+        yield
+    finally:
+        fanout.close()
+        while not task.done():
+            await clock.advance(1.0)
+        await task
 
 
 @asynccontextmanager
@@ -366,12 +390,5 @@ async def scene(
     told = Scene(clock, rng, upstream, journal, fanout)
     fanout.on_change = lambda: told.changes.append(clock.now_s)
     fanout.pools[0].window = window
-    fanout.stop_sends_at(float("inf"))
-    running = asyncio.create_task(fanout.run())
-    try:
+    async with running(fanout, clock):
         yield told
-    finally:
-        fanout.close()
-        while not running.done():
-            await clock.advance(1.0)
-        await running

@@ -256,3 +256,14 @@ def test_progress_names_upstreams_only_where_there_are_several():
     )
     assert b"upstreams" not in one
     assert over.upstreams is msgspec.UNSET
+
+
+@pytest.mark.parametrize("status", list(BatchStatus))
+def test_pause_is_told_of_what_would_go_on_without_it(status: BatchStatus) -> None:
+    paused = replace(BATCH, status=status, paused_reason="operator", paused_at=START, in_progress_at=START)
+
+    told = batch_object(paused, [], NOW)
+
+    is_held = status in {BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS}
+    assert (told.paused_reason, told.paused_at) == (("operator", int(START.timestamp())) if is_held else (None, None))
+    assert (told.progress.bound_by == "paused") == is_held

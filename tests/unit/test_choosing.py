@@ -8,6 +8,7 @@ import pytest
 
 from batchrunner.blobs.local import LocalBlobs
 from batchrunner.choosing import failed_ids, lines_of, write_chosen
+from batchrunner.grouping import SERVER, FailureGroups
 
 SOURCE = b'\xef\xbb\xbf{"custom_id":"a"}\n\n{"custom_id":"b"}\nno json\n{"custom_id":"a"}\r\n{"custom_id":"c"}'
 
@@ -39,6 +40,26 @@ ERRORS = [
 )
 def test_failed_lines_are_chosen_by_code_and_id_but_refused_ones_never(codes, ids, wanted):
     assert failed_ids(ERRORS, codes=codes, custom_ids=ids) == wanted
+
+
+def test_lines_are_chosen_by_the_code_under_which_they_are_grouped():
+    def answered(custom_id, word):
+        body = {"error": {"message": f"no {custom_id}", "type": "x", "param": None, "code": word}}
+        line = {"id": "r", "custom_id": custom_id, "response": {"status_code": 400, "body": body}, "error": None}
+        return json.dumps(line).encode() + b"\n"
+
+    lines = [answered("a", "too_long"), answered("b", "no_such_voice"), *ERRORS]
+    groups = FailureGroups(SERVER)
+    for line in lines:
+        groups.add(line)
+
+    by_group = {group.code: failed_ids(lines, codes={group.code}) for group in groups.groups()}
+
+    assert by_group["400 too_long"] == {"a"}
+    assert by_group["400 no_such_voice"] == {"b"}
+    assert by_group["429"] == {"b"}
+    assert by_group["batch_expired"] == {"a"}
+    assert failed_ids(lines, codes={"400"}) == {"a", "b"}
 
 
 def chosen(tmp_path, wanted, *, refused=(), among=None, chunk=7, line_bytes_max=100):

@@ -11,7 +11,7 @@ import pytest
 from batchrunner import app, housekeeping
 from batchrunner.app import open_adapters, reap
 from batchrunner.blobs.local import LocalBlobs
-from batchrunner.errors import BatchrunnerError, BlobsUnavailable, DiskFull, StoreUnavailable
+from batchrunner.errors import BatchrunnerError, BlobsUnavailable, DiskFull, NotFound, StoreUnavailable
 from batchrunner.housekeeping import Cleared, clear
 from batchrunner.models import BatchId, FileId
 from batchrunner.session_locks import SessionLocks
@@ -125,14 +125,15 @@ def test_what_a_dead_session_left_half_written_goes_when_it_is_reaped(tmp_path: 
     adapters.store.close()
 
 
+@pytest.mark.parametrize("error", [BlobsUnavailable("the folder is gone"), DiskFull("no space"), NotFound("not there")])
 def test_half_written_blobs_that_cannot_be_swept_keep_nobody_from_reaping(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BatchrunnerError
 ) -> None:
     adapters = open_adapters(tmp_path)
     (tmp_path / "sessions" / "0123456789abcdef").touch()
 
     def fail(_self: LocalBlobs, *, dead: object) -> int:
-        raise BlobsUnavailable("the folder is gone")
+        raise error
 
     monkeypatch.setattr(LocalBlobs, "drop_unfinished", fail)
 

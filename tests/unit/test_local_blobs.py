@@ -14,6 +14,7 @@ import pytest
 
 from batchrunner.blobs.local import LocalBlobs
 from batchrunner.errors import BlobsUnavailable, DiskFull, NameTaken, NotFound, OwnError
+from batchrunner.ports import BlobWriter
 
 
 @pytest.fixture
@@ -126,16 +127,21 @@ def test_a_short_write_is_a_full_disk(blobs: LocalBlobs, monkeypatch: pytest.Mon
     appender.close()
 
 
+def commit_on_a_full_disk(writer: BlobWriter, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """Try to commit while one call of the system finds no space."""
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, fails(errno.ENOSPC))
+        with pytest.raises(DiskFull):
+            writer.commit()
+
+
 @pytest.mark.parametrize("call", ["fsync", "link"])
 def test_a_commit_that_fails_leaves_no_name_and_abort_no_file(
     blobs: LocalBlobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     writer = blobs.writer("a")
     writer.write(b"x")
-    with monkeypatch.context() as patched:
-        patched.setattr(os, call, fails(errno.ENOSPC))
-        with pytest.raises(DiskFull):
-            writer.commit()
+    commit_on_a_full_disk(writer, monkeypatch, call)
 
     writer.abort()
 
@@ -376,10 +382,7 @@ def test_a_blob_whose_sync_failed_is_never_committed(
 ) -> None:
     writer = blobs.writer("a")
     writer.write(b"sound")
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", fails(errno.ENOSPC))
-        with pytest.raises(DiskFull):
-            writer.commit()
+    commit_on_a_full_disk(writer, monkeypatch, "fsync")
 
     with pytest.raises(BlobsUnavailable, match="has ended"):
         writer.commit()

@@ -11,6 +11,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from batchrunner import serving
 from batchrunner.app import Adapters, open_adapters
 from batchrunner.errors import DiskFull, StoreUnavailable
 from batchrunner.orders import Greeting
@@ -105,6 +106,27 @@ async def test_bug_in_the_upkeep_does_not_end_the_process(
     async with running(process, capfd):
         await until(lambda: "the sweep broke" in caplog.text and "the look around broke" in caplog.text)
         process.stop(grace_s=1.0)
+
+
+async def test_what_dead_writers_left_is_swept_at_first_and_then_once_a_day(
+    adapters: Adapters, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    day_s, swept_at_s = 0.2, list[float]()
+
+    def sweep(*_: object, **_named: object) -> int:
+        swept_at_s.append(adapters.clock.monotonic_s())
+        return 0
+
+    monkeypatch.setattr(serving, "_UNFINISHED_S", day_s)
+    monkeypatch.setattr(adapters.blobs.__class__, "drop_unfinished", sweep)
+    process = process_of(adapters, sweep_s=0.01)
+    began_s = adapters.clock.monotonic_s()
+
+    async with running(process, capfd):
+        await until(lambda: len(swept_at_s) >= 3)
+        process.stop(grace_s=1.0)
+
+    assert all(at_s - began_s >= number * day_s * 0.9 for number, at_s in enumerate(swept_at_s))
 
 
 async def test_request_that_outlasts_the_grace_is_cut_off(

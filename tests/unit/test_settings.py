@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrunner.errors import UsageError
-from batchrunner.settings import ENDPOINTS, MIB, Settings, describe, parse_duration, parse_size, resolve
+from batchrunner.settings import ENDPOINTS, MIB, Settings, describe, parse_duration, parse_size, parse_window, resolve
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,17 @@ def test_duration_that_is_none_is_refused_with_its_name_and_value(text: str) -> 
 
     assert "--window" in refused.value.message
     assert repr(text) in refused.value.message
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("1m", 60.0), ("60s", 60.0), ("14d", 14 * 86400.0)])
+def test_window_is_from_a_minute_to_two_weeks(text: str, seconds: float) -> None:
+    assert parse_window(text, what="--window") == seconds
+
+
+@pytest.mark.parametrize("text", ["0s", "59s", "14.1d", "15d"])
+def test_window_beyond_these_is_refused_with_both_ends(text: str) -> None:
+    with pytest.raises(UsageError, match=f"--window {text}: from 1m to 14d"):
+        parse_window(text, what="--window")
 
 
 @pytest.mark.parametrize(

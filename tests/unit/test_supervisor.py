@@ -331,7 +331,7 @@ async def test_crew_works_until_it_is_told_to_stop(caplog: pytest.LogCaptureFixt
 
 
 async def test_what_a_worker_does_not_read_is_not_kept_without_end() -> None:
-    deaf = script("import sys, time\nsys.stdout.write(REPORT + '\\n')\nsys.stdout.flush()\ntime.sleep(60)")
+    deaf = script("import signal, sys\nsys.stdout.write(REPORT + '\\n')\nsys.stdout.flush()\nsignal.pause()")
     async with crew(deaf, count=1) as (made, _):
         running = asyncio.create_task(made.run())
         await until_reported(made, 1, running)
@@ -490,8 +490,8 @@ signal.pause()
     async with crew(deaf, count=1) as (made, buried):
         running = asyncio.create_task(made.run())
         await until_reported(made, 1, running)
-        made.stop(grace_s=0.0)
-        made._stop_by_s -= 60.0
+        # As if a minute had passed since.
+        made.stop(grace_s=-60.0)
         await running
 
     assert made.pids == []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -11,9 +9,8 @@ from typing import Any
 
 from batchrunner.fanout import Fanout
 from batchrunner.limits import Cooldown, FirstContact, Gate, Outage, TokenBucket
-from batchrunner.models import Attempt, AttemptError, OnUnknown, PauseReason
+from batchrunner.models import AttemptError, OnUnknown, PauseReason
 from batchrunner.outlets import Outlet
-from batchrunner.ports import AssetOwner
 from batchrunner.routing import router_of
 from batchrunner.settings import Settings
 from batchrunner.shards import ShardRun
@@ -29,8 +26,10 @@ from tests.unit.fanning import (
     batch_of,
     broken,
     failures,
+    finished,
     raw_line,
     records,
+    running,
     shard_of,
     succeeded,
 )
@@ -40,26 +39,16 @@ GONE = broken(AttemptError.NOT_CONNECTED)
 
 
 class Peer(ScriptedUpstream):
-    """A scripted upstream that remembers the models that it was asked for, and may be dead for a while."""
+    """A scripted upstream that may be dead for a while."""
 
     def __init__(self, clock: VirtualClock, script: Script) -> None:
         super().__init__(clock, script)
-        self.models: list[str] = []
         self._alive = script
 
-    async def send(
-        self,
-        url: str,
-        body: bytes,
-        *,
-        idempotency_key: str | None,
-        is_at_most_once: bool = False,
-        owner: AssetOwner | None = None,
-    ) -> Attempt:
-        self.models.append(json.loads(body).get("model"))
-        return await super().send(
-            url, body, idempotency_key=idempotency_key, is_at_most_once=is_at_most_once, owner=owner
-        )
+    @property
+    def models(self) -> list[str | None]:
+        """The models that it was asked for."""
+        return [each.model for each in self.sent]
 
     def fall(self) -> None:
         """Die with everything that is under way, and stay dead."""
@@ -82,14 +71,11 @@ class Scene:
 
     async def finish(self, *runs: ShardRun, within_s: float = 600.0) -> float:
         """Advance until the shards are finished; gives the seconds that it took."""
-        began_s = self.clock.now_s
-        while not all(run.is_finished for run in runs):
-            assert self.clock.now_s - began_s < within_s, f"not finished within {within_s} s"
-            await self.clock.advance(0.05)
+        took_s = await finished(self.clock, runs, within_s=within_s)
         for run in runs:
             assert run.in_flight_count == 0
             assert len({number for number, *_ in records(run)}) == run.shard.line_count
-        return self.clock.now_s - began_s
+        return took_s
 
     def sent(self) -> dict[str, int]:
         """How many requests each peer got."""
@@ -127,15 +113,8 @@ async def scene(
     fanout.on_change = lambda: told.changes.append(clock.now_s)
     for pool, window in zip(fanout.pools, windows, strict=True):
         pool.window = window
-    fanout.stop_sends_at(float("inf"))
-    running = asyncio.create_task(fanout.run())
-    try:
+    async with running(fanout, clock):
         yield told
-    finally:
-        fanout.close()
-        while not running.done():
-            await clock.advance(1.0)
-        await running
 
 
 def shard(models: Sequence[str], *, first: int = 1, **changes: Any) -> ShardRun:

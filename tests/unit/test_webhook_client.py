@@ -37,6 +37,7 @@ def saying(*words: bytes, after: float = 0.0, clock: list[InstantClock] | None =
 async def heard_from(*handlers: Handler, clocks: list[InstantClock]) -> tuple[list[Heard], list[str | None]]:
     """Listen until the first event; gives it and the places that were asked for."""
     heard: list[Heard] = []
+    begun: list[str] = []
 
     async def hear(each: Heard) -> None:
         heard.append(each)
@@ -46,7 +47,8 @@ async def heard_from(*handlers: Handler, clocks: list[InstantClock]) -> tuple[li
         clocks.append(clock)
         async with WebhookClient(plain.base_url, None, clock=clock, rng=SteadyRng(0.5), tell=print) as client:
             with pytest.raises(HeardEnoughError):
-                await client.listen(hear)
+                await client.listen(hear, begin=lambda: begun.append("once"))
+    assert begun == ["once"]
     return heard, [each.headers.get("Last-Event-ID") for each in scripted.requests]
 
 

@@ -32,7 +32,6 @@ from batchrunner.webhooks import (
     LAST_AFTER,
     WAITS_S,
     check_secret,
-    headers_of,
     hint_of,
     judge,
     next_attempt_at,
@@ -90,8 +89,8 @@ def test_each_valid_secret_signs() -> None:
 
 
 def test_an_endpoint_is_called_by_its_id_and_a_url_by_the_deliverys() -> None:
-    own = headers_of(dispatch_of(), ["whsec_AAAA"], NOW)
-    registered = headers_of(dispatch_of(endpoint_id=EndpointId("we_1")), ["whsec_AAAA"], NOW)
+    own = signed_headers("wh_1", "t", b"{}", ["whsec_AAAA"], NOW)
+    registered = signed_headers("wh_1", "t", b"{}", ["whsec_AAAA"], NOW, endpoint_id=EndpointId("we_1"))
 
     assert (own["x-inference-webhook-id"], registered["x-inference-webhook-id"]) == ("wh_1", "we_1")
     assert own["webhook-id"] == registered["webhook-id"] == "wh_1"
@@ -177,7 +176,7 @@ def test_a_short_retry_after_does_not_hurry() -> None:
 def test_what_an_answer_means(posted: Posted, state: DeliveryState, reason: EndReason | None) -> None:
     found = judge(dispatch_of(), posted, NOW, chance=0.5)
 
-    assert (found.state, found.reason, found.is_gone) == (state, reason, posted.status == 410)
+    assert (found.state, found.reason) == (state, reason)
     assert (found.epoch, found.attempt.number, found.attempt.status) == (3, 3, posted.status)
 
 
