@@ -41,6 +41,7 @@ TAKE_IDLE_S = 60.0
 _HANDED_BYTES = 128 * 1024
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _ID_CHARS_MAX = 256
+_NAME_CHARS_SHOWN = 64
 # Source: what the official SDKs send with a request that they send again.
 _RETRY_HEADER = "x-stainless-retry-count"
 _RETRY_COUNT = re.compile(r"[0-9]{1,4}")
@@ -206,7 +207,8 @@ class Dispatcher:
         """Give the dialect that a request to the root asks for by name. Raises: Refusal when there is none such."""
         asked = request.headers.get(DIALECT_HEADER) or request.query.get(DIALECT_PARAMETER)
         if asked is not None and asked not in self._router.dialects:
-            raise invalid_value(DIALECT_PARAMETER, asked if asked.isprintable() else "", self._router.dialects)
+            shown = asked[:_NAME_CHARS_SHOWN] if asked.isprintable() else ""
+            raise invalid_value(DIALECT_PARAMETER, shown, self._router.dialects)
         return asked
 
     async def _admit(self, turn: _Turn, route: Route) -> Caller:
