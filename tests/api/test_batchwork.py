@@ -12,6 +12,8 @@ from batchwork import BatchRequest, Batchwork
 from tests.api.batching import working
 from tests.api.serving import Served
 
+pytestmark = pytest.mark.slow
+
 NAMES = [f"request-{number}" for number in range(230)]
 
 

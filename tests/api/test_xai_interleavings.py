@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -159,6 +160,7 @@ async def walk(folder: Path, steps: list[tuple[str, int]]) -> None:
             hand.store.close()
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(WALKS)
 def test_every_view_of_a_batch_agrees_at_every_instant(steps: tuple[list[tuple[str, int]], ...]) -> None:
