@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from batchrunner.limits import DEATHS_ALONE, Outage
+from batchrunner.members import renamed
 from batchrunner.models import Attempt
 from batchrunner.ports import Upstream
-from batchrunner.routing import renamed
 from batchrunner.verdict import is_sign_of_life, is_unreached, nobody_there
 from batchrunner.work import Work
 

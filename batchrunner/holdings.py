@@ -119,6 +119,17 @@ class UpstreamLive(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     is_down: bool = False
 
 
+class LiveUse(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """What requests that are answered at once use of one upstream: the places that batches leave to them, what they
+    took of its limits in the last minute, and how many it refused since this was last said.
+    """
+
+    places: int = 0
+    requests: int = 0
+    tokens: int = 0
+    refused: int = 0
+
+
 class LiveShare(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """What one worker does for one batch at this moment. `bound_by` names what keeps its window from growing; where
     there are several upstreams, `upstreams` says both for each, with the batch's exchanges there.

@@ -15,8 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from batchrunner.errors import PortTaken, UsageError
-from batchrunner.orders import LISTENING, READY, Greeting, Pulse, encode_order
+from batchrunner.holdings import LiveUse
+from batchrunner.orders import LISTENING, READY, Greeting, Pulse, Using, encode_order
 from batchrunner.ports import Clock
 from batchrunner.processes import ChildProcess, Grace
 from batchrunner.settings import Settings, has_upstream
@@ -113,10 +116,20 @@ def _open(folder: Path, settings: Settings) -> Adapters:
     return open_adapters(folder, settings)
 
 
-class _Api(ChildProcess):
-    """The API process and how far it is."""
+_Heed = Callable[[tuple[LiveUse, ...]], None]
 
-    def __init__(self, *, greeting: Greeting, clock: Clock, pulse: Callable[[], None]) -> None:
+
+class _Api(ChildProcess):
+    """The API process: how far it is, and what it uses of the upstreams."""
+
+    def __init__(
+        self,
+        *,
+        greeting: Greeting,
+        clock: Clock,
+        pulse: Callable[[], None],
+        heed: _Heed,
+    ) -> None:
         super().__init__(
             "the API process",
             command=[sys.executable, "-m", "batchrunner.serving"],
@@ -126,19 +139,27 @@ class _Api(ChildProcess):
         )
         self.ready = asyncio.Event()
         self._pulse = pulse
+        self._heed = heed
 
     def hear(self, line: bytes) -> None:
-        """Follow its start."""
+        """Follow its start, then what it uses."""
         if line == READY:
             self.progressed()
             self.ready.set()
         elif line == LISTENING:
             self._pulse()
         else:
+            self._hear_use(line)
+
+    def _hear_use(self, line: bytes) -> None:
+        try:
+            self._heed(msgspec.json.decode(line, type=Using).uses)
+        except msgspec.DecodeError:
             logger.warning("the API process wrote what is no word of it", extra={"action": "api_chatter"})
 
     async def mourn(self) -> None:
-        """Nothing of it is left to clean up: its requests were answered or will be sent again."""
+        """Give batches back what it used; its requests were answered or will be sent again."""
+        self._heed(())
 
 
 class Host:
@@ -171,6 +192,7 @@ class Host:
         self._is_local = is_local
         self._clock = clock
         self._crew: Supervisor | None = None
+        self._uses: tuple[LiveUse, ...] = ()
         self._is_prepared = False
         self._grace = Grace(clock)
         self.has_keys = False
@@ -179,8 +201,9 @@ class Host:
             settings=settings,
             listening_fds=tuple(each.fileno() for each in sockets),
             is_local=is_local,
+            api_keys=dict(api_keys),
         )
-        self._api = _Api(greeting=greeting, clock=clock, pulse=self._send_pulse)
+        self._api = _Api(greeting=greeting, clock=clock, pulse=self._send_pulse, heed=self._heed)
 
     @property
     def in_flight(self) -> int:
@@ -246,6 +269,7 @@ class Host:
         self._crew = process_crew(
             adapters, self._folder, self._settings, self._api_keys, self._worker_count, is_server=True
         )
+        self._crew.yield_to(self._uses)
         await self._crew.run()
 
     # -- what the API is told ----------------------------------------------------------------------------------------
@@ -280,6 +304,12 @@ class Host:
             trouble=live.trouble,
             stop_grace_s=self._grace.given_s,
         )
+
+    def _heed(self, uses: tuple[LiveUse, ...]) -> None:
+        """Leave to the API what it uses: batches get the rest."""
+        self._uses = uses
+        if self._crew is not None:
+            self._crew.yield_to(uses)
 
     def _close_sockets(self) -> None:
         for each in self._sockets:

@@ -1,10 +1,12 @@
-"""What the parent of a server tells its API process: who it is, then how the workers do, and at the end to stop."""
+"""What the parent of a server and its API process tell each other: the parent who it is, then how the workers do, and
+at the end to stop; the API what the requests that it passes on take of the upstreams.
+"""
 
 from __future__ import annotations
 
 import msgspec
 
-from batchrunner.holdings import UpstreamLive
+from batchrunner.holdings import LiveUse, UpstreamLive
 from batchrunner.metrics import Tally, tally_from_wire
 from batchrunner.settings import Settings
 
@@ -14,12 +16,21 @@ READY = b"ready\n"
 
 
 class Greeting(msgspec.Struct, frozen=True, kw_only=True):
-    """The first line. `listening_fds` are bound sockets, inherited; `is_local` means that all of them are loopback."""
+    """The first line. `listening_fds` are bound sockets, inherited; `is_local` means that all of them are loopback.
+    `api_keys` are those of the upstreams by their names.
+    """
 
     folder: str
     settings: Settings
     listening_fds: tuple[int, ...]
     is_local: bool
+    api_keys: dict[str, str] = {}
+
+
+class Using(msgspec.Struct, frozen=True, kw_only=True):
+    """What the API says when it has changed: the use of each upstream, in their order."""
+
+    uses: tuple[LiveUse, ...]
 
 
 class Pulse(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +58,6 @@ class Pulse(msgspec.Struct, frozen=True, kw_only=True):
 _ENCODER = msgspec.json.Encoder()
 
 
-def encode_order(order: Greeting | Pulse) -> bytes:
+def encode_order(order: Greeting | Pulse | Using) -> bytes:
     """Give an order as one line."""
     return _ENCODER.encode(order) + b"\n"

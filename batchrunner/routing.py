@@ -6,7 +6,7 @@ Pure rules; how an upstream stands is told by whoever sends to it.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import msgspec
@@ -16,10 +16,6 @@ from batchrunner.targets import Target
 # Names come from the lines of strangers; one that is longer is nobody's.
 _MODELS_KEPT = 1024
 _MODEL_CHARS_MAX = 256
-
-_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\]:,]', re.DOTALL)
-_decode_text = msgspec.json.Decoder(str).decode
-_encode = msgspec.json.Encoder().encode
 
 
 class Standing(Protocol):
@@ -164,31 +160,3 @@ def _wildcards(name: str) -> str:
         return first
     *middle, last = rest
     return f"{first}{''.join(f'(?>.*?{each})' for each in middle)}.*{last}"
-
-
-def renamed(body: bytes, aliases: Mapping[str, str]) -> bytes:
-    """Give a body, which is valid JSON, with the model that an alias stands for; every other byte is as it was."""
-    parts: list[bytes] = []
-    copied_to = depth = 0
-    is_key, key = True, b""
-    for match in _TOKEN.finditer(body):
-        token = match[0]
-        match token:
-            case b"{" | b"[":
-                depth += 1
-            case b"}" | b"]":
-                depth -= 1
-            case b",":
-                is_key = is_key or depth == 1
-            case b":":
-                is_key = is_key and depth != 1
-            case _ if depth != 1:
-                pass
-            case _ if is_key:
-                key = token
-            case _ if _decode_text(key) == "model":
-                real = aliases.get(_decode_text(token))
-                if real is not None:
-                    parts += (body[copied_to : match.start()], _encode(real))
-                    copied_to = match.end()
-    return b"".join((*parts, body[copied_to:])) if parts else body

@@ -9,7 +9,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -29,9 +29,12 @@ from batchrunner.courier import IN_FLIGHT_MAX, Courier
 from batchrunner.delivering import address_rules, carrying, open_poster
 from batchrunner.errors import BatchrunnerError, DiskFull
 from batchrunner.housekeeping import clear, drop_unfinished
-from batchrunner.orders import LISTENING, READY, Greeting, Pulse
+from batchrunner.live import Live
+from batchrunner.orders import LISTENING, READY, Greeting, Pulse, Using, encode_order
 from batchrunner.ports import Clock
+from batchrunner.settings import Settings, has_upstream, targets_of
 from batchrunner.tuning import allow_open_files, freeze_start_up
+from batchrunner.upstream_live import AiohttpLiveSender
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,8 @@ _CUT_S = 0.5
 _UNDO_S = 5.0
 # A notification that does not end is sent again by the next process.
 _LAST_POSTS_S = 2.0
+# How soon batches hear of what they have to leave to requests that are answered at once.
+_USE_S = 0.1
 
 
 class ApiProcess:
@@ -75,6 +80,8 @@ class ApiProcess:
         )
         self._grace_s = settings.drain_grace_s
         self._limit: asyncio.Timeout | None = None
+        self._api_keys = greeting.api_keys
+        self._live: Live | None = None
         self._unfinished_at_s = adapters.clock.monotonic_s() + _UNFINISHED_S
 
     def stop(self, *, grace_s: float) -> None:
@@ -102,10 +109,21 @@ class ApiProcess:
                 threads=self._executor,
             ) as courier:
                 self.vitals.posts = courier.posts
-                parts = replace(self._parts, poster=poster)
+                self._live = open_live(self._settings, self._api_keys, self._adapters.clock)
+                parts = replace(self._parts, poster=poster, live=self._live)
                 await self._serve(courier, parts, connections_max=min(CONNECTIONS_MAX, third))
         finally:
             await poster.close()
+            if self._live is not None:
+                await self._live.close()
+
+    def follow(self, pulse: Pulse) -> None:
+        """Take in what the parent says."""
+        self.vitals.feel(pulse, self._adapters.clock.monotonic_s())
+        if self._live is not None:
+            self._live.hear(pulse.upstreams)
+        if pulse.stop_grace_s is not None:
+            self.stop(grace_s=pulse.stop_grace_s)
 
     async def _serve(self, courier: Courier, parts: ApiParts, *, connections_max: int) -> None:
         runner = make_runner(build_app(parts), shutdown_s=_CUT_S)
@@ -118,7 +136,8 @@ class ApiProcess:
         freeze_start_up()
         try:
             async with asyncio.TaskGroup() as group:
-                loops = [group.create_task(self._keep_house()), group.create_task(self._look_around())]
+                steps = (self._keep_house(), self._look_around(), self._tell_use())
+                loops = [group.create_task(each) for each in steps]
                 group.create_task(courier.run())
                 await self.vitals.closing.wait()
                 courier.stop(grace_s=min(self._grace_s, _LAST_POSTS_S))
@@ -179,6 +198,16 @@ class ApiProcess:
                 extra={"action": "swept"},
             )
 
+    async def _tell_use(self) -> None:
+        """Tell the parent what is used of the upstreams, whenever it has changed."""
+        told = Using(uses=())
+        while self._live is not None:
+            using = Using(uses=self._live.uses())
+            if using != told:
+                _tell_parent(encode_order(using))
+                told = using
+            await self._adapters.clock.sleep(_USE_S)
+
     async def _look_around(self) -> None:
         """Notice what changes the rules: the first key, and a full disk."""
         while True:
@@ -210,23 +239,39 @@ class ApiProcess:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function)
 
 
+def open_live(settings: Settings, api_keys: Mapping[str, str], clock: Clock) -> Live | None:
+    """Make what passes requests on, inside the loop that it serves; None where no upstream is named.
+
+    Raises:
+        UsageError: an upstream's base URL or key does not fit.
+    """
+    if not has_upstream(settings):
+        return None
+    targets = targets_of(settings)
+    senders = [
+        AiohttpLiveSender(
+            target.base_url,
+            clock=clock,
+            api_key=api_keys.get(target.name),
+            total_timeout_s=settings.request_timeout_s,
+            idle_timeout_s=settings.idle_timeout_s,
+            connect_timeout_s=settings.connect_timeout_s,
+        )
+        for target in targets
+    ]
+    return Live(targets, senders, clock.monotonic_s)
+
+
 def _tell_parent(line: bytes) -> None:
     sys.stdout.buffer.write(line)
     sys.stdout.buffer.flush()
 
 
-async def _obey(process: ApiProcess, clock: Clock, stdin: asyncio.StreamReader) -> None:
+async def _obey(process: ApiProcess, stdin: asyncio.StreamReader) -> None:
     """Follow the parent's pulse; when its pipe closes, end soon: a new server may want the folder."""
     while line := await stdin.readline():
-        _follow(process, clock, line)
+        process.follow(msgspec.json.decode(line, type=Pulse))
     process.stop(grace_s=_ORPHAN_GRACE_S)
-
-
-def _follow(process: ApiProcess, clock: Clock, line: bytes) -> None:
-    pulse = msgspec.json.decode(line, type=Pulse)
-    process.vitals.feel(pulse, clock.monotonic_s())
-    if pulse.stop_grace_s is not None:
-        process.stop(grace_s=pulse.stop_grace_s)
 
 
 async def _api_process(stdin: asyncio.StreamReader) -> None:
@@ -239,10 +284,10 @@ async def _api_process(stdin: asyncio.StreamReader) -> None:
     adapters = await asyncio.to_thread(open_adapters, Path(greeting.folder), greeting.settings)
     is_open = greeting.is_local and not await asyncio.to_thread(adapters.store.has_keys)
     process = ApiProcess(adapters, greeting, is_open=is_open)
-    _follow(process, adapters.clock, first)
+    process.follow(msgspec.json.decode(first, type=Pulse))
     stop = partial(process.stop, grace_s=greeting.settings.drain_grace_s)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
-    obeying = asyncio.create_task(_obey(process, adapters.clock, stdin))
+    obeying = asyncio.create_task(_obey(process, stdin))
     try:
         await process.run()
     finally:

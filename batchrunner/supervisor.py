@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import msgspec
 
 from batchrunner.errors import DiskFull, StoreUnavailable, WorkerLost
-from batchrunner.holdings import UpstreamLive
+from batchrunner.holdings import LiveUse, UpstreamLive
 from batchrunner.metrics import Tally, tally_from_wire
 from batchrunner.pace import Sample, Window, joined, merged
 from batchrunner.ports import Clock
@@ -98,6 +98,7 @@ class Live(msgspec.Struct, frozen=True, kw_only=True):
     upstreams: tuple[UpstreamLive, ...] = ()
 
 
+_UNUSED = LiveUse()
 _ENCODER = msgspec.json.Encoder()
 _REPORT = msgspec.json.Decoder(Report)
 
@@ -219,6 +220,8 @@ class Supervisor:
             for number in range(worker_count)
         ]
         self._grace = Grace(clock)
+        self._uses = (_UNUSED,) * len(self._targets)
+        self._refused = [0] * len(self._targets)
 
     @property
     def pids(self) -> list[int]:
@@ -282,6 +285,13 @@ class Supervisor:
             for child in self._children:
                 await child.dismiss()
 
+    def yield_to(self, uses: Sequence[LiveUse]) -> None:
+        """Take in what requests that are answered at once use of each upstream, nothing if there are none: from the
+        next round on the workers share the rest.
+        """
+        self._uses = tuple(uses) or (_UNUSED,) * len(self._targets)
+        self._refused = [so_far + use.refused for so_far, use in zip(self._refused, self._uses, strict=True)]
+
     # -- shares ------------------------------------------------------------------------------------------------------
 
     async def _pace(self) -> None:
@@ -305,7 +315,26 @@ class Supervisor:
             child.fresh = []
         for place, window in enumerate(self.windows if fresh else ()):
             samples = [[report.activities[place].sample for report in reports] for reports in fresh]
-            window.observe(merged([joined(each) for each in samples]))
+            window.observe(self._with_use(place, merged([joined(each) for each in samples])))
+
+    def _with_use(self, place: int, sample: Sample) -> Sample:
+        """Count the places that are left to others as if lines were in them: the window is that of all together, and
+        what it gives is measured by the latency of lines.
+        """
+        refused, self._refused[place] = self._refused[place], 0
+        if not sample.in_flight_mean:
+            return sample
+        taken = self.windows[place].size - self._left(place)
+        return msgspec.structs.replace(
+            sample, in_flight_mean=sample.in_flight_mean + taken, refused=sample.refused + refused
+        )
+
+    def _left(self, place: int) -> int:
+        """Give the part of an upstream's window that is for batches. A window that was found keeps one place for them,
+        so that they go on and it is measured; one that is pinned is a limit.
+        """
+        window = self.windows[place]
+        return max(0 if window.pinned is not None else 1, window.size - self._uses[place].places)
 
     def _hand_out(self) -> None:
         """Tell every worker what it may use."""
@@ -319,7 +348,7 @@ class Supervisor:
 
         A share grows only by what the others have let go of, so that all together never exceed the window.
         """
-        whole = self.windows[place].size
+        whole = self._left(place)
         idle = [child for child in running if not child.is_active(place)]
         active = [child for child in running if child.is_active(place)] or running
         left = whole if active is running else max(len(active), whole - len(idle))
@@ -336,12 +365,12 @@ class Supervisor:
         return parts
 
     def _part(self, place: int, *, window: int, part: float) -> Part:
-        target = self._targets[place]
+        target, use = self._targets[place], self._uses[place]
         return Part(
             window=window,
             bound_by=str(self.windows[place].bound_by),
-            rpm=target.rpm * part if target.rpm else None,
-            tpm=target.tpm * part if target.tpm else None,
+            rpm=max(0, target.rpm - use.requests) * part if target.rpm else None,
+            tpm=max(0, target.tpm - use.tokens) * part if target.tpm else None,
         )
 
     def _end_late_workers(self) -> None:

@@ -9,7 +9,6 @@ import zlib
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import msgspec
 from aiohttp.hdrs import CONTENT_ENCODING, CONTENT_TYPE, RETRY_AFTER
@@ -21,6 +20,7 @@ from batchrunner.errors import BlobsUnavailable, UsageError
 from batchrunner.limits import ReadBudget
 from batchrunner.models import Attempt, AttemptError
 from batchrunner.ports import AssetOwner, Clock
+from batchrunner.upstream_address import join_url, parse_base
 from batchrunner.upstream_dialer import Dialer
 from batchrunner.upstream_media import label, media_type
 from batchrunner.upstream_wire import Failure, ReadLimits, Reply, Wire
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE = re.compile(r"[\x21-\x7e\x80-\xff]([\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?")
-_LINE_URL = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+")
 # These frame the message or belong to a line: a setting must not send them twice.
 _OWN_HEADERS = {"connection", "content-length", "expect", "host", "idempotency-key", "te", "trailer"}
 _OWN_HEADERS |= {"transfer-encoding", "upgrade"}
@@ -43,40 +42,6 @@ _HEADS_MAX = 256
 _KNOCK_S = 5.0
 # A peer that had closed an idle connection says so at once; a later reset comes from somebody who was at work.
 _STALE_WITHIN_S = 1.0
-
-
-def join_url(base_url: str, line_url: str) -> URL:
-    """Give the address of a line: its url less the leading /v1, appended to the base URL (without a path: plus /v1).
-
-    Raises:
-        UsageError: either of them is not what it should be.
-    """
-    base = _parse_base(base_url)
-    if not _LINE_URL.fullmatch(line_url) or {".", ".."} & set(line_url.split("/")):
-        raise UsageError(f"url {line_url[:100]!r}: not a plain path like /v1/chat/completions")
-    rest = line_url.removeprefix("/v1")
-    if not rest.startswith("/"):
-        rest = line_url
-    return base.with_path(base.raw_path + rest, encoded=True)
-
-
-def _parse_base(base_url: str) -> URL:
-    """Read a base URL; its path ends without a slash and is never empty."""
-    hint = "Give it like http://localhost:8000/v1; the key goes into OPENAI_API_KEY."
-    try:
-        has_userinfo = "@" in urlsplit(base_url).netloc
-        base = URL(base_url)
-        port = base.port
-    except ValueError as error:
-        raise UsageError("the base URL is not a valid URL", hint=hint) from error
-    if has_userinfo:
-        # The address is not repeated: it holds a password.
-        raise UsageError("the base URL must not hold a user name or password", hint=hint)
-    if base.scheme not in {"http", "https"} or not base.raw_host or not port:
-        raise UsageError(f"base URL {base_url!r}: not an http:// or https:// address", hint=hint)
-    if re.search(r"[\x00-\x20\x7f\\]", base_url) or "?" in base_url or "#" in base_url:
-        raise UsageError(f"base URL {base_url!r}: no query, fragment, space or backslash may be in it", hint=hint)
-    return base.with_path(base.raw_path.rstrip("/") or "/v1", encoded=True)
 
 
 class AiohttpUpstream:
@@ -108,7 +73,7 @@ class AiohttpUpstream:
         ca_bundle: Path | None = None,
         budget: ReadBudget | None = None,
     ) -> None:
-        base = _parse_base(base_url)
+        base = parse_base(base_url)
         self._base_url = base_url
         self._clock = clock
         self._total_timeout_s = total_timeout_s

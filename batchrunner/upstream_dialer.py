@@ -46,7 +46,9 @@ class Dialer:
         try:
             connection = await self._connector.connect(self._request, [], self._timeout)
         except (aiohttp.ClientError, OSError) as error:
-            return Failure(AttemptError.NOT_CONNECTED, f"cannot connect to {self.peer}: {self._cause(error)}")
+            return Failure(
+                AttemptError.NOT_CONNECTED, f"cannot connect to {self.peer}: {cause_of(error, self._connect_timeout_s)}"
+            )
         handler, transport = connection.protocol, connection.transport
         if handler is None or transport is None or handler.should_close:
             connection.close()
@@ -63,25 +65,27 @@ class Dialer:
         transport.set_protocol(wire)
         return wire
 
-    def _cause(self, error: Exception) -> str:
-        match error:
-            case TimeoutError():
-                return f"no connection within {self._connect_timeout_s:g} s"
-            case aiohttp.ClientConnectorDNSError():
-                return "the host name is not known"
-            case aiohttp.ClientConnectorCertificateError(certificate_error=ssl.SSLCertVerificationError() as refused):
-                return f"its TLS certificate is not trusted ({refused.verify_message})"
-            case aiohttp.ClientSSLError(os_error=ssl.SSLError() as refused):
-                return f"the TLS handshake failed ({refused.reason})"
-            case aiohttp.ClientConnectorError(os_error=cause):
-                # asyncio words it its own way ("Connect call failed"); people know the system's words.
-                return os.strerror(cause.errno) if cause.errno else cause.strerror or type(cause).__name__
-            case _:
-                return type(error).__name__
-
     async def close(self) -> None:
         """Close what is still open and stop name lookups."""
         await self._connector.close()
+
+
+def cause_of(error: Exception, connect_timeout_s: float) -> str:
+    """Say why no connection could be opened, in the system's words."""
+    match error:
+        case TimeoutError():
+            return f"no connection within {connect_timeout_s:g} s"
+        case aiohttp.ClientConnectorDNSError():
+            return "the host name is not known"
+        case aiohttp.ClientConnectorCertificateError(certificate_error=ssl.SSLCertVerificationError() as refused):
+            return f"its TLS certificate is not trusted ({refused.verify_message})"
+        case aiohttp.ClientSSLError(os_error=ssl.SSLError() as refused):
+            return f"the TLS handshake failed ({refused.reason})"
+        case aiohttp.ClientConnectorError(os_error=cause):
+            # asyncio words it its own way ("Connect call failed"); people know the system's words.
+            return os.strerror(cause.errno) if cause.errno else cause.strerror or type(cause).__name__
+        case _:
+            return type(error).__name__
 
 
 def _trust(ca_bundle: Path) -> ssl.SSLContext:

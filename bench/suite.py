@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from bench import end_to_end, fairness, found_window, kills, memory, notified, scaling, server, starting, validation
+from bench import (
+    end_to_end,
+    fairness,
+    found_window,
+    kills,
+    live,
+    memory,
+    notified,
+    scaling,
+    server,
+    starting,
+    validation,
+)
 from bench.results import Figure
 
 Bench = Callable[[bool], list[Figure]]
@@ -66,6 +78,10 @@ def _kills(is_quick: bool) -> list[Figure]:  # noqa: FBT001
     return kills.measure() + kills.measure(workers=2)
 
 
+def _live(is_quick: bool) -> list[Figure]:  # noqa: FBT001
+    return live.measure(events=50, pairs=2) if is_quick else live.measure()
+
+
 def _webhooks(is_quick: bool) -> list[Figure]:  # noqa: FBT001
     return notified.measure(batches=100, slow_s=1.0) if is_quick else notified.measure()
 
@@ -81,6 +97,7 @@ BENCHES: Mapping[str, Bench] = MappingProxyType(
         "server": _server,
         "fairness": _fairness,
         "webhooks": _webhooks,
+        "live": _live,
     }
 )
 # Counts of lines and requests, which no noise of the machine changes.

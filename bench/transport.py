@@ -16,7 +16,8 @@ from yarl import URL
 
 from batchrunner.clock import SystemClock
 from batchrunner.tuning import freeze_start_up, raise_mmap_threshold, tune_process
-from batchrunner.upstream import AiohttpUpstream, join_url
+from batchrunner.upstream import AiohttpUpstream
+from batchrunner.upstream_address import join_url
 from bench.instant import BODY as ANSWER_BODY
 from bench.instant import instant_server
 

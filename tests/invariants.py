@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from jsonschema import Draft202012Validator
 
-from batchrunner.routing import renamed
+from batchrunner.members import renamed
 from batchrunner.simulate import SimulatorStats, expected_reply
 
 _SCHEMAS = Path(__file__).parents[1] / "schemas"

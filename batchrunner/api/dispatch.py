@@ -23,7 +23,6 @@ from batchrunner.api.envelope import (
     server_fault,
     wrong_method,
 )
-from batchrunner.api.events import EVENT_STREAM
 from batchrunner.api.http import Answer, ApiParts, Call, Route
 from batchrunner.api.idempotency import answer_once
 from batchrunner.errors import BatchrunnerError
@@ -294,18 +293,24 @@ class _Turn:
 
     async def _stream(self, response: web.StreamResponse, answer: Answer) -> None:
         assert answer.chunks is not None
-        await response.prepare(self.request)
-        if self.request.method == "HEAD":
-            return
         try:
-            is_endless = answer.content_type.startswith(EVENT_STREAM)
-            chunks = _until(self._vitals.closing, answer.chunks) if is_endless else answer.chunks
+            await response.prepare(self.request)
+            if self.request.method == "HEAD":
+                return
+            if answer.size_bytes is None:
+                # Otherwise the head would wait for the first piece.
+                await self._hand_over(response.write(b""))
+            chunks = _until(self._vitals.closing, answer.chunks) if answer.is_endless else answer.chunks
             async for chunk in chunks:
                 for start in range(0, len(chunk), _HANDED_BYTES):
                     await self._hand_over(response.write(memoryview(chunk)[start : start + _HANDED_BYTES]))
             await self._hand_over(response.write_eof())
         except ConnectionError:
             raise
+        except Refusal as refusal:
+            known = self.known(answer.status)
+            logger.warning("request %s broke off: %s", self.request_id, refusal.message, extra=known)
+            self._abort()
         except Exception:
             logger.exception("request %s broke off", self.request_id, extra=self.known(answer.status))
             self._abort()
@@ -392,17 +397,28 @@ async def _begun(answer: Answer) -> Answer:
     if answer.chunks is None or not answer.size_bytes:
         return answer
     first = await anext(answer.chunks)
-    return replace(answer, chunks=_with_first(first, answer))
+    return replace(answer, chunks=_Begun(first, answer))
 
 
-async def _with_first(first: bytes, answer: Answer) -> AsyncIterator[bytes]:
-    assert answer.chunks is not None
-    try:
-        yield first
-        async for chunk in answer.chunks:
-            yield chunk
-    finally:
-        await _close(answer)
+class _Begun:
+    """Chunks of which the first is there already; unlike a generator it can be closed before it was started."""
+
+    def __init__(self, first: bytes, answer: Answer) -> None:
+        assert answer.chunks is not None
+        self._first: bytes | None = first
+        self._answer = answer
+        self._rest = answer.chunks
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        first, self._first = self._first, None
+        return await anext(self._rest) if first is None else first
+
+    async def aclose(self) -> None:
+        """End what was not read to its end."""
+        await _close(self._answer)
 
 
 async def _close(answer: Answer) -> None:

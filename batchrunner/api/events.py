@@ -47,7 +47,7 @@ async def follow_batch(call: Call) -> Answer:
 def streamed(events: AsyncIterator[bytes]) -> Answer:
     """Answer with events as they come."""
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    return Answer(content_type=EVENT_STREAM, headers=headers, chunks=events)
+    return Answer(content_type=EVENT_STREAM, headers=headers, chunks=events, is_endless=True)
 
 
 def _look(call: Call, batch: Batch) -> Seen:

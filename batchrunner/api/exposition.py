@@ -32,6 +32,9 @@ class Counts:
     posted: Mapping[str, int] = field(default_factory=dict)
     post_latencies: Latencies = field(default_factory=Latencies)
     deliveries: Mapping[str, int] = field(default_factory=dict)
+    live_begun: Mapping[str, int] = field(default_factory=dict)
+    live_failures: Mapping[str, int] = field(default_factory=dict)
+    live_in_flight: Mapping[str, int] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, list[Sample]]:
         """Give counters and gauges by name."""
@@ -48,6 +51,9 @@ class Counts:
             "batchrunner_upstream_up": [(each.name, float(not each.is_down)) for each in pulse.upstreams],
             "batchrunner_upstream_in_flight": [(each.name, each.in_flight) for each in pulse.upstreams],
             "batchrunner_upstream_window": [(each.name, each.window) for each in pulse.upstreams],
+            "batchrunner_live_requests_total": sorted(self.live_begun.items()),
+            "batchrunner_live_failures_total": sorted(self.live_failures.items()),
+            "batchrunner_live_in_flight": sorted(self.live_in_flight.items()),
             "batchrunner_workers": [("", pulse.ticking_count)],
             "batchrunner_batches": [(status.value, count) for status, count in self.batches.items()],
             "batchrunner_free_bytes": [] if self.free_bytes is None else [("", self.free_bytes)],

@@ -132,6 +132,13 @@ async def metrics(call: Call) -> Answer:
         posted=dict(vitals.posts.outcomes),
         post_latencies=Latencies(list(vitals.posts.latencies.counts)),
     )
+    if (live := call.parts.live) is not None:
+        counts = replace(
+            counts,
+            live_begun=dict(live.begun),
+            live_failures=dict(live.failures),
+            live_in_flight={place.target.name: place.in_flight for place in live.places},
+        )
     return Answer(body=await call.blocking(_exposed, call, counts), content_type=TEXT)
 
 

@@ -23,10 +23,12 @@ from batchrunner.adding import OpenBatches
 from batchrunner.addresses import AddressRules
 from batchrunner.api.counting import Counts
 from batchrunner.api.envelope import SERVER_ERROR, ErrorBody, ErrorEnvelope, Refusal, body_too_large
+from batchrunner.api.malformed import Connection
 from batchrunner.api.typed import StructT, read_json, read_parameters
 from batchrunner.api.vitals import Vitals
 from batchrunner.api.watching import Watching
 from batchrunner.holdings import NO_LIMITS, ApiKey, KeyLimits, KeyScope, Replay
+from batchrunner.live import Live
 from batchrunner.models import TenantId
 from batchrunner.outbox import Poster
 from batchrunner.ports import Blobs, Clock, Rng, Store, TenantScope
@@ -104,7 +106,8 @@ class ApiParts:
     `reading` names the blobs that must not be deleted now, `heavy` lets one long job at a time into the executor,
     `vitals` tell how the server does and whether it is about to end, `watching` holds the batches that are followed,
     `counts` the failures that were counted, `held` how much of bodies is in memory. `addresses` says where webhooks may
-    go, `poster` sends one. `open_batches` remembers the ids of requests in open ones.
+    go, `poster` sends one. `live` passes on what is answered at once, None where no upstream is named. `open_batches`
+    remembers the ids of requests in open ones.
     """
 
     store: Store
@@ -122,6 +125,7 @@ class ApiParts:
     held: Held = field(default_factory=Held)
     addresses: AddressRules = field(default_factory=AddressRules)
     poster: Poster | None = None
+    live: Live | None = None
     open_batches: OpenBatches = field(default_factory=OpenBatches)
 
     @property
@@ -134,7 +138,8 @@ class ApiParts:
 class Answer:
     """What a handler gives: whole bytes, or `chunks` to be streamed; `size_bytes` is their sum where it is known.
 
-    Chunks are not asked for when only the head is wanted; a generator's `finally` runs in any case once it was started.
+    Chunks are not asked for when only the head is wanted; a generator's `finally` runs in any case once it was started,
+    and any other iterator's `aclose` is called. With `is_endless` they stop when the server does.
     """
 
     body: bytes = b""
@@ -143,6 +148,7 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
     chunks: AsyncIterator[bytes] | None = None
     size_bytes: int | None = None
+    is_endless: bool = False
 
 
 def json_answer(value: msgspec.Struct, *, status: int = 200) -> Answer:
@@ -263,6 +269,12 @@ class Call:
         transport = self.request.transport
         return transport is not None and not transport.is_closing()
 
+    def on_hang_up(self, step: Callable[[], None] | None) -> None:
+        """Have a step made if the caller hangs up before it has its whole answer; None unmakes it."""
+        connection = self.request.protocol
+        assert isinstance(connection, Connection)
+        connection.on_hang_up = step
+
     def require_listener(self) -> None:
         """Begin nothing long for nobody. Raises: Refusal when the caller has hung up."""
         if not self.has_listener:
@@ -277,11 +289,13 @@ class Call:
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self.parts.executor, partial(function, *args, **kwargs))
 
-    async def body(self) -> bytes:
-        """Read the whole body. Raises: Refusal when it is above the route's cap, stops coming, or has no room."""
+    async def body(self, size_bytes_max: int | None = None) -> bytes:
+        """Read the whole body. Raises: Refusal when it is above the route's cap, or the one that is given, stops
+        coming, or has no room.
+        """
         if self._body is None:
             pieces = []
-            async for piece in self.incoming(self.route.body_bytes_max):
+            async for piece in self.incoming(size_bytes_max or self.route.body_bytes_max):
                 self.parts.held.take(len(piece))
                 self._held_bytes += len(piece)
                 pieces.append(piece)

@@ -1,11 +1,12 @@
-"""Requests that are no HTTP: answered in the API's own words, and never written to the log, for a line that cannot be
-read may hold a key or a prompt.
+"""Connections of the API: who wants to know hears when the caller hangs up, and requests that are no HTTP are answered
+in the API's own words and never written to the log, for a line that cannot be read may hold a key or a prompt.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
@@ -18,14 +19,21 @@ logger = logging.getLogger(__name__)
 RNG = web.AppKey("rng", Rng)
 
 
-class _Connection(web.RequestHandler):
-    """A connection of the API."""
+class Connection(web.RequestHandler):
+    """A connection of the API. `on_hang_up` is called when it is lost."""
 
-    __slots__ = ("_rng",)
+    __slots__ = ("_rng", "on_hang_up")
 
     def __init__(self, server: web.Server, rng: Rng, **settings: object) -> None:
         super().__init__(server, **settings)  # type: ignore[arg-type]
         self._rng = rng
+        self.on_hang_up: Callable[[], None] | None = None
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """See asyncio.Protocol."""
+        super().connection_lost(exc)
+        if self.on_hang_up is not None:
+            self.on_hang_up()
 
     def handle_error(
         self,
@@ -70,7 +78,7 @@ class _Server(web.Server):
 
     def __call__(self) -> web.RequestHandler:
         """See web.Server."""
-        return _Connection(self, self._rng, loop=asyncio.get_running_loop(), **self._settings)
+        return Connection(self, self._rng, loop=asyncio.get_running_loop(), **self._settings)
 
 
 class Runner(web.AppRunner):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from batchrunner.api import batches, deliveries, events, failures, files, health, results, uploads, webhooks, xai
+from batchrunner.api import batches, deliveries, events, failures, files, health, live, results, uploads, webhooks, xai
 from batchrunner.api.dispatch import Dispatcher
 from batchrunner.api.door import IDLE_S
 from batchrunner.api.http import ApiParts, Route
@@ -23,6 +23,7 @@ _TABLE: tuple[Route, ...] = (
     *events.ROUTES,
     *webhooks.ROUTES,
     *deliveries.ROUTES,
+    *live.ROUTES,
     *xai.ROUTES,
     *health.ROUTES,
 )
@@ -38,7 +39,8 @@ def build_app(parts: ApiParts, routes: Sequence[Route] = ROUTES) -> web.Applicat
     """Make the application; whoever serves it runs it with `make_runner`."""
     app = web.Application()
     app[RNG] = parts.rng
-    table = health.opened(routes) if parts.vitals.is_local else routes
+    table = (*routes, *live.extra_routes(parts.settings.endpoints))
+    table = health.opened(table) if parts.vitals.is_local else table
     app.router.add_route("*", r"/{path:[\s\S]*}", Dispatcher(parts, table).handle)
 
     async def stop_following(_app: web.Application) -> None:

@@ -40,7 +40,7 @@ def load_settings(flags: Mapping[str, object]) -> tuple[Settings, dict[str, str]
 
 def check_upstreams(settings: Settings) -> None:
     """Look at the addresses of the upstreams, if any are named. Raises: UsageError."""
-    from batchrunner.upstream import join_url
+    from batchrunner.upstream_address import join_url
 
     for target in targets_of(settings) if has_upstream(settings) else ():
         join_url(target.base_url, "/v1/chat/completions")

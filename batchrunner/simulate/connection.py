@@ -100,8 +100,8 @@ class Connection(asyncio.Protocol):
         keep_alive = request is not None and request.keep_alive
         return answer_bytes(answer, request_number=self._desk.next_request_number(), keep_alive=keep_alive)
 
-    def pack_head(self, answer: Answer, length: int) -> bytes:
-        """Return the head alone, for a body of this length that is written piece by piece."""
+    def pack_head(self, answer: Answer, length: int | None) -> bytes:
+        """Return the head alone, for a body of this length (None: in chunks) that is written piece by piece."""
         keep_alive = self._request is not None and self._request.keep_alive
         number = self._desk.next_request_number()
         return head_bytes(answer, request_number=number, length=length, keep_alive=keep_alive)

@@ -25,7 +25,11 @@ _COMPLETIONS: Final = "/v1/completions"
 _EMBEDDINGS: Final = "/v1/embeddings"
 _RESPONSES: Final = "/v1/responses"
 _MODERATIONS: Final = "/v1/moderations"
+_TRANSCRIPTIONS: Final = "/v1/audio/transcriptions"
+_IMAGE_EDITS: Final = "/v1/images/edits"
+EVENT_STREAM: Final = b"text/event-stream; charset=utf-8"
 _QUOTED_CHARACTERS: Final = 64
+_STREAMED_CHARACTERS: Final = 8
 _DIMENSIONS: Final = 8
 _DIMENSIONS_MAX: Final = 4096
 # Times are derived from the body too, in the year after this instant: the same body has the same answer for ever.
@@ -37,6 +41,8 @@ _MARKER_PREFIXES: Final = {
     _RESPONSES: "echo:",
     _EMBEDDINGS: "embd-",
     _MODERATIONS: "modr-",
+    _TRANSCRIPTIONS: "echo:",
+    _IMAGE_EDITS: "edit-",
 }
 _CATEGORIES: Final = ("harassment", "hate", "illicit", "self-harm", "sexual", "violence")
 
@@ -133,7 +139,8 @@ def model_answer(path: bytes, body: bytes, digest: bytes) -> Answer:
     A body that the endpoint cannot read is answered 400, the model `missing-model` 404.
     """
     try:
-        return Answer(200, ENDPOINTS[path](body, digest))
+        made = ENDPOINTS[path](body, digest)
+        return made if isinstance(made, Answer) else Answer(200, made)
     except _Refused as refused:
         return refused.answer
     except msgspec.ValidationError as error:
@@ -193,7 +200,8 @@ def _check(model: str, *, is_stream: bool | None) -> None:
         message = f"The model `{MISSING_MODEL}` does not exist or you do not have access to it."
         raise _Refused(error_answer(404, message, code="model_not_found", param="model"))
     if is_stream:
-        raise _Refused(error_answer(400, "The simulator does not stream.", code="unsupported_value", param="stream"))
+        message = "The simulator streams chat completions only."
+        raise _Refused(error_answer(400, message, code="unsupported_value", param="stream"))
 
 
 def _tokens(body: bytes, digest: bytes) -> tuple[int, int, int, int]:
@@ -231,10 +239,13 @@ def _usage(body: bytes, digest: bytes) -> bytes:
     )
 
 
-def _chat(body: bytes, digest: bytes) -> bytes:
+def _chat(body: bytes, digest: bytes) -> bytes | Answer:
     request = _CHAT_BODY.decode(body)
-    _check(request.model, is_stream=request.stream)
+    _check(request.model, is_stream=False)
     marker = digest[:8].hex()
+    if request.stream:
+        text = f"echo:{marker} {_last_user_text(request.messages)[:_QUOTED_CHARACTERS]}"
+        return Answer(200, _chat_events(request.model, text, marker, _created_at(digest)), EVENT_STREAM)
     return (
         b'{"id":"chatcmpl-%b","object":"chat.completion","created":%d,"model":%b,"choices":[{"index":0,"message":'
         b'{"role":"assistant","content":%b,"refusal":null,"annotations":[]},"logprobs":null,"finish_reason":"stop"}],'
@@ -247,6 +258,19 @@ def _chat(body: bytes, digest: bytes) -> bytes:
             _usage(body, digest),
         )
     )
+
+
+def _chat_events(model: str, text: str, marker: str, created_at: int) -> bytes:
+    """Return all events of a streamed answer: who speaks, the text in small pieces, why it ends, and the end."""
+    pieces = [text[start : start + _STREAMED_CHARACTERS] for start in range(0, len(text), _STREAMED_CHARACTERS)]
+    deltas: list[tuple[dict[str, str], str | None]] = [({"role": "assistant", "content": ""}, None)]
+    deltas += [({"content": piece}, None) for piece in pieces]
+    head = {"id": f"chatcmpl-{marker}", "object": "chat.completion.chunk", "created": created_at, "model": model}
+    events = [
+        head | {"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
+        for delta, reason in [*deltas, ({}, "stop")]
+    ]
+    return b"".join(b"data: " + orjson.dumps(each) + b"\n\n" for each in events) + b"data: [DONE]\n\n"
 
 
 def _split_inputs(given: str | list[str | int | list[int]]) -> list[str]:
@@ -343,11 +367,23 @@ def _moderations(body: bytes, digest: bytes) -> bytes:
     return orjson.dumps({"id": f"modr-{digest[:8].hex()}", "model": request.model, "results": [result] * count})
 
 
-ENDPOINTS: Final[dict[bytes, Callable[[bytes, bytes], bytes]]] = {
+def _transcription(body: bytes, digest: bytes) -> bytes:
+    return orjson.dumps({"text": f"echo:{digest[:8].hex()} {len(body)} bytes"})
+
+
+def _image_edit(body: bytes, digest: bytes) -> bytes:  # noqa: ARG001 - endpoints are called alike
+    url = f"https://images.example/edit-{digest[:8].hex()}.png"
+    return orjson.dumps({"created": _created_at(digest), "data": [{"url": url}]})
+
+
+ENDPOINTS: Final[dict[bytes, Callable[[bytes, bytes], bytes | Answer]]] = {
     _CHAT.encode(): _chat,
     _COMPLETIONS.encode(): _completions,
     _EMBEDDINGS.encode(): _embeddings,
     _RESPONSES.encode(): _responses,
     _MODERATIONS.encode(): _moderations,
+    # These two take forms, of which nobody looks at more than the bytes.
+    _TRANSCRIPTIONS.encode(): _transcription,
+    _IMAGE_EDITS.encode(): _image_edit,
 }
 """Each model endpoint's path, and what makes its good answer from a body and the body's digest."""

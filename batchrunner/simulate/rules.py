@@ -282,6 +282,7 @@ class SimulatorSettings:
     is_down: bool = False
     huge_bytes: int = 40 * 1024 * 1024
     drip_interval_s: float = 0.1
+    stream_interval_s: float = 0.0
 
 
 class _Change(msgspec.Struct, forbid_unknown_fields=True):

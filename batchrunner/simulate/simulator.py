@@ -10,7 +10,7 @@ import functools
 import hashlib
 import random
 import signal
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Self
@@ -21,6 +21,7 @@ from batchrunner.errors import UsageError
 from batchrunner.simulate.connection import Connection
 from batchrunner.simulate.replies import (
     ENDPOINTS,
+    EVENT_STREAM,
     error_answer,
     faulty_answer,
     model_answer,
@@ -40,7 +41,7 @@ from batchrunner.simulate.rules import (
     parse_script,
 )
 from batchrunner.simulate.tally import BodyCounts, SimulatorStats, Tally, body_key
-from batchrunner.simulate.wire import Answer, Request, header_of
+from batchrunner.simulate.wire import Answer, Request, chunk_bytes, header_of
 
 _BACKLOG: Final = 4096
 _PAD: Final = b" " * (256 * 1024)
@@ -333,7 +334,11 @@ class Simulator:
 
     def _deliver(self, exchange: _Exchange) -> None:
         answer = model_answer(exchange.request.path, exchange.request.body, exchange.digest)
-        if exchange.fault is None or answer.status != 200:
+        if answer.content_type == EVENT_STREAM and exchange.fault is None:
+            self._exchanges[exchange.connection] = exchange
+            exchange.connection.write(exchange.connection.pack_head(answer, None))
+            self._stream(exchange, deque(answer.body.splitlines(keepends=True)))
+        elif exchange.fault is None or answer.status != 200:
             self._settle(exchange, answer)
         else:
             self._deliver_fault(exchange, exchange.fault, answer)
@@ -380,6 +385,21 @@ class Simulator:
                 self._begin_huge(exchange, good)
             case _:
                 self._settle(exchange, faulty_answer(fault, good), fault)
+
+    def _stream(self, exchange: _Exchange, lines: deque[bytes]) -> None:
+        """Send one event, which is a line and an empty one, and have the next follow; each is a chunk."""
+        exchange.connection.write(chunk_bytes(lines.popleft() + lines.popleft()))
+        if lines:
+            wait_s = self._settings.stream_interval_s
+            exchange.timer = asyncio.get_running_loop().call_later(wait_s, self._stream, exchange, lines)
+            return
+        exchange.connection.write(chunk_bytes(b""))
+        exchange.is_counted = True
+        exchange.tally.answer_well(exchange.key, 200)
+        self._release(exchange)
+        exchange.connection.finish()
+        if self._watchers:
+            self._wake_watchers()
 
     def _drip(self, exchange: _Exchange, body: bytes, position: int) -> None:
         if position == len(body):

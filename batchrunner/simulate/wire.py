@@ -66,13 +66,13 @@ def header_of(head: bytes, name: bytes) -> bytes | None:
     return head[start : end if end >= 0 else len(head)].strip()
 
 
-def head_bytes(answer: Answer, *, request_number: int, length: int, keep_alive: bool) -> bytes:
-    """Return the status line and headers that announce an answer whose body has `length` bytes."""
+def head_bytes(answer: Answer, *, request_number: int, length: int | None, keep_alive: bool) -> bytes:
+    """Return the status line and headers that announce an answer whose body has `length` bytes, None for chunks."""
     lines = [
         b"HTTP/1.1 %d %b" % (answer.status, _REASONS.get(answer.status, b"Unknown")),
         b"Content-Type: " + answer.content_type,
         b"x-request-id: req_%016x" % request_number,
-        b"Content-Length: %d" % length,
+        b"Transfer-Encoding: chunked" if length is None else b"Content-Length: %d" % length,
         *(name + b": " + value for name, value in answer.headers),
         b"Connection: keep-alive" if keep_alive else b"Connection: close",
     ]
@@ -88,6 +88,11 @@ def answer_bytes(answer: Answer, *, request_number: int, keep_alive: bool) -> by
         )
     head = head_bytes(answer, request_number=request_number, length=len(answer.body), keep_alive=keep_alive)
     return head + answer.body
+
+
+def chunk_bytes(piece: bytes) -> bytes:
+    """Return a piece of a chunked body as it goes over the wire; the empty one ends the body."""
+    return b"%x\r\n%b\r\n" % (len(piece), piece)
 
 
 @dataclass(slots=True)

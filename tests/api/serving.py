@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
@@ -26,11 +27,13 @@ from batchrunner.holdings import NO_LIMITS, ApiKey, KeyId, KeyLimits, KeyScope
 from batchrunner.models import LOCAL_TENANT, TenantId
 from batchrunner.ports import Clock, TenantScope
 from batchrunner.poster import AiohttpPoster
+from batchrunner.serving import open_live
 from batchrunner.settings import Settings
 from batchrunner.store.sqlite import SqliteStore
 
 LINE = b'{"custom_id":"a","method":"POST","url":"/v1/chat/completions","body":{"model":"m","messages":[]}}\n'
 ALL_SCOPES = tuple(KeyScope)
+NO_KEYS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,9 +159,11 @@ async def serving(
     settings: Settings | None = None,
     routes: Sequence[Route] = ROUTES,
     clock: Clock | None = None,
+    upstream_keys: Mapping[str, str] = NO_KEYS,
 ) -> AsyncIterator[Served]:
-    """Run the application until the block ends."""
+    """Run the application until the block ends. It passes requests on where its settings name an upstream."""
     clock = clock or SystemClock()
+    settings = settings or Settings()
     store = SqliteStore.open(folder / "state.db", clock)
     executor = ThreadPoolExecutor(8)
     rules = AddressRules(is_loopback_allowed=is_open)
@@ -168,12 +173,13 @@ async def serving(
         blobs=LocalBlobs(folder / "blobs"),
         clock=clock,
         rng=SystemRng(),
-        settings=settings or Settings(),
+        settings=settings,
         is_open=is_open,
         executor=executor,
         vitals=Vitals(is_local=is_local),
         addresses=rules,
         poster=poster,
+        live=open_live(settings, upstream_keys, clock),
     )
     runner = make_runner(build_app(parts, routes), shutdown_s=1.0)
     await runner.setup()
@@ -186,5 +192,7 @@ async def serving(
     finally:
         await runner.cleanup()
         await poster.close()
+        if parts.live is not None:
+            await parts.live.close()
         executor.shutdown()
         store.close()

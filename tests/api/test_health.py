@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
@@ -119,7 +120,15 @@ async def test_keyed_server_on_loopback_gives_metrics_without_a_key_but_to_no_we
     assert foreign.status == 403
 
 
-async def test_every_metric_of_the_table_is_there_and_counts(api: Served) -> None:
+@pytest.fixture
+async def upstreamed(tmp_path: Path) -> AsyncIterator[Served]:
+    """An open server that knows an upstream."""
+    async with serving(tmp_path, settings=Settings(base_url="http://127.0.0.1:9/v1")) as served:
+        yield served
+
+
+async def test_every_metric_of_the_table_is_there_and_counts(upstreamed: Served) -> None:
+    api = upstreamed
     tally = Tally(attempts=9, succeeded=5, failed=1, retries=3, tokens_in=70, tokens_out=30, damages=2)
     tally.failures["429"] = 3
     for _ in range(4):
@@ -131,6 +140,8 @@ async def test_every_metric_of_the_table_is_there_and_counts(api: Served) -> Non
     )
     said = Pulse(worker_count=1, ticking_count=1, in_flight=4, waiting=6, window=8, tally=tally.to_wire())
     pulse(api, msgspec.structs.replace(said, upstreams=upstreams))
+    assert api.parts.live is not None
+    api.parts.live.failures["not_connected"] += 2
     await api.call("GET", "/healthz")
 
     answer = await api.call("GET", "/metrics")
@@ -160,6 +171,9 @@ async def test_every_metric_of_the_table_is_there_and_counts(api: Served) -> Non
     assert found["batchrunner_latency_seconds_sum",] == pytest.approx(1.0, rel=0.09)
     assert found["batchrunner_latency_seconds_bucket", "0.128"] == 0
     assert found["batchrunner_latency_seconds_bucket", "0.256"] == 4
+    assert found["batchrunner_live_requests_total", "default"] == 0
+    assert found["batchrunner_live_failures_total", "not_connected"] == 2
+    assert found["batchrunner_live_in_flight", "default"] == 0
 
 
 async def test_labels_are_closed_sets(api: Served) -> None:
@@ -187,7 +201,7 @@ async def test_stream_of_events_ends_when_the_server_is_to_end(tmp_path: Path) -
             closed.set()
 
     async def events(call: Call) -> Answer:
-        return Answer(content_type="text/event-stream", chunks=chunks())
+        return Answer(content_type="text/event-stream", chunks=chunks(), is_endless=True)
 
     route = Route(method="GET", path="/v1/stream", handler=events, summary="Give events")
     async with serving(tmp_path, routes=[route]) as api, asyncio.timeout(30.0):

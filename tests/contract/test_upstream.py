@@ -12,7 +12,8 @@ from yarl import URL
 
 from batchrunner.errors import UsageError
 from batchrunner.models import Attempt, AttemptError
-from batchrunner.upstream import AiohttpUpstream, join_url
+from batchrunner.upstream import AiohttpUpstream
+from batchrunner.upstream_address import join_url
 from tests.hostile.peer import SteppedClock, Talk, answer, obliging, peer_with, until
 from tests.hostile.sending import CHAT, send, upstream_of
 

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -79,15 +80,16 @@ class Command:
 
     async def ended(self, *, within_s: float = COMMAND_S) -> Ended:
         """Wait for its end."""
-        try:
-            async with asyncio.timeout(within_s):
-                out, err = await self.process.communicate()
-        except TimeoutError:
+        ending = asyncio.ensure_future(self.process.communicate())
+        await asyncio.wait({ending}, timeout=within_s)
+        hangs = not ending.done()
+        if hangs:
             self.kill_group()
-            out, err = await self.process.communicate()
-            raise AssertionError(f"the command hangs:\n{err.decode(errors='replace')}") from None
+        out, err = await ending
+        talk = b"".join([*self.talk, err]).decode(errors="replace")
+        assert not hangs, f"the command hangs:\n{talk}"
         assert self.process.returncode is not None
-        return Ended(self.process.returncode, out, b"".join([*self.talk, err]).decode(errors="replace"))
+        return Ended(self.process.returncode, out, talk)
 
 
 @dataclass(slots=True)
@@ -137,6 +139,15 @@ class Bench:
         """Prove the run's ledger."""
         stats = None if repeats_max is None else self.simulator.stats()
         return check_run(self.input, self.output, self.errors, sim_stats=stats, repeats_max=repeats_max or 0)
+
+    def sender(self, command: Command) -> psutil.Process:
+        """A worker process of a run that talks to the simulator; another one may not have begun."""
+        port = urlsplit(self.simulator.url).port
+        return next(
+            each
+            for each in command.workers()
+            if any(talk.raddr and talk.raddr.port == port for talk in each.net_connections("tcp"))
+        )
 
     async def reach(self, is_reached: Callable[[SimulatorStats], bool], command: Command) -> None:
         """Wait until the simulator's counters fulfil a condition; the command must not end before."""

@@ -222,7 +222,7 @@ async def test_frozen_worker_loses_its_lines_to_another_and_its_late_answers_cou
 
         command = await run.start("--workers", "2", "--json")
         await run.reach(lambda stats: stats.ok >= 64, command)
-        frozen = command.workers()[0]
+        frozen = run.sender(command)
         freeze(run.state / "state.db", frozen)
         await run.reach(lambda stats: stats.repeats > 0, command)
         frozen.resume()
@@ -241,7 +241,7 @@ async def test_run_ends_although_a_worker_stays_frozen(tmp_path: Path) -> None:
 
         command = await run.start("--workers", "2", "--json")
         await run.reach(lambda stats: stats.ok >= 64, command)
-        freeze(run.state / "state.db", command.workers()[0])
+        freeze(run.state / "state.db", run.sender(command))
         ended = await command.ended()
 
         assert ended.code == 0, ended.stderr

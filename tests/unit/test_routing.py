@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrunner.routing import Route, Router, model_of, renamed, router_of
+from batchrunner.members import renamed
+from batchrunner.routing import Route, Router, model_of, router_of
 from batchrunner.targets import Target
 
 

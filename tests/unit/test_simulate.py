@@ -270,12 +270,50 @@ class TestAnswers:
         assert reply.status == 400
         assert reply.json["error"]["type"] == "invalid_request_error"
 
-    async def test_streaming_is_refused(self):
+    async def test_streaming_is_refused_where_there_is_none(self):
+        body = json.dumps({"model": "m", "input": "hello", "stream": True}).encode()
         async with simulated() as (_, client):
-            reply = await client.call(chat_body(stream=True))
+            reply = await client.call(body, "/v1/responses")
 
         assert reply.status == 400
         assert reply.json["error"]["param"] == "stream"
+
+    async def test_a_streamed_chat_says_the_expected_reply_in_pieces_and_ends(self):
+        body = chat_body("a question that is long enough", stream=True)
+        async with simulated() as (simulator, client):
+            client.send(request_bytes(body, headers="Connection: close\r\n"))
+            status, headers = await client.head()
+            chunks = await client.rest()
+            stats = simulator.stats()
+
+        assert (status, headers["transfer-encoding"]) == (200, "chunked")
+        assert headers["content-type"].startswith("text/event-stream")
+        *events, last = [line.removeprefix("data: ") for line in chunks.decode().split("\r\n") if "data: " in line]
+        deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
+        text = "".join(delta.get("content", "") for delta in deltas)
+        assert text == f"{expected_reply(body, CHAT)} a question that is long enough"
+        assert len(deltas) > 3
+        assert last.strip() == "[DONE]"
+        assert chunks.endswith(b"\r\n0\r\n\r\n")
+        assert (stats.ok, stats.in_flight, stats.working) == (1, 0, 0)
+
+    async def test_a_client_that_leaves_in_mid_stream_frees_its_slot(self):
+        async with simulated(stream_interval_s=30.0) as (simulator, client):
+            client.send(request_bytes(chat_body(stream=True)))
+            await client.head()
+            client.drop()
+            await until(simulator, lambda stats: stats.abandoned == 1 and stats.working == 0)
+
+        assert simulator.stats().ok == 0
+
+    @pytest.mark.parametrize("url", ["/v1/audio/transcriptions", "/v1/images/edits"])
+    async def test_a_form_is_answered_by_its_bytes(self, url):
+        form = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\nsound\r\n--x--\r\n'
+        async with simulated() as (_, client):
+            reply = await client.call(form, url, headers="Content-Type: multipart/form-data; boundary=x\r\n")
+
+        assert reply.status == 200
+        assert expected_reply(form, url) in reply.body.decode()
 
     async def test_the_missing_model_is_answered_404(self):
         async with simulated() as (_, client):

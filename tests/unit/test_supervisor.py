@@ -16,8 +16,9 @@ import pytest
 
 from batchrunner.clock import SystemClock
 from batchrunner.errors import WorkerLost
+from batchrunner.holdings import LiveUse
 from batchrunner.metrics import Tally
-from batchrunner.pace import Sample
+from batchrunner.pace import Sample, Window
 from batchrunner.settings import Settings
 from batchrunner.supervisor import Activity, Part, Report, Share, Supervisor, encode_message
 from batchrunner.targets import Target
@@ -30,7 +31,8 @@ GREETING = b'{"hello":1}\n'
 
 def report(*, in_flight: int = 0, waiting: int = 0, **fields: Any) -> Report:
     tally = fields.pop("tally", Tally())
-    activity = Activity(sample=Sample(at_s=0.0, span_s=0.1), in_flight=in_flight, waiting=waiting)
+    sample = fields.pop("sample", Sample(at_s=0.0, span_s=0.1))
+    activity = Activity(sample=sample, in_flight=in_flight, waiting=waiting)
     return Report(activities=(activity,), waiting=waiting, tally=tally.to_wire(), **fields)
 
 
@@ -113,6 +115,59 @@ def test_idle_workers_keep_one_place_each() -> None:
         made._hand_out()
 
     assert [told(child).window for child in children] == [28, 1, 1]
+
+
+def test_workers_leave_to_others_the_places_that_these_use() -> None:
+    made, children = supervisor_of(2, concurrency=10)
+    for child in children:
+        child.report = report(in_flight=1)
+    shares = []
+    for places in (4, 12, 0):
+        made.yield_to([LiveUse(places=places)])
+        for _ in range(3):
+            made._hand_out()
+        shares.append([told(child).window for child in children])
+
+    assert shares == [[3, 3], [0, 0], [5, 5]]
+
+
+def test_window_that_was_found_keeps_a_place_for_batches() -> None:
+    made, children = supervisor_of(1)
+    children[0].report = report(in_flight=1)
+    made.yield_to([LiveUse(places=1000)])
+    for _ in range(3):
+        made._hand_out()
+
+    assert told(children[0]).window == 1
+
+
+def test_rates_of_workers_are_what_others_have_left() -> None:
+    made, children = supervisor_of(2, rpm=100, tpm=1000)
+    for child in children:
+        child.report = report(in_flight=1)
+    made.yield_to([LiveUse(requests=40, tokens=5000)])
+    made._hand_out()
+
+    assert [(told(child).rpm, told(child).tpm) for child in children] == [(30.0, 0.0)] * 2
+    made.yield_to(())
+    made._hand_out()
+    assert [(told(child).rpm, told(child).tpm) for child in children] == [(50.0, 500.0)] * 2
+
+
+def test_window_is_measured_as_if_lines_were_in_the_places_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise each request that passes by would look like an upstream that has become slower."""
+    made, children = supervisor_of(1)
+    seen: list[Sample] = []
+    monkeypatch.setattr(Window, "observe", lambda _, sample: seen.append(sample))
+    made.yield_to([LiveUse(places=4, refused=2)])
+    sample = Sample(at_s=1.0, span_s=0.1, answered=12, latency_sum_s=1.2, in_flight_mean=12.0)
+    idle = Sample(at_s=1.1, span_s=0.1, was_full=0.0)
+    for each in (sample, sample, idle):
+        made.yield_to([LiveUse(places=4)])
+        children[0].hear(encode_message(report(sample=each)))
+        made._observe()
+
+    assert [(each.in_flight_mean, each.refused) for each in seen] == [(16.0, 2), (16.0, 0), (0.0, 0)]
 
 
 def test_share_grows_only_by_what_others_have_let_go_of() -> None:
