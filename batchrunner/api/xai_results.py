@@ -83,8 +83,12 @@ def place_in(token: str, places: re.Pattern[str]) -> tuple[str, int]:
     except (binascii.Error, ValueError):
         found = None
     if found is None:
-        raise Refusal("The pagination_token is none that this server gave.", param="pagination_token")
+        raise _no_token()
     return found[1], int(found[2])
+
+
+def _no_token() -> Refusal:
+    return Refusal("The pagination_token is none that this server gave.", param="pagination_token")
 
 
 async def list_results(call: Call) -> Answer:
@@ -142,8 +146,11 @@ def _answered(call: Call, batch: Batch, after: int) -> Iterator[_Found]:
 
 
 def _lines(blobs: Blobs, file: File | None, phase: str, position: int) -> Iterator[_Found]:
+    """Give lines from a byte on. Raises: Refusal when none begins there."""
     if file is None:
         return
+    if position and blobs.read(file.blob, position - 1, position) != b"\n":
+        raise _no_token()
     for line in lines_of(read_blob(blobs, file.blob, position)):
         position += len(line)
         belongs = phase != _NOT_RUN or is_not_run(read_error_line(line))

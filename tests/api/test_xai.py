@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 import pytest
 
+from batchrunner.api.xai_results import token_of
 from batchrunner.holdings import KeyLimits
 from batchrunner.settings import Settings
 from tests.api.batching import chat_lines, check_ledger, ended, make_batch, until, working
@@ -435,6 +436,20 @@ async def test_a_token_that_is_none_is_refused(api: Served, what: str, token: st
 
     assert (reply.status, reply.json["code"]) == (400, "invalid-argument")
     assert "pagination_token" in reply.json["error"]
+
+
+async def test_a_token_for_the_middle_of_a_line_is_refused(api: Served, tmp_path: Path) -> None:
+    batch_id = (await make_batch(api, chat_lines(NAMES)))["id"]
+    async with working(tmp_path):
+        await ended(api, batch_id)
+
+    replies = [
+        await api.call("GET", f"/xai/v1/batches/{batch_id}/results?pagination_token={token_of('o', place)}")
+        for place in (0, 5, 10**17)
+    ]
+
+    assert [each.status for each in replies] == [200, 400, 400]
+    assert "pagination_token" in replies[1].json["error"]
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------
