@@ -141,8 +141,12 @@ class _Line(msgspec.Struct):
     error: _Error | None
 
 
-class _Refused(msgspec.Struct):
-    error: _Error | str | None = None
+class _Told(msgspec.Struct):
+    message: str | None = None
+
+
+class _Refused(_Told):
+    error: _Told | str | None = None
 
 
 class _Shape(msgspec.Struct):
@@ -198,10 +202,10 @@ def _failure_of(line: _Line) -> XaiFailure:
 def _said(body: Raw) -> str | None:
     """Give what an upstream says of its refusal, in any of the usual shapes."""
     try:
-        error = _read_refused(body).error
+        found = _read_refused(body)
     except (msgspec.DecodeError, RecursionError):
         return None
-    return error.message if isinstance(error, _Error) else error
+    return (found.error.message if isinstance(found.error, _Told) else found.error) or found.message
 
 
 def _key_of(url: str) -> str:

@@ -136,6 +136,8 @@ def test_a_refusal_of_the_upstream_is_told_twice(status: int, code: int) -> None
         ({"error": "plain"}, "plain"),
         ({"code": "x", "error": "plain"}, "plain"),
         ("<html>", "The upstream answered HTTP 502."),
+        ({"error": {"message": "no such model", "code": 404}}, "no such model"),
+        ({"object": "error", "message": "too long", "code": 400}, "too long"),
         ({"error": {"code": 7}}, "The upstream answered HTTP 502."),
     ],
 )
