@@ -13,7 +13,7 @@ from batchrunner.lifecycle import BatchEvent, BatchStatus
 from batchrunner.models import BatchId, TaskId, TaskKind, TenantId
 from batchrunner.store.moments import Moment
 from batchrunner.store.queries_batches import batch_of_tenant, lock_batch, move, require_lines
-from batchrunner.store.queries_blobs import drop_blob, need_blob
+from batchrunner.store.queries_blobs import drop_blobs, need_blob
 from batchrunner.store.queries_progress import add_shards
 from batchrunner.store.tables import additions, batches, extents, tasks
 
@@ -80,11 +80,10 @@ def close_idle(conn: Connection, moment: Moment) -> list[BatchId]:
     return [BatchId(row["id"]) for row in conn.execute(late).mappings().all() if close(conn, row, moment)]
 
 
-def drop_additions(conn: Connection, batch_ids: Collection[str], moment: Moment) -> None:
+def drop_additions(conn: Connection, batch_ids: Collection[str]) -> None:
     """Let the lines of batches go whose journals have ended."""
     gone = additions.c.batch_id.in_(batch_ids)
-    for source in conn.execute(select(additions.c.source).where(gone)).scalars().all():
-        drop_blob(conn, source, moment)
+    drop_blobs(conn, select(additions.c.source).where(gone))
     conn.execute(delete(additions).where(gone))
 
 

@@ -66,7 +66,7 @@ def _end_journals(conn: Connection, moment: Moment) -> None:
     conn.execute(delete(extents).where(extents.c.batch_id.in_(ids)))
     conn.execute(delete(claims).where(claims.c.task_id.in_(shards)))
     conn.execute(delete(tasks).where(tasks.c.batch_id.in_(ids), tasks.c.kind == TaskKind.SHARD))
-    drop_additions(conn, ids, moment)
+    drop_additions(conn, ids)
     conn.execute(update(batches).where(batches.c.id.in_(ids)).values(journal_ended_at=moment.wall))
     bare = select(batches.c.id).where(batches.c.id.in_(ids), batches.c.output_file_id.is_(None))
     for batch_id in conn.execute(bare).scalars().all():
