@@ -33,6 +33,8 @@ from batchrunner.validation import line_rules
 
 # Source: xAI's limit of one request, which was that of one call before.
 ADD_BYTES_MAX = 25 * MIB
+# What is held of a request in memory is many times as large as the smallest one on the wire.
+_ADD_REQUESTS_MAX = 100_000
 _LINE = "l"
 _PLACE = re.compile(r"(l)([0-9]{1,18})")
 _ENDED: Mapping[BatchStatus, State] = {BatchStatus.CANCELLED: "cancelled", BatchStatus.EXPIRED: "failed"}
@@ -48,7 +50,7 @@ class XaiRequest(msgspec.Struct, frozen=True):
 class AddRequests(msgspec.Struct, frozen=True):
     """The body of an addition."""
 
-    batch_requests: Annotated[list[XaiRequest], Meta(min_length=1)]
+    batch_requests: Annotated[list[XaiRequest], Meta(min_length=1, max_length=_ADD_REQUESTS_MAX)]
 
 
 class Added(msgspec.Struct, frozen=True):

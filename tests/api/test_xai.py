@@ -254,6 +254,15 @@ async def test_what_does_not_fit_joins_not_even_in_part(api: Served, requests: l
     assert (await show(api, batch_id))["state"] == state()
 
 
+async def test_a_call_has_no_more_requests_than_memory_is_for(api: Served) -> None:
+    batch_id = await open_batch(api)
+
+    reply = await add(api, batch_id, *[request(None, "responses")] * 100_001)
+
+    assert (reply.status, reply.json["code"]) == (400, "invalid-argument")
+    assert "maximum length 100000" in reply.json["error"]
+
+
 async def test_an_id_is_taken_once_in_a_batch_and_again_in_another(api: Served) -> None:
     batch_id, other = await open_batch(api), await open_batch(api)
     await added(api, batch_id, NAMES)
