@@ -8,7 +8,7 @@ import threading
 from array import array
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import blake2b
@@ -28,6 +28,7 @@ from batchrunner.validation import Validation, validator_of
 # Open batches whose ids one process remembers; of others it reads them again.
 _BATCHES_MAX = 256
 _HASH_BYTES = 8
+_ADDITIONS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +148,7 @@ def join(
     id_hashes = lines.id_hashes
     with known.turn:
         while True:
-            known.learn(scope.additions(batch_id, from_line=known.next_line))
+            known.learn(_joined(scope, batch_id, from_line=known.next_line))
             if known.next_line - 1 + len(lines.custom_ids) > lines_max:
                 raise InputInvalid(f"the batch has {known.next_line - 1} requests, at most {lines_max} are allowed")
             for place in known.known(id_hashes):
@@ -157,9 +158,18 @@ def join(
                 return
 
 
+def _joined(scope: TenantScope, batch_id: BatchId, *, from_line: int = 1) -> Iterator[Addition]:
+    """Give what joined from a line on, never much of it at once."""
+    while some := scope.additions(batch_id, from_line=from_line, limit=_ADDITIONS_AT_ONCE):
+        yield from some
+        if len(some) < _ADDITIONS_AT_ONCE:
+            return
+        from_line = some[-1].first_line + some[-1].line_count
+
+
 def _require_new(scope: TenantScope, blobs: Blobs, batch_id: BatchId, id_hash: bytes, custom_id: str) -> None:
     """Compare an id with those of the same hash."""
-    for each in scope.additions(batch_id):
+    for each in _joined(scope, batch_id):
         hashes = each.id_hashes
         places = {start // 8 for start in range(0, len(hashes), 8) if hashes[start : start + 8] == id_hash}
         if not places:

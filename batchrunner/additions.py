@@ -59,7 +59,7 @@ class TenantLines(Protocol):
             QuotaExceeded.
         """
 
-    def additions(self, batch_id: BatchId, *, from_line: int = 1) -> list[Addition]:
+    def additions(self, batch_id: BatchId, *, from_line: int = 1, limit: int = 1000) -> list[Addition]:
         """What joined, in line order, from that line on. Nothing once the batch's journal has ended."""
 
     def close_batch(self, batch_id: BatchId) -> None:

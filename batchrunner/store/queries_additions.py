@@ -48,10 +48,10 @@ def add_lines(
     return True
 
 
-def additions_of_batch(conn: Connection, batch_id: BatchId, *, from_line: int) -> Sequence[RowMapping]:
+def additions_of_batch(conn: Connection, batch_id: BatchId, *, from_line: int, limit: int) -> Sequence[RowMapping]:
     """List what joined from a line on."""
     query = select(additions).where(additions.c.batch_id == batch_id, additions.c.first_line >= from_line)
-    return conn.execute(query.order_by(additions.c.first_line)).mappings().all()
+    return conn.execute(query.order_by(additions.c.first_line).limit(limit)).mappings().all()
 
 
 def close_batch(conn: Connection, tenant: TenantId, batch_id: BatchId, moment: Moment) -> None:

@@ -35,11 +35,11 @@ class SqlTenantLines(SqlTenantOutbox):
             return False
         return True
 
-    def additions(self, batch_id: BatchId, *, from_line: int = 1) -> list[Addition]:
+    def additions(self, batch_id: BatchId, *, from_line: int = 1, limit: int = 1000) -> list[Addition]:
         """See TenantLines."""
         with self._store.reading() as conn:
             batch_of_tenant(conn, self._tenant, batch_id)
-            found = queries_additions.additions_of_batch(conn, batch_id, from_line=from_line)
+            found = queries_additions.additions_of_batch(conn, batch_id, from_line=from_line, limit=limit)
             return [addition_of(row) for row in found]
 
     def close_batch(self, batch_id: BatchId) -> None:

@@ -65,6 +65,7 @@ def test_lines_join_in_order_with_a_source_of_their_own(world: World) -> None:
     assert [(each.first_line, each.source) for each in world.shards()] == [(1, "add-1"), (11, "add-2")]
     assert [(each.first_line, each.line_count) for each in world.scope.additions(B1)] == [(1, 10), (11, 5)]
     (later,) = world.scope.additions(B1, from_line=11)
+    assert [each.first_line for each in world.scope.additions(B1, limit=1)] == [1]
     assert (later.source, later.id_hashes, later.created_at) == ("add-2", bytes(40), world.clock.wall)
     assert shard_in(world.claim()).source == "add-1"
 

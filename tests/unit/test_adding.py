@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -47,9 +48,9 @@ class PaperScope:
     rivals: list[tuple[str, ...]] = field(default_factory=list)
     looks: list[int] = field(default_factory=list)
 
-    def additions(self, _batch_id: BatchId, *, from_line: int = 1) -> list[Addition]:
+    def additions(self, _batch_id: BatchId, *, from_line: int = 1, limit: int) -> list[Addition]:
         self.looks.append(from_line)
-        return [each for each in self.joined if each.first_line >= from_line]
+        return [each for each in self.joined if each.first_line >= from_line][:limit]
 
     def next_line(self) -> int:
         return 1 + sum(each.line_count for each in self.joined)
@@ -130,6 +131,20 @@ def test_what_is_known_is_not_read_again(scope: PaperScope) -> None:
         joining(scope, known, lines(name, source=f"add-{name}"))
 
     assert scope.looks == [1, 1, 2]
+
+
+@pytest.mark.parametrize(("name", "looks"), [("x", [1, 3, 5, 7]), ("e", [1, 3, 5, 7, 1, 3, 5])])
+def test_of_many_additions_few_are_read_at_once(
+    scope: PaperScope, monkeypatch: pytest.MonkeyPatch, name: str, looks: list[int]
+) -> None:
+    monkeypatch.setattr(adding, "_ADDITIONS_AT_ONCE", 2)
+    for each in "abcdef":
+        scope.keep(each)
+
+    with contextlib.nullcontext() if name == "x" else pytest.raises(InputInvalid, match="'e'"):
+        joining(scope, KnownIds(), lines(name))
+
+    assert scope.looks == looks
 
 
 def test_ids_of_one_hash_are_compared_themselves(scope: PaperScope, monkeypatch: pytest.MonkeyPatch) -> None:
