@@ -12,6 +12,8 @@ POINTS = (
     "run_record.before_save",
     "run_record.saved",
     "batch.created",
+    "add.stored",
+    "add.joined",
     "claim.taken",
     "validate.before_accept",
     "validate.accepted",

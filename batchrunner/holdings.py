@@ -9,6 +9,7 @@ from typing import NewType
 
 import msgspec
 
+from batchrunner.lifecycle import BatchEvent
 from batchrunner.models import BatchId, FileId, TenantId
 
 UploadId = NewType("UploadId", str)
@@ -161,3 +162,12 @@ class Expired:
     uploads: int = 0
     replays: int = 0
     journals: tuple[BatchId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Swept:
+    """What one sweep found and mended."""
+
+    moved: tuple[tuple[BatchId, BatchEvent], ...] = ()
+    seals_added: int = 0
+    leases_ended: int = 0

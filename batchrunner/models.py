@@ -11,7 +11,7 @@ from typing import NewType
 
 import msgspec
 
-from batchrunner.lifecycle import BatchEvent, BatchStatus, EndedBy
+from batchrunner.lifecycle import BatchStatus, EndedBy
 
 TenantId = NewType("TenantId", str)
 BatchId = NewType("BatchId", str)
@@ -21,9 +21,10 @@ SessionId = NewType("SessionId", str)
 
 LOCAL_TENANT = TenantId("local")
 
-# The dialects of batches that came over HTTP: OpenAI's with everything that we add, and what OpenAI itself would take.
+# The dialects of batches that came over HTTP: OpenAI's with all that we add, what OpenAI itself would take, and xAI's.
 OPENAI = "openai"
 OPENAI_STRICT = "openai-strict"
+XAI = "xai"
 
 
 class TaskKind(StrEnum):
@@ -224,7 +225,8 @@ class NewBatch:
     bytes each, little endian, ascending) that limits the batch to these lines of its source.
 
     `input_name` is the input as the caller named it; with `input_file_id` None it is the name of a file that is not
-    there, and validation says so.
+    there, and validation says so. One that `is_open` has no source but those of the lines that join it, is never
+    validated as a whole, and closes at `closes_at` if nothing comes. `created_by` is the id of the key that asked.
     """
 
     id: BatchId
@@ -247,6 +249,9 @@ class NewBatch:
     input_name: str | None = None
     output_expires_after_s: int | None = None
     webhook_url: str | None = None
+    is_open: bool = False
+    closes_at: datetime | None = None
+    created_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,7 +264,6 @@ class Batch(NewBatch):
     status: BatchStatus
     version: int
     ended_by: EndedBy | None
-    is_open: bool
     paused_reason: str | None
     paused_at: datetime | None
     blocked_by: str | None
@@ -312,7 +316,7 @@ class TaskRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """Consecutive lines of one source: the unit of claim, of journal and of resumption.
+    """Consecutive lines of one source, None for the batch's: the unit of claim, of journal and of resumption.
 
     `intent_mark` is the highest line whose sending was registered before it happened, 0 if none: under `on_unknown:
     fail`, in quarantine, and wherever journals keep no marks.
@@ -332,6 +336,7 @@ class Shard:
     is_quarantined: bool
     state: TaskState
     epoch: int
+    source: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -472,15 +477,6 @@ class Watch:
 
     held: tuple[Held, ...]
     is_anyone_hungry: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Swept:
-    """What one sweep found and mended."""
-
-    moved: tuple[tuple[BatchId, BatchEvent], ...] = ()
-    seals_added: int = 0
-    leases_ended: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -212,9 +212,8 @@ def _missing_input(batch: Batch) -> RejectedInput:
     return RejectedInput(problems=(problem,), problem_count=1, problems_blob=None, input_sha256=_NO_INPUT)
 
 
-def read_blob(blobs: Blobs, name: str) -> Iterator[bytes]:
-    """Give a blob's bytes, a piece at a time."""
-    start = 0
+def read_blob(blobs: Blobs, name: str, start: int = 0) -> Iterator[bytes]:
+    """Give a blob's bytes from `start` on, a piece at a time."""
     while chunk := blobs.read(name, start, start + _READ_BYTES):
         yield chunk
         start += len(chunk)

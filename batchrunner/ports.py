@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 from typing import Protocol
 
+from batchrunner.additions import TenantLines
 from batchrunner.appetite import HUNGRY, Appetite
 from batchrunner.holdings import (
     NO_LIMITS,
@@ -16,6 +17,7 @@ from batchrunner.holdings import (
     LiveShare,
     OpenCounts,
     Replay,
+    Swept,
     Upload,
     UploadId,
     UploadPart,
@@ -39,7 +41,6 @@ from batchrunner.models import (
     SessionId,
     Shard,
     ShardCut,
-    Swept,
     TaskKind,
     TaskRef,
     TenantId,
@@ -169,7 +170,7 @@ class Renewer(Protocol):
         """Let go of the connection."""
 
 
-class TenantScope(TenantOutbox, Protocol):
+class TenantScope(TenantOutbox, TenantLines, Protocol):
     """The only way to a tenant's rows. Ids of other tenants are answered like missing ones."""
 
     def add_file(self, file: File, *, replay: Replay | None = None) -> File:
@@ -226,8 +227,8 @@ class TenantScope(TenantOutbox, Protocol):
         file: File | None = None,
         family: Collection[BatchId] | None = None,
     ) -> Batch:
-        """Make the batch, its validate task and its input `file`, if given, in one transaction, if limits let it. A
-        retry names the `family` that it has seen.
+        """Make the batch, its validate task and its input `file`, if given, in one transaction, if limits let it. One
+        that is open is in progress at once. A retry names the `family` that it has seen.
 
         With `replay` (its `object_id` and `body` do not matter) the id is noted as the answer of that key. Where one
         is noted already for the same fingerprint nothing is made, and that object comes back.
@@ -430,8 +431,8 @@ class Store(KeyRing, Upkeep, Outbox, Protocol):
 
     def sweep(self) -> Swept:
         """Idempotent repair: deadlines that passed, batches that are still blocked 24 h after theirs (gave_up),
-        in_progress without open shards, finalizing or cancelling without a seal task, leases of another boot. Every
-        process may call it at any time.
+        in_progress without open shards, open ones past their `closes_at`, finalizing or cancelling without a seal task,
+        leases of another boot. Every process may call it at any time.
         """
 
     def close(self) -> None:

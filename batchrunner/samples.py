@@ -21,7 +21,6 @@ _ALWAYS: Mapping[str, object] = {
     "order": Order.INPUT,
     "metadata": {"test": "true"},
     "version": 3,
-    "is_open": False,
     "paused_reason": None,
     "paused_at": None,
     "blocked_by": None,

@@ -14,6 +14,7 @@ from typing import TypeVar, get_args, get_type_hints
 import msgspec
 
 from batchrunner.errors import UsageError
+from batchrunner.prices import parse_price
 from batchrunner.targets import Target, read_targets
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
@@ -38,6 +39,8 @@ ENDPOINTS = (
     "/v1/score",
     "/v1/messages",
 )
+
+AUTO = "auto"
 
 _DURATION = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)(ms|s|m|h|d)?", re.ASCII)
 _SECONDS = {None: 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -99,12 +102,21 @@ class Settings:
     output_retention_s: float | None = _knob(
         30 * 86400.0, "how long a server keeps the files of an ended batch that asks for nothing else; none is for ever"
     )
+    open_idle_s: float = _knob(
+        6 * 3600.0, "how long an open batch that has nothing to do waits for more requests before it ends"
+    )
+    prices: tuple[str, ...] = _knob(
+        (), "what tokens cost, as MODEL=INPUT/OUTPUT or MODEL=INPUT/CACHED/OUTPUT in US dollars a million; `*` in MODEL"
+    )
     file_bytes_max: int = _knob(8 * GIB, "largest file or upload that a server takes")
     batch_file_expires_s: float | None = _knob(
         30 * 86400.0, "how long an uploaded batch file lives that does not say so itself; none is for ever"
     )
     upload_part_bytes_max: int = _knob(64 * MIB, "largest part of an upload")
     upload_expires_s: float = _knob(3600.0, "how long an upload may take from its creation to its completion")
+    dialects: str = _knob(
+        AUTO, "what a server speaks at /v1: auto takes every dialect that it knows, openai is OpenAI's API and no more"
+    )
     host: str = _knob("127.0.0.1", "address that a server listens on; any but loopback needs API keys")
     port: int = _knob(8080, "port that a server listens on; 0 takes a free one")
     server_folder: str | None = _knob(
@@ -305,6 +317,7 @@ _AT_LEAST = {
 }
 _AT_MOST = {"s3_part_bytes": 16 * MIB}
 _ONE_OF = {
+    "dialects": (AUTO, "openai"),
     "s3_addressing": ("auto", "path", "virtual"),
     "s3_sse": (None, "AES256", "aws:kms", "aws:kms:dsse"),
 }
@@ -321,5 +334,7 @@ def _check(settings: Settings) -> None:
     for name, words in _ONE_OF.items():
         if (value := getattr(settings, name)) not in words:
             raise UsageError(f"{name} is {value!r}, not one of {', '.join(word for word in words if word)}")
+    for price in settings.prices:
+        parse_price(price)
     if settings.renew_s >= settings.lease_s - 3:
         raise UsageError(f"renew_s is {settings.renew_s}, it must be less than lease_s - 3 = {settings.lease_s - 3}")

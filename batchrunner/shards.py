@@ -480,7 +480,8 @@ def read_checked(blobs: Blobs, claim: Claim) -> bytes:
     """
     shard = claim.shard
     assert shard is not None
-    buffer = blobs.read(claim.batch.source, shard.byte_start, shard.byte_end)
+    source = shard.source if shard.source is not None else claim.batch.source
+    buffer = blobs.read(source, shard.byte_start, shard.byte_end)
     if len(buffer) != shard.byte_end - shard.byte_start or zlib.crc32(buffer) != shard.checksum:
         raise InputChanged(f"lines {shard.first_line} and on: the input is not the one that was validated")
     return buffer

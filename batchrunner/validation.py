@@ -375,6 +375,16 @@ def repeated_hashes(hashes: Sequence[array[int]]) -> array[int]:
     return repeated
 
 
+def line_rules(settings: Settings, *, endpoint: str | None = None) -> LineRules:
+    """What lines must keep to by the settings alone, those without a `url` of their own going to `endpoint`."""
+    return LineRules(
+        endpoint=endpoint,
+        endpoints=settings.endpoints,
+        custom_id_chars_max=settings.custom_id_chars_max,
+        line_bytes_max=settings.line_bytes_max,
+    )
+
+
 def validator_of(
     settings: Settings,
     *,
@@ -384,14 +394,8 @@ def validator_of(
     sha256: str | None = None,
 ) -> Validator:
     """Begin the validation of a file of which no batch was made: by the settings alone, and bad with any bad line."""
-    rules = LineRules(
-        endpoint=endpoint,
-        endpoints=settings.endpoints,
-        custom_id_chars_max=settings.custom_id_chars_max,
-        line_bytes_max=settings.line_bytes_max,
-    )
     return Validator(
-        rules,
+        line_rules(settings, endpoint=endpoint),
         OnInvalid.FAIL,
         lines_max=settings.lines_max,
         bytes_max=settings.input_bytes_max,

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from batchrunner.batch_object import ExtendedBatch, batch_object, strict_object
+from batchrunner.batch_object import strict_object
 from batchrunner.deliveries import (
     DeliveryAttempt,
     DeliveryId,
@@ -34,6 +34,7 @@ from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import OPENAI_STRICT, Batch, TenantId
 from batchrunner.progress import seconds_of
 from batchrunner.samples import sample_batch
+from batchrunner.shared_object import shared_object
 
 USER_AGENT = "batchrunner/1.0 (+webhooks)"
 SECRET_PREFIX = "whsec_"  # noqa: S105 - what every secret begins with
@@ -95,10 +96,8 @@ def sample_event(kind: EventType, tenant: TenantId, event_id: EventId, at: datet
 
 
 def _event(event_id: EventId, kind: EventType, batch: Batch, at: datetime) -> WebhookEvent:
-    shown: msgspec.Struct = batch_object(batch, (), at)
-    if batch.dialect == OPENAI_STRICT:
-        assert isinstance(shown, ExtendedBatch)
-        shown = strict_object(shown)
+    shared = shared_object(batch, (), at)
+    shown: msgspec.Struct = strict_object(shared) if batch.dialect == OPENAI_STRICT else shared
     body = _Body(id=event_id, type=kind, created_at=seconds_of(at), data=msgspec.Raw(_encode(shown)))
     return WebhookEvent(
         id=event_id, tenant=batch.tenant, batch_id=batch.id, type=kind, body=_encode(body).decode(), created_at=at

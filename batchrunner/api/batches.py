@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Literal
 
 import msgspec
@@ -11,13 +11,14 @@ from msgspec import Meta
 from batchrunner.api.creating import INLINE_BYTES_MAX, BatchRequest, create, read_request
 from batchrunner.api.envelope import Refusal, no_such_batch
 from batchrunner.api.http import Answer, Call, Route, json_answer
-from batchrunner.api.paging import Page, page_of
+from batchrunner.api.paging import Page, next_token, page_of
 from batchrunner.api.retrying import RetryRequest, read_retry, retry
-from batchrunner.batch_object import BatchObject, ExtendedBatch, batch_object, strict_object
+from batchrunner.batch_object import BatchObject, strict_object
 from batchrunner.errors import NotFound, TransitionRefused
 from batchrunner.holdings import KeyScope
 from batchrunner.lifecycle import TERMINAL, BatchEvent, BatchStatus, allows
 from batchrunner.models import Batch, BatchId, PauseReason
+from batchrunner.shared_object import SharedBatch, shared_object
 
 _MOVES_AGAIN = 5
 _CANCELLED = (BatchStatus.CANCELLING, BatchStatus.CANCELLED)
@@ -29,16 +30,21 @@ class ListBatches(msgspec.Struct, frozen=True):
 
     after: str | None = None
     limit: Annotated[int, Meta(ge=1, le=100)] = 20
+    pagination_token: str | None = None
 
 
 class BatchList(Page, frozen=True, kw_only=True):
-    """A page of batches, newest first; the next one is behind `last_id`."""
+    """A page of batches, newest first, as `data` and, the same ones, as `batches`; the next one is behind `last_id` or
+    `pagination_token`.
+    """
 
-    data: tuple[ExtendedBatch, ...]
+    data: tuple[SharedBatch, ...]
+    batches: tuple[SharedBatch, ...]
+    pagination_token: str | None
 
 
 class StrictBatchList(Page, frozen=True, kw_only=True):
-    """The same as OpenAI shows it."""
+    """A page as OpenAI shows it."""
 
     data: tuple[BatchObject, ...]
 
@@ -51,14 +57,14 @@ class BatchDeleted(msgspec.Struct, frozen=True, kw_only=True):
     deleted: bool = True
 
 
-def shown(call: Call, batch: Batch) -> ExtendedBatch:
+def shown(call: Call, batch: Batch) -> SharedBatch:
     """Map a batch with what its workers do now. Blocks."""
     try:
         shares = call.scope.live(batch.id) if batch.status not in TERMINAL else []
     except NotFound:
         # It has ended and was deleted since it was read.
         shares = []
-    return batch_object(batch, shares, call.parts.clock.now())
+    return shared_object(batch, shares, call.parts.clock.now(), prices=call.parts.prices)
 
 
 def batch_of(call: Call) -> Batch:
@@ -70,8 +76,8 @@ def batch_of(call: Call) -> Batch:
         raise no_such_batch(batch_id) from None
 
 
-def _answer(call: Call, extended: ExtendedBatch) -> Answer:
-    return json_answer(strict_object(extended) if call.is_strict else extended)
+def _answer(call: Call, shared: SharedBatch) -> Answer:
+    return json_answer(strict_object(shared) if call.is_strict else shared)
 
 
 async def create_batch(call: Call) -> Answer:
@@ -93,27 +99,31 @@ async def retrieve_batch(call: Call) -> Answer:
 async def list_batches(call: Call) -> Answer:
     """Give a page of the tenant's batches, newest first."""
     wanted = call.parameters(ListBatches)
-    found = await call.blocking(_page, call, wanted)
+    after = wanted.after or (None if call.is_strict else wanted.pagination_token)
+    found = await call.blocking(found_batches, call, limit=wanted.limit, after=after)
     if call.is_strict:
         return json_answer(page_of(StrictBatchList, list(map(strict_object, found)), limit=wanted.limit))
-    return json_answer(page_of(BatchList, found, limit=wanted.limit))
+    token = next_token(found, limit=wanted.limit)
+    shared = partial(BatchList, batches=tuple(found[: wanted.limit]), pagination_token=token)
+    return json_answer(page_of(shared, found, limit=wanted.limit))
 
 
-def _page(call: Call, wanted: ListBatches) -> Sequence[ExtendedBatch]:
-    after = BatchId(wanted.after) if wanted.after is not None else None
+def found_batches(call: Call, *, limit: int, after: str | None) -> list[SharedBatch]:
+    """Look up to one batch beyond the limit of a page. Blocks. Raises: Refusal."""
     try:
-        found = call.scope.batches(limit=wanted.limit + 1, after=after)
+        found = call.scope.batches(limit=limit + 1, after=BatchId(after) if after is not None else None)
         return [shown(call, each) for each in found]
     except NotFound:
-        raise no_such_batch(wanted.after or "") from None
+        raise no_such_batch(after or "") from None
 
 
 async def cancel_batch(call: Call) -> Answer:
     """Cancel a batch; again is no error, after another end it is."""
-    return _answer(call, await call.blocking(lambda: shown(call, _cancelled(call))))
+    return _answer(call, await call.blocking(lambda: shown(call, cancelled(call))))
 
 
-def _cancelled(call: Call) -> Batch:
+def cancelled(call: Call) -> Batch:
+    """Cancel the batch that the path names. Blocks. Raises: Refusal."""
     for _ in range(_MOVES_AGAIN):
         batch = batch_of(call)
         if batch.status in _CANCELLED:
@@ -138,7 +148,7 @@ def _conflict(verb: str, batch: Batch) -> Refusal:
 async def pause_batch(call: Call) -> Answer:
     """Hold a batch; its deadline goes on."""
 
-    def pause() -> ExtendedBatch:
+    def pause() -> SharedBatch:
         batch = batch_of(call)
         if batch.status not in _RUNNING:
             raise _conflict("pause", batch)
@@ -151,7 +161,7 @@ async def pause_batch(call: Call) -> Answer:
 async def resume_batch(call: Call) -> Answer:
     """Let a batch go on that was paused, or that was parked after too many failures."""
 
-    def resume() -> ExtendedBatch:
+    def resume() -> SharedBatch:
         batch = batch_of(call)
         if batch.status in TERMINAL:
             raise _conflict("resume", batch)
@@ -159,6 +169,17 @@ async def resume_batch(call: Call) -> Answer:
         return shown(call, batch_of(call))
 
     return _answer(call, await call.blocking(resume))
+
+
+async def close_batch(call: Call) -> Answer:
+    """Let no more requests join an open batch, so that it ends when all are answered; again is no error."""
+
+    def close() -> SharedBatch:
+        batch = batch_of(call)
+        call.scope.close_batch(batch.id)
+        return shown(call, batch_of(call))
+
+    return _answer(call, await call.blocking(close))
 
 
 async def retry_batch(call: Call) -> Answer:
@@ -191,7 +212,7 @@ ROUTES = (
         summary="Create a batch from a file or from requests",
         scope=KeyScope.WRITE,
         request=BatchRequest,
-        answer=ExtendedBatch,
+        answer=SharedBatch,
         body_bytes_max=INLINE_BYTES_MAX,
         present=present_batch,
     ),
@@ -208,7 +229,7 @@ ROUTES = (
         path="/v1/batches/{batch_id}",
         handler=retrieve_batch,
         summary="Show a batch with its progress",
-        answer=ExtendedBatch,
+        answer=SharedBatch,
     ),
     Route(
         method="POST",
@@ -216,7 +237,7 @@ ROUTES = (
         handler=cancel_batch,
         summary="Cancel a batch; finished results are kept",
         scope=KeyScope.WRITE,
-        answer=ExtendedBatch,
+        answer=SharedBatch,
     ),
     Route(
         method="POST",
@@ -224,7 +245,7 @@ ROUTES = (
         handler=pause_batch,
         summary="Send no more requests of a batch until it is resumed; its deadline goes on",
         scope=KeyScope.WRITE,
-        answer=ExtendedBatch,
+        answer=SharedBatch,
     ),
     Route(
         method="POST",
@@ -232,7 +253,15 @@ ROUTES = (
         handler=resume_batch,
         summary="Let a paused or blocked batch go on",
         scope=KeyScope.WRITE,
-        answer=ExtendedBatch,
+        answer=SharedBatch,
+    ),
+    Route(
+        method="POST",
+        path="/v1/batches/{batch_id}/close",
+        handler=close_batch,
+        summary="Let no more requests join an open batch; it ends when all are answered",
+        scope=KeyScope.WRITE,
+        answer=SharedBatch,
     ),
     Route(
         method="POST",
@@ -241,7 +270,7 @@ ROUTES = (
         summary="Run the failed lines of an ended batch again, as a batch linked to it",
         scope=KeyScope.WRITE,
         request=RetryRequest,
-        answer=ExtendedBatch,
+        answer=SharedBatch,
         present=present_batch,
     ),
     Route(

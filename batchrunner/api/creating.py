@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Annotated
 
@@ -129,8 +130,13 @@ def check_priority(call: Call, priority: int) -> None:
         )
 
 
-def create(call: Call, wanted: BatchRequest) -> Batch:
-    """Make the batch. Blocks.
+def as_it_is(new: NewBatch) -> NewBatch:
+    """Shape a batch as OpenAI's dialect has it."""
+    return new
+
+
+def create(call: Call, wanted: BatchRequest, *, shape: Callable[[NewBatch], NewBatch] = as_it_is) -> Batch:
+    """Make the batch, in the shape that its dialect gives it. Blocks.
 
     Raises:
         Refusal: the input is a file for something else.
@@ -139,18 +145,19 @@ def create(call: Call, wanted: BatchRequest) -> Batch:
     batch_id = BatchId(f"batch_{call.parts.rng.token_hex(16)}")
     if wanted.requests is not None:
         return _create_inline(call, batch_id, wanted)
-    new = _new_batch(call, batch_id, wanted, _input_file(call, wanted))
+    new = shape(_new_batch(call, batch_id, wanted, _input_file(call, wanted)))
     try:
         return call.scope.create_batch(new, replay=call.replay, limits=call.limits)
     except NotFound:
         # Deleted since it was looked up.
-        new = _new_batch(call, batch_id, wanted, None)
+        new = shape(_new_batch(call, batch_id, wanted, None))
         return call.scope.create_batch(new, replay=call.replay, limits=call.limits)
 
 
 def _input_file(call: Call, wanted: BatchRequest) -> File | None:
     """Look the input up; one that is not there makes a batch that fails, as with OpenAI."""
-    assert wanted.input_file_id is not None
+    if wanted.input_file_id is None:
+        return None
     try:
         file = call.scope.file(FileId(wanted.input_file_id))
     except NotFound:
@@ -174,7 +181,7 @@ def _create_inline(call: Call, batch_id: BatchId, wanted: BatchRequest) -> Batch
     )
     try:
         # The body was held whole already, and its lines are no larger.
-        sink.feed(b"".join(map(_line_of, wanted.requests)))
+        sink.feed(b"".join(map(line_of, wanted.requests)))
         file = new_file(
             call,
             sink.finish(),
@@ -190,7 +197,7 @@ def _create_inline(call: Call, batch_id: BatchId, wanted: BatchRequest) -> Batch
         raise
 
 
-def _line_of(request: InlineRequest) -> bytes:
+def line_of(request: InlineRequest) -> bytes:
     """Give a request as a line; whatever it holds, validation judges it as it would in a file."""
     given: dict[str, object] = {"custom_id": request.custom_id, "method": request.method}
     if request.url is not None:
@@ -221,6 +228,7 @@ def _new_batch(call: Call, batch_id: BatchId, wanted: BatchRequest, file: File |
         metadata=dict(wanted.metadata or {}),
         output_expires_after_s=_output_life_s(call, wanted),
         webhook_url=wanted.webhook_url or call.parts.settings.webhook_url,
+        created_by=call.key.id if call.key is not None else None,
     )
 
 

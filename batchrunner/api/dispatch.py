@@ -13,20 +13,34 @@ from aiohttp import HttpVersion11, web
 
 from batchrunner.api import auth
 from batchrunner.api.auth import Caller
-from batchrunner.api.envelope import Refusal, no_such_route, refusal_of, server_fault, wrong_method
+from batchrunner.api.envelope import (
+    ErrorBody,
+    ErrorEnvelope,
+    Refusal,
+    invalid_value,
+    no_such_route,
+    refusal_of,
+    server_fault,
+    wrong_method,
+)
 from batchrunner.api.http import Answer, ApiParts, Call, Route
 from batchrunner.api.idempotency import answer_once
 from batchrunner.errors import BatchrunnerError
+from batchrunner.models import OPENAI
+from batchrunner.settings import AUTO
 
 logger = logging.getLogger(__name__)
 
-STRICT_PREFIX = "/openai"
+# By either of these a request to the root names the dialect that it wants.
+DIALECT_HEADER = "Batchrunner-Dialect"
+DIALECT_PARAMETER = "dialect"
 # A caller that takes nothing of its answer for so long is given up.
 TAKE_IDLE_S = 60.0
 # So much has to be taken in that time: whoever is slow, but takes, is served.
 _HANDED_BYTES = 128 * 1024
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _ID_CHARS_MAX = 256
+_NAME_CHARS_SHOWN = 64
 # Source: what the official SDKs send with a request that they send again.
 _RETRY_HEADER = "x-stainless-retry-count"
 _RETRY_COUNT = re.compile(r"[0-9]{1,4}")
@@ -34,11 +48,13 @@ _RETRY_COUNT = re.compile(r"[0-9]{1,4}")
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What stands at a path: its routes by method, and the names looked up in it."""
+    """What stands at a path: its routes by method, and the names looked up in it. Of several routes of a method the
+    first is that of no dialect. `asked` is the name that the path begins with.
+    """
 
-    routes: Mapping[str, Route]
+    routes: Mapping[str, Sequence[Route]]
     path_params: Mapping[str, str]
-    is_strict: bool
+    asked: str | None
 
     @property
     def allowed(self) -> list[str]:
@@ -50,34 +66,56 @@ class Match:
 class Router:
     """Finds routes by path. A trailing slash makes no difference; each segment is decoded once."""
 
-    def __init__(self, routes: Sequence[Route]) -> None:
-        self._patterns: dict[int, list[tuple[tuple[str, ...], dict[str, Route]]]] = {}
-        for route in routes:
-            segments = tuple(route.path.strip("/").split("/"))
-            known = self._patterns.setdefault(len(segments), [])
-            for pattern, methods in known:
-                if pattern == segments:
-                    methods[route.method] = route
-                    break
-            else:
-                known.append((segments, {route.method: route}))
-        for known in self._patterns.values():
-            # A literal segment wins over a name, wherever both would match.
-            known.sort(key=lambda each: [part.startswith("{") for part in each[0]])
+    def __init__(self, routes: Sequence[Route], *, is_openai_only: bool = False) -> None:
+        """`is_openai_only` keeps the root for OpenAI's API alone."""
+        self._is_openai_only = is_openai_only
+        self._errors = {route.dialect: route.error for route in routes if route.dialect is not None}
+        self._patterns: dict[int, dict[tuple[str, ...], dict[str, list[Route]]]] = {}
+        for route in sorted(routes, key=lambda each: each.dialect or ""):
+            segments = tuple(route.root_path.strip("/").split("/"))
+            methods = self._patterns.setdefault(len(segments), {}).setdefault(segments, {})
+            methods.setdefault(route.method, []).append(route)
+        for count, known in self._patterns.items():
+            # A literal segment wins over a name wherever both would match, and a name with an end over one without.
+            self._patterns[count] = dict(sorted(known.items(), key=lambda each: list(map(_openness, each[0]))))
+
+    @property
+    def dialects(self) -> list[str]:
+        """The names that a path may begin with, and that a request may ask for."""
+        return [OPENAI, *sorted(self._errors)]
+
+    def error_of(self, raw_path: str) -> type[ErrorBody]:
+        """Give the shape of refusals at a path where nothing stands."""
+        return self._errors.get(raw_path.split("/", 2)[1] if "/" in raw_path else "", ErrorEnvelope)
 
     def match(self, raw_path: str) -> Match | None:
         """Find what stands at a path as it came, None if nothing does."""
-        is_strict = raw_path.startswith(f"{STRICT_PREFIX}/v1/")
-        path = raw_path.removeprefix(STRICT_PREFIX) if is_strict else raw_path
+        asked = next((name for name in self.dialects if raw_path.startswith(f"/{name}/v1/")), None)
+        path = raw_path if asked is None else raw_path.removeprefix(f"/{asked}")
+        if asked is None and self._is_openai_only:
+            asked = OPENAI
         try:
             given = tuple(unquote_to_bytes(each).decode() for each in _segments(path))
         except UnicodeDecodeError:
             return None
-        for pattern, routes in self._patterns.get(len(given), ()):
+        for pattern, methods in self._patterns.get(len(given), {}).items():
             params = _params(pattern, given)
-            if params is not None:
-                return Match(routes, params, is_strict)
+            if params is not None and (routes := _spoken(methods, asked)):
+                return Match(routes, params, asked)
         return None
+
+
+def _spoken(methods: Mapping[str, Sequence[Route]], asked: str | None) -> Mapping[str, Sequence[Route]]:
+    """Leave out what the dialect that was asked for does not have."""
+    if asked is None:
+        return methods
+    dialect = None if asked == OPENAI else asked
+    spoken = {method: [each for each in routes if each.dialect == dialect] for method, routes in methods.items()}
+    return {method: routes for method, routes in spoken.items() if routes}
+
+
+def _openness(segment: str) -> int:
+    return 0 if not segment.startswith("{") else 1 if not segment.endswith("}") else 2
 
 
 def _segments(path: str) -> list[str]:
@@ -89,9 +127,11 @@ def _params(pattern: Sequence[str], given: Sequence[str]) -> dict[str, str] | No
     params: dict[str, str] = {}
     for wanted, each in zip(pattern, given, strict=True):
         if wanted.startswith("{"):
-            if not each or len(each) > _ID_CHARS_MAX or not each.isprintable():
+            name, _, end = wanted[1:].partition("}")
+            value = each.removesuffix(end)
+            if not each.endswith(end) or not value or len(value) > _ID_CHARS_MAX or not value.isprintable():
                 return None
-            params[wanted[1:-1]] = each
+            params[name] = value
         elif wanted != each:
             return None
     return params
@@ -102,7 +142,7 @@ class Dispatcher:
 
     def __init__(self, parts: ApiParts, routes: Sequence[Route]) -> None:
         self._parts = parts
-        self._router = Router(routes)
+        self._router = Router(routes, is_openai_only=parts.settings.dialects != AUTO)
         self._ring = auth.KeyRing(parts.store.find_key, parts.clock)
         self._meters = auth.Meters(parts.clock)
 
@@ -116,46 +156,59 @@ class Dispatcher:
         try:
             answer = await self._answer(turn)
         except Refusal as refusal:
-            answer = _refused(refusal)
+            answer = _refused(refusal, turn.error)
         except BatchrunnerError as error:
-            answer = _refused(refusal_of(error))
+            answer = _refused(refusal_of(error), turn.error)
             if answer.status >= 500:
                 logger.exception("request %s failed", turn.request_id, extra=turn.known(answer.status))
         except Exception:
             logger.exception("request %s failed", turn.request_id, extra=turn.known(500))
-            answer = _refused(server_fault())
+            answer = _refused(server_fault(), turn.error)
         return await turn.send(answer)
 
     async def _answer(self, turn: _Turn) -> Answer:
         request = turn.request
         raw_path = request.rel_url.raw_path
+        turn.error = self._router.error_of(raw_path)
         match = self._router.match(raw_path)
         if match is None:
             raise no_such_route(request.method, raw_path)
         if request.method == "OPTIONS":
-            turn.template = next(iter(match.routes.values())).path
+            turn.template = next(iter(match.routes.values()))[0].path
             return Answer(status=204, headers={"allow": ", ".join(match.allowed)})
-        route = match.routes.get("GET" if request.method == "HEAD" else request.method)
-        if route is None:
+        routes = match.routes.get("GET" if request.method == "HEAD" else request.method)
+        if routes is None:
             raise wrong_method(request.method, raw_path, match.allowed)
-        turn.template = route.path
-        caller = await self._admit(turn, route)
+        turn.speak(routes[0])
+        caller = await self._admit(turn, routes[0])
+        asked = match.asked or self._asked(request)
         call = Call(
             parts=self._parts,
-            route=route,
+            route=routes[0],
             request=request,
             request_id=turn.request_id,
             path=raw_path,
             path_params=match.path_params,
-            is_strict=match.is_strict,
+            is_strict=asked == OPENAI,
             tenant=caller.tenant,
             key=caller.key,
+            is_pure=asked is not None,
         )
         try:
+            call.route = await _chosen(call, routes, asked)
+            turn.speak(call.route)
             answer = await answer_once(call)
         finally:
             call.let_go()
         return answer if request.method == "HEAD" else await _begun(answer)
+
+    def _asked(self, request: web.Request) -> str | None:
+        """Give the dialect that a request to the root asks for by name. Raises: Refusal when there is none such."""
+        asked = request.headers.get(DIALECT_HEADER) or request.query.get(DIALECT_PARAMETER)
+        if asked is not None and asked not in self._router.dialects:
+            shown = asked[:_NAME_CHARS_SHOWN] if asked.isprintable() else ""
+            raise invalid_value(DIALECT_PARAMETER, shown, self._router.dialects)
+        return asked
 
     async def _admit(self, turn: _Turn, route: Route) -> Caller:
         """Find out who calls, and whether they may. Raises: Refusal."""
@@ -186,6 +239,7 @@ class _Turn:
     def __init__(self, parts: ApiParts, request: web.Request) -> None:
         self.request = request
         self.template = "-"
+        self.error: type[ErrorBody] = ErrorEnvelope
         self.key_id = "-"
         self.limit_headers: Mapping[str, str] = {}
         self._clock = parts.clock
@@ -195,6 +249,10 @@ class _Turn:
         told = request.headers.get(_RETRY_HEADER, "")
         self.retry_count = int(told) if _RETRY_COUNT.fullmatch(told) else 0
         self.request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{parts.rng.token_hex(16)}"
+
+    def speak(self, route: Route) -> None:
+        """Go on in the name and the dialect of a route."""
+        self.template, self.error = route.path, route.error
 
     def known(self, status: int) -> dict[str, object]:
         """What a log line tells: never a body, never an id of a tenant's object."""
@@ -300,8 +358,18 @@ class _Turn:
         return round((self._clock.monotonic_s() - self._began_s) * 1000)
 
 
-def _refused(refusal: Refusal) -> Answer:
-    return Answer(body=refusal.body(), status=refusal.status, headers=refusal.headers())
+async def _chosen(call: Call, routes: Sequence[Route], asked: str | None) -> Route:
+    """Choose among the routes of a path and method: by name, by what the request is, else that of no dialect."""
+    if asked is not None:
+        return next((each for each in routes if each.dialect == asked), routes[0])
+    for each in routes[1:]:
+        if each.recognizes is not None and await each.recognizes(call):
+            return each
+    return routes[0]
+
+
+def _refused(refusal: Refusal, error: type[ErrorBody]) -> Answer:
+    return Answer(body=refusal.body(error), status=refusal.status, headers=refusal.headers())
 
 
 async def _until(closing: asyncio.Event, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

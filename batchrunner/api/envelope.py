@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Self
 
 import msgspec
 
@@ -32,10 +33,24 @@ class ErrorMembers(msgspec.Struct, frozen=True):
     code: str | None
 
 
-class ErrorEnvelope(msgspec.Struct, frozen=True):
-    """The body of every answer that is an error. Source: the OpenAI API."""
+class ErrorBody(msgspec.Struct, frozen=True):
+    """The body of an answer that is an error, in one dialect."""
+
+    @classmethod
+    def of(cls, refusal: Refusal) -> Self:
+        """Say what was refused."""
+        raise NotImplementedError
+
+
+class ErrorEnvelope(ErrorBody, frozen=True):
+    """Source: the OpenAI API."""
 
     error: ErrorMembers
+
+    @classmethod
+    def of(cls, refusal: Refusal) -> Self:
+        """Say what was refused."""
+        return cls(ErrorMembers(refusal.message, refusal.kind, refusal.param, refusal.code))
 
 
 class Refusal(Exception):
@@ -64,9 +79,9 @@ class Refusal(Exception):
         self.retry_after_s = retry_after_s
         self.extra_headers = headers or {}
 
-    def body(self) -> bytes:
+    def body(self, kind: type[ErrorBody] = ErrorEnvelope) -> bytes:
         """Give the JSON of the answer."""
-        return _encode(ErrorEnvelope(ErrorMembers(self.message, self.kind, self.param, self.code)))
+        return _encode(kind.of(self))
 
     def headers(self) -> dict[str, str]:
         """Give what tells an SDK whether and when to try again, and the refusal's own headers."""

@@ -49,9 +49,10 @@ class FileObject(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FileList(Page, frozen=True, kw_only=True):
-    """A page of files."""
+    """A page of files. The next one is behind `last_id`, or `pagination_token`, which stays away from /openai/v1."""
 
     data: tuple[FileObject, ...]
+    pagination_token: str | UnsetType | None = UNSET
 
 
 class FileDeleted(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta
 
 from batchrunner.api.download import blob_answer, content_disposition
 from batchrunner.api.envelope import Refusal, no_such_file, refused_if_missing
@@ -28,7 +28,7 @@ from batchrunner.api.file_object import (
 from batchrunner.api.http import JSON, Answer, ApiParts, Call, Route, json_answer
 from batchrunner.api.idempotency import fields_fingerprint, settle_streamed
 from batchrunner.api.multipart import MULTIPART, received
-from batchrunner.api.paging import page_of
+from batchrunner.api.paging import next_token, page_of
 from batchrunner.api.typed import read_parameters
 from batchrunner.errors import BlobsUnavailable, NotFound
 from batchrunner.holdings import KeyScope
@@ -47,9 +47,9 @@ _NOT_DOWNLOADABLE = frozenset({"assistants", "vision", "user_data"})
 
 
 class FileForm(msgspec.Struct, frozen=True):
-    """The text fields of an upload."""
+    """The text fields of an upload. Source: without `purpose`, and with seconds as `expires_after`, as xAI has them."""
 
-    purpose: Purpose
+    purpose: Purpose = BATCH
     expires_after: ExpiresAfter | None = None
 
 
@@ -60,6 +60,7 @@ class ListFiles(msgspec.Struct, frozen=True):
     limit: Annotated[int, Meta(ge=1, le=10_000)] = 10_000
     order: Literal["asc", "desc"] = "desc"
     purpose: str | None = None
+    pagination_token: str | None = None
 
 
 class DownloadFile(msgspec.Struct, frozen=True):
@@ -168,7 +169,7 @@ async def create_file(call: Call) -> Answer:
         return BlobSink(parts, f"files/{parts.rng.token_hex(16)}", size_bytes_max=size_bytes_max)
 
     async with received(call, open_sink, size_bytes_max=size_bytes_max) as form:
-        wanted = _read_form(form.fields)
+        wanted = _read_form(form.fields, is_strict=call.is_strict)
         if form.sink is None:
             raise required_property("file")
         taken = await call.blocking(form.sink.finish)
@@ -190,15 +191,18 @@ async def create_file(call: Call) -> Answer:
     return json_answer(file_object(file, is_strict=call.is_strict))
 
 
-def _read_form(fields: Mapping[str, str]) -> FileForm:
+def _read_form(fields: Mapping[str, str], *, is_strict: bool) -> FileForm:
     """Raises: Refusal when a field is missing or does not fit."""
-    if "purpose" not in fields:
+    if is_strict and "purpose" not in fields:
         raise required_property("purpose")
-    check_purpose(fields["purpose"])
-    given: dict[str, object] = {"purpose": fields["purpose"]}
+    purpose = fields.get("purpose", BATCH)
+    check_purpose(purpose)
+    given: dict[str, object] = {"purpose": purpose}
     expiry = {
         name: fields[f"expires_after[{name}]"] for name in ("anchor", "seconds") if f"expires_after[{name}]" in fields
     }
+    if not is_strict and "expires_after" in fields:
+        expiry = {"anchor": "created_at", "seconds": fields["expires_after"]}
     if expiry:
         given["expires_after"] = expiry
     return read_parameters(given, FileForm)
@@ -216,15 +220,17 @@ async def list_files(call: Call) -> Answer:
 
 
 def _page(call: Call, wanted: ListFiles) -> Answer:
-    with refused_if_missing(no_such_file(wanted.after or "")):
+    after = wanted.after or (None if call.is_strict else wanted.pagination_token)
+    with refused_if_missing(no_such_file(after or "")):
         found = call.scope.files(
             limit=wanted.limit + 1,
-            after=FileId(wanted.after) if wanted.after is not None else None,
+            after=FileId(after) if after is not None else None,
             purpose=wanted.purpose,
             newest_first=wanted.order == "desc",
         )
     shown = [file_object(each, is_strict=call.is_strict) for each in found]
-    return json_answer(page_of(FileList, shown, limit=wanted.limit))
+    token = UNSET if call.is_strict else next_token(shown, limit=wanted.limit)
+    return json_answer(page_of(partial(FileList, pagination_token=token), shown, limit=wanted.limit))
 
 
 async def file_of(call: Call) -> File:

@@ -19,9 +19,10 @@ import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from batchrunner.adding import OpenBatches
 from batchrunner.addresses import AddressRules
 from batchrunner.api.counting import Counts
-from batchrunner.api.envelope import SERVER_ERROR, Refusal, body_too_large
+from batchrunner.api.envelope import SERVER_ERROR, ErrorBody, ErrorEnvelope, Refusal, body_too_large
 from batchrunner.api.malformed import Connection
 from batchrunner.api.typed import StructT, read_json, read_parameters
 from batchrunner.api.vitals import Vitals
@@ -31,6 +32,7 @@ from batchrunner.live import Live
 from batchrunner.models import TenantId
 from batchrunner.outbox import Poster
 from batchrunner.ports import Blobs, Clock, Rng, Store, TenantScope
+from batchrunner.prices import Price, parse_price
 from batchrunner.settings import MIB, Settings
 
 JSON = "application/json"
@@ -104,7 +106,8 @@ class ApiParts:
     `reading` names the blobs that must not be deleted now, `heavy` lets one long job at a time into the executor,
     `vitals` tell how the server does and whether it is about to end, `watching` holds the batches that are followed,
     `counts` the failures that were counted, `held` how much of bodies is in memory. `addresses` says where webhooks may
-    go, `poster` sends one. `live` passes on what is answered at once, None where no upstream is named.
+    go, `poster` sends one. `live` passes on what is answered at once, None where no upstream is named. `open_batches`
+    remembers the ids of requests in open ones.
     """
 
     store: Store
@@ -123,6 +126,12 @@ class ApiParts:
     addresses: AddressRules = field(default_factory=AddressRules)
     poster: Poster | None = None
     live: Live | None = None
+    open_batches: OpenBatches = field(default_factory=OpenBatches)
+
+    @property
+    def prices(self) -> tuple[Price, ...]:
+        """What tokens cost."""
+        return tuple(parse_price(each) for each in self.settings.prices)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,12 +167,18 @@ class Handler(Protocol):
 
 # Gives the answer to a create whose first request died between making the object and answering.
 Presenter = Callable[["Call", str], Awaitable[Answer]]
+# Tells whether a request that came to the root is one of a dialect's. Raises: Refusal.
+Recognizer = Callable[["Call"], Awaitable[bool]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """One row of the table. `path` holds `{name}` for what is looked up; paths under /v1 are served, strictly, under
     /openai/v1 as well.
+
+    A row of a `dialect` stands under the dialect's name (/xai/v1/...), and at the root too: alone where no other row
+    has its path and method, otherwise for those requests that ask for the dialect by name or that it `recognizes`. Its
+    refusals have the shape of `error`.
 
     `scope` is what a key must have, None asks for no key. A route that creates has `present`, which answers with the
     object of that id, and takes an Idempotency-Key. `request`, `query` and `answer` describe; handlers read by them.
@@ -185,11 +200,19 @@ class Route:
     body_bytes_max: int = BODY_BYTES_MAX
     present: Presenter | None = None
     is_streamed_in: bool = False
+    dialect: str | None = None
+    recognizes: Recognizer | None = None
+    error: type[ErrorBody] = ErrorEnvelope
 
     @property
     def name(self) -> str:
-        """What it does, as one word: the handler's name."""
-        return self.handler.__name__
+        """What it does, as one word: the handler's name, behind that of its dialect."""
+        return f"{self.dialect}_{self.handler.__name__}" if self.dialect is not None else self.handler.__name__
+
+    @property
+    def root_path(self) -> str:
+        """The path without the name of its dialect."""
+        return self.path if self.dialect is None else self.path.removeprefix(f"/{self.dialect}")
 
     @property
     def is_create(self) -> bool:
@@ -204,7 +227,8 @@ class Route:
 
 @dataclass(slots=True, kw_only=True)
 class Call:
-    """One request on its way through a handler. `is_strict` means that it came under /openai/v1.
+    """One request on its way through a handler. `is_strict` means that it wants OpenAI's API and nothing else, as under
+    /openai/v1; `is_pure` that it asks for its route's dialect by name, so that the answer need not suit others.
 
     `replay` is to be handed to the Store's create, which notes what was made for the request's Idempotency-Key.
     `replayed` is the answer that a streamed create has already; whether it is one and the same shows only at its end.
@@ -218,6 +242,7 @@ class Call:
     path_params: Mapping[str, str]
     is_strict: bool
     tenant: TenantId
+    is_pure: bool = False
     key: ApiKey | None = None
     replay: Replay | None = None
     replayed: Replay | None = None

@@ -8,24 +8,23 @@ from typing import Any
 import msgspec
 
 from batchrunner import __version__
-from batchrunner.api.envelope import ErrorEnvelope
 from batchrunner.api.events import EVENT_STREAM
 from batchrunner.api.http import JSON, Route
 from batchrunner.api.multipart import MULTIPART
 
 _REFERENCE = "#/components/schemas/{name}"
-_ERROR = {"$ref": _REFERENCE.format(name=ErrorEnvelope.__name__)}
 
 Schema = dict[str, Any]
 
 
 def document(routes: Sequence[Route]) -> Schema:
     """Describe a route table as OpenAPI 3.1. The same table gives the same document."""
-    kinds = [ErrorEnvelope, *_body_kinds(routes)]
+    kinds = [*(route.error for route in routes), *_body_kinds(routes)]
     _, components = msgspec.json.schema_components(list(dict.fromkeys(kinds)), ref_template=_REFERENCE)
     paths: dict[str, Schema] = {}
     for route in sorted(routes, key=lambda each: (each.path, each.method)):
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+        shadows = [each for each in routes if each.recognizes and (each.root_path, each.method) == _place(route)]
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, shadows)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -33,7 +32,8 @@ def document(routes: Sequence[Route]) -> Schema:
             "version": __version__,
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
             "description": "An OpenAI Batch API. What is under /v1 is under /openai/v1 too, where files, uploads and "
-            "batches have the fields of OpenAI only.",
+            "batches have the fields of OpenAI only. What is under /xai/v1 is xAI's API, and is at /v1 too where a "
+            "request can be told to be xAI's.",
         },
         "servers": [{"url": "/"}],
         "paths": paths,
@@ -83,14 +83,18 @@ def _body_kinds(routes: Sequence[Route]) -> Iterator[type[msgspec.Struct]]:
             yield route.answer
 
 
-def _operation(route: Route) -> Schema:
+def _place(route: Route) -> tuple[str, str]:
+    return route.path, route.method
+
+
+def _operation(route: Route, shadows: Sequence[Route]) -> Schema:
     operation: Schema = {"operationId": route.name, "summary": route.summary}
     if parameters := [*_path_parameters(route), *_query_parameters(route), *_header_parameters(route)]:
         operation["parameters"] = parameters
     if route.request is not None:
         content = {route.request_media: {"schema": _request(route)}}
         operation["requestBody"] = {"required": _needs_body(route), "content": content}
-    operation["responses"] = _responses(route)
+    operation["responses"] = _responses(route, shadows)
     # An open server, which listens on a loopback address only, takes requests without a key.
     operation["security"] = [{"bearer": []}, {"header": []}, {}] if route.scope is not None else []
     return operation
@@ -134,16 +138,22 @@ def _needs_body(route: Route) -> bool:
     return route.request_media == MULTIPART or any(is_required for _, _, is_required in fields_of(route.request))
 
 
-def _responses(route: Route) -> Schema:
+def _responses(route: Route, shadows: Sequence[Route]) -> Schema:
+    """Describe the answers; at the root `shadows`, routes of other dialects, may answer in a form of their own."""
     schema: Mapping[str, object] = {"type": "string"}
     if route.answer is not None:
         schema = {"$ref": _REFERENCE.format(name=route.answer.__name__)}
     elif route.answer_media == JSON:
         schema = {"type": "object"}
-    error = {"content": {JSON: {"schema": _ERROR}}}
+    forms = {route.answer_media: {"schema": schema}}
+    for each in shadows:
+        if each.answer is not None and each.answer_media not in forms:
+            forms[each.answer_media] = {"schema": {"$ref": _REFERENCE.format(name=each.answer.__name__)}}
+    refusals = [{"$ref": _REFERENCE.format(name=each.error.__name__)} for each in (route, *shadows)]
+    error = {"content": {JSON: {"schema": refusals[0] if len(refusals) == 1 else {"anyOf": refusals}}}}
     over = {"204": {"description": "It is over, and nothing came after Last-Event-ID."}}
     return {
-        "200": {"description": "Done.", "content": {route.answer_media: {"schema": schema}}},
+        "200": {"description": "Done.", "content": forms},
         **(over if route.answer_media == EVENT_STREAM else {}),
         "4XX": {"description": "The request is at fault; `error.message` says why.", **error},
         "5XX": {"description": "The server is at fault or busy; the request may be sent again.", **error},

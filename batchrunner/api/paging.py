@@ -26,6 +26,13 @@ class Listed(Protocol):
         """What a cursor names it by."""
 
 
+def next_token(found: Sequence[Listed], *, limit: int) -> str | None:
+    """Give what names the next page of what was looked for up to one beyond the limit; None at its end. Source: the
+    lists of xAI.
+    """
+    return found[limit - 1].id if len(found) > limit else None
+
+
 PageT = TypeVar("PageT", bound=Page)
 ListedT = TypeVar("ListedT", bound=Listed)
 

@@ -70,7 +70,8 @@ def page(routes: Sequence[Route]) -> str:
         f"<style>{_STYLE}</style>\n"
         f"<h1>batchrunner {escape(__version__)}</h1>\n<p>An OpenAI Batch API. Send the key as <code>Authorization: "
         "Bearer KEY</code>; a server without keys takes any. What is under <code>/v1</code> is under "
-        "<code>/openai/v1</code> too, where files, uploads and batches have the fields of OpenAI only. "
+        "<code>/openai/v1</code> too, where files, uploads and batches have the fields of OpenAI only. xAI's API is "
+        "under <code>/xai/v1</code>, and at <code>/v1</code> too where a request can be told to be xAI's. "
         '<a href="/openapi.json">openapi.json</a></p>\n'
         f"{body}\n</html>\n"
     )

@@ -129,7 +129,7 @@ class _Shelf:
             BlobsUnavailable: it was deleted in mid reading, its time being over.
         """
         batch, last = self._batches[place], self._last[place]
-        on_damage = _break_off if batch.status in TERMINAL else None
+        on_damage = break_off if batch.status in TERMINAL else None
         reader = Reader(self._blobs, self._scope, batch.id, after=after, on_damage=on_damage)
         for each in reader.fresh():
             if each.sequence > last:
@@ -162,8 +162,10 @@ class _Shelf:
             yield record.kind, read_payload(self._blobs, record)
 
 
-def _break_off(damage: Damage) -> None:
-    """Before the end damaged lines run again; at the end all was intact, so the journal was deleted just now."""
+def break_off(damage: Damage) -> None:
+    """Leave out no damaged line: before the end they run again; at the end all was intact, so that the journal was
+    deleted just now.
+    """
     raise BlobsUnavailable(f"{damage.segment.blob} can no longer be read from byte {damage.start} on")
 
 

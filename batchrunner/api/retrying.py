@@ -73,6 +73,9 @@ def retry(call: Call, parent: Batch, wanted: RetryRequest) -> Batch:
 def _retry(call: Call, parent: Batch, wanted: RetryRequest) -> Batch:
     if parent.status not in TERMINAL or parent.status is BatchStatus.FAILED:
         raise Refusal(f"Cannot retry a batch with status '{parent.status}'.", status=409)
+    if not parent.source:
+        message = "The requests of this batch came one by one and are in no file; add those that failed to a new batch."
+        raise Refusal(message, status=409, code="not_retryable")
     blobs = call.parts.blobs
     family = [each for each in call.scope.family(parent.id) if each.deleted_at is None]
     failed = failed_ids(
@@ -158,6 +161,7 @@ def _new_batch(call: Call, parent: Batch, wanted: RetryRequest) -> NewBatch:
         priority=wanted.priority if wanted.priority is not None else _inherited_priority(call, parent),
         metadata=dict(wanted.metadata) if wanted.metadata is not None else parent.metadata,
         webhook_url=wanted.webhook_url if wanted.webhook_url is not None else parent.webhook_url,
+        created_by=call.key.id if call.key is not None else None,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from batchrunner.api import batches, deliveries, events, failures, files, health, live, results, uploads, webhooks
+from batchrunner.api import batches, deliveries, events, failures, files, health, live, results, uploads, webhooks, xai
 from batchrunner.api.dispatch import Dispatcher
 from batchrunner.api.door import IDLE_S
 from batchrunner.api.http import ApiParts, Route
@@ -24,6 +24,7 @@ _TABLE: tuple[Route, ...] = (
     *webhooks.ROUTES,
     *deliveries.ROUTES,
     *live.ROUTES,
+    *xai.ROUTES,
     *health.ROUTES,
 )
 ROUTES: tuple[Route, ...] = (*_TABLE, *reference_routes(_TABLE))

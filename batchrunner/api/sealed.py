@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from batchrunner.api.envelope import Refusal
-from batchrunner.choosing import lines_of, read_error_line
+from batchrunner.choosing import ErrorLine, lines_of, read_error_line
 from batchrunner.errors import NotFound
 from batchrunner.lines import ProblemCode
 from batchrunner.models import Batch, File, FileId, LineCode, RecordKind
@@ -46,6 +46,10 @@ def lines_in(blobs: Blobs, files: SealedFiles) -> Iterator[tuple[RecordKind, byt
             yield RecordKind.SUCCEEDED, line
     if files.errors is not None:
         for line in lines_of(read_blob(blobs, files.errors.blob)):
-            found = read_error_line(line)
-            if found.response is not None or found.code not in _NOT_RUN:
+            if not is_not_run(read_error_line(line)):
                 yield RecordKind.FAILED, line
+
+
+def is_not_run(line: ErrorLine) -> bool:
+    """Tell whether an error line is of a request that was never sent."""
+    return line.response is None and line.code in _NOT_RUN

@@ -138,30 +138,35 @@ def create_batch(
     fresh = {
         "status": BatchStatus.VALIDATING,
         "version": 1,
-        "is_open": False,
         "problems": (),
         "created_at": moment.wall,
     }
     if new.chosen_blob is not None:
         need_blob(conn, new.chosen_blob)
     conn.execute(insert(batches).values(given | fresh))
-    add_task(conn, new.id, TaskKind.VALIDATE)
+    if new.is_open:
+        move(conn, lock_batch(conn, new.id), BatchEvent.INPUT_ACCEPTED, moment)
+    else:
+        add_task(conn, new.id, TaskKind.VALIDATE)
     return conn.execute(_BATCH, {"b_id": new.id}).mappings().one()
 
 
 def _require_room(conn: Connection, new: NewBatch, limits: KeyLimits, file: File | None) -> None:
-    batches_max, lines_max = limits.open_batches_max, limits.queued_lines_max
-    if batches_max is None and lines_max is None:
-        return
-    held = open_counts(conn, new.tenant)
-    if batches_max is not None and held.batches >= batches_max:
-        raise QuotaExceeded(f"{held.batches} batches are unfinished, at most {batches_max}")
+    batches_max = limits.open_batches_max
+    if batches_max is not None and (held := open_counts(conn, new.tenant).batches) >= batches_max:
+        raise QuotaExceeded(f"{held} batches are unfinished, at most {batches_max}")
+    require_lines(conn, new.tenant, _line_count(conn, new, file), limits)
+
+
+def require_lines(conn: Connection, tenant: TenantId, count: int, limits: KeyLimits) -> None:
+    """Guard that a tenant's waiting lines stay within the limits of its key; 0 stands for lines that nobody knows."""
+    lines_max = limits.queued_lines_max
     if lines_max is None:
         return
-    fresh = _line_count(conn, new, file)
-    if held.lines + max(fresh, 1) > lines_max:
-        asked = f" and this batch has {fresh}" if fresh else ""
-        raise QuotaExceeded(f"{held.lines} lines wait for their results{asked}, at most {lines_max}")
+    held = open_counts(conn, tenant).lines
+    if held + max(count, 1) > lines_max:
+        asked = f" and this batch has {count}" if count else ""
+        raise QuotaExceeded(f"{held} lines wait for their results{asked}, at most {lines_max}")
 
 
 def _line_count(conn: Connection, new: NewBatch, file: File | None) -> int:
@@ -232,6 +237,9 @@ def move(conn: Connection, batch: RowMapping, event: BatchEvent, moment: Moment)
     seen = batch["status"]
     target = next_status(seen, event)
     values = {"status": target, "version": batch["version"] + 1, f"{target}_at": moment.wall}
+    if target in SEALING:
+        # Results that turn out damaged bring it back to work, but not open.
+        values["is_open"] = False
     if batch["ended_by"] is None and event in ENDED_BY:
         values["ended_by"] = ENDED_BY[event]
     # What blocks a seal still blocks it when only the word changes.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from datetime import timedelta
 
-from sqlalchemy import Connection, and_, delete, exists, insert, or_, select, update
+from sqlalchemy import Connection, Select, and_, delete, exists, insert, or_, select, update
 
 from batchrunner.errors import BlobsUnavailable, NameTaken
 from batchrunner.lifecycle import TERMINAL, BatchStatus
@@ -51,6 +51,11 @@ def drop_blob(conn: Connection, name: str, moment: Moment) -> None:
     if conn.execute(update(blobs).where(blobs.c.name == name).values(state=BlobState.DEAD)).rowcount == 0:
         row = {"name": name, "state": BlobState.DEAD, "created_at": moment.wall, "owner": ""}
         conn.execute(insert(blobs).values(row))
+
+
+def drop_blobs(conn: Connection, names: Select[tuple[str]]) -> None:
+    """Mark registered names, which no file has, for deletion, however many they are."""
+    conn.execute(update(blobs).where(blobs.c.name.in_(names)).values(state=BlobState.DEAD))
 
 
 def drop_assets(conn: Connection, batch_id: str, moment: Moment) -> None:

@@ -11,6 +11,7 @@ from batchrunner.holdings import Expired
 from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import BatchId, TaskKind
 from batchrunner.store.moments import Moment
+from batchrunner.store.queries_additions import drop_additions
 from batchrunner.store.queries_blobs import UNFINISHED, drop_assets, drop_forgotten
 from batchrunner.store.queries_deliveries import drop_old as drop_old_deliveries
 from batchrunner.store.queries_idempotency import drop_old
@@ -65,6 +66,7 @@ def _end_journals(conn: Connection, moment: Moment) -> None:
     conn.execute(delete(extents).where(extents.c.batch_id.in_(ids)))
     conn.execute(delete(claims).where(claims.c.task_id.in_(shards)))
     conn.execute(delete(tasks).where(tasks.c.batch_id.in_(ids), tasks.c.kind == TaskKind.SHARD))
+    drop_additions(conn, ids)
     conn.execute(update(batches).where(batches.c.id.in_(ids)).values(journal_ended_at=moment.wall))
     bare = select(batches.c.id).where(batches.c.id.in_(ids), batches.c.output_file_id.is_(None))
     for batch_id in conn.execute(bare).scalars().all():

@@ -357,7 +357,7 @@ def split(conn: Connection, ref: TaskRef, head: ShardCut, tail: ShardCut) -> Non
     write_task(conn, task, values | {"skipped": head.skipped})
     lock_batch(conn, task["batch_id"])
     conn.execute(update(batches).where(batches.c.id == task["batch_id"]).values(open_shards=batches.c.open_shards + 1))
-    add_shards(conn, task["batch_id"], (tail,))
+    add_shards(conn, task["batch_id"], (tail,), source=task["source"])
 
 
 def _require_whole(task: RowMapping, head: ShardCut, tail: ShardCut) -> None:
@@ -372,11 +372,14 @@ def _require_whole(task: RowMapping, head: ShardCut, tail: ShardCut) -> None:
         raise ReconciliationError(f"shard {task['id']}: head and tail are not the shard")
 
 
-def add_shards(conn: Connection, batch_id: str, cuts: Sequence[ShardCut]) -> None:
-    """Queue shards; one without a line to run is settled from the start, and only its bytes are of interest."""
+def add_shards(conn: Connection, batch_id: str, cuts: Sequence[ShardCut], *, source: str | None = None) -> None:
+    """Queue shards of a source; one without a line to run is settled from the start, and only its bytes are of
+    interest.
+    """
     rows = [
         {
             "batch_id": batch_id,
+            "source": source,
             "kind": TaskKind.SHARD,
             "state": TaskState.QUEUED if cut.line_count else TaskState.SETTLED,
             "epoch": 0,

@@ -9,6 +9,7 @@ from datetime import timedelta
 from sqlalchemy import ColumnElement, Connection, RowMapping, and_, bindparam, exists, insert, or_, select, update
 
 from batchrunner.errors import Fenced, JournalCorrupt, ReconciliationError
+from batchrunner.holdings import Swept
 from batchrunner.lifecycle import SEALING, BatchEvent, BatchStatus, EndedBy
 from batchrunner.models import (
     AcceptedInput,
@@ -23,12 +24,12 @@ from batchrunner.models import (
     RejectedInput,
     Repair,
     SessionId,
-    Swept,
     TaskKind,
     TaskRef,
     TaskState,
 )
 from batchrunner.store.moments import Moment
+from batchrunner.store.queries_additions import close_idle
 from batchrunner.store.queries_batches import add_task, lock_batch, move
 from batchrunner.store.queries_blobs import need_blob
 from batchrunner.store.queries_claims import claims_by_task, end_leases_of_other_boots
@@ -286,6 +287,8 @@ def sweep(conn: Connection, moment: Moment, *, expires: bool) -> Swept:
     )
     through = and_(batches.c.status == BatchStatus.IN_PROGRESS, batches.c.is_open.is_(False), ~unsettled)
     moved += _move_all(conn, through, BatchEvent.LINES_SETTLED, moment)
+    if expires:
+        moved += [(batch_id, BatchEvent.LINES_SETTLED) for batch_id in close_idle(conn, moment)]
     seal = exists().where(tasks.c.batch_id == batches.c.id, tasks.c.kind == TaskKind.SEAL)
     bare = conn.execute(select(batches.c.id).where(batches.c.status.in_(SEALING), ~seal)).scalars().all()
     added = sum(add_task(conn, batch_id, TaskKind.SEAL) for batch_id in bare)

@@ -7,10 +7,12 @@ from dataclasses import fields
 
 from sqlalchemy import RowMapping
 
+from batchrunner.additions import Addition
 from batchrunner.deliveries import Delivery, Secrets, WebhookEndpoint, WebhookEvent
 from batchrunner.holdings import ApiKey, Replay, Upload, UploadPart
 from batchrunner.models import Batch, Claim, Extent, File, SessionId, Shard, TaskKind, TaskRef, Usage
 
+_ADDITION = tuple(each.name for each in fields(Addition))
 _BATCH = tuple(each.name for each in fields(Batch) if each.name != "usage")
 _DELIVERY = tuple(each.name for each in fields(Delivery))
 _ENDPOINT = tuple(each.name for each in fields(WebhookEndpoint) if each.name != "secrets")
@@ -34,6 +36,11 @@ def usage_of(row: RowMapping) -> Usage:
 def batch_of(row: RowMapping) -> Batch:
     """Read a row of batches."""
     return Batch(usage=usage_of(row), **{name: row[name] for name in _BATCH})
+
+
+def addition_of(row: RowMapping) -> Addition:
+    """Read a row of additions."""
+    return Addition(**{name: row[name] for name in _ADDITION})
 
 
 def file_of(row: RowMapping) -> File:

@@ -25,10 +25,10 @@ from batchrunner.store import (
     queries_uploads,
 )
 from batchrunner.store.rows import batch_of, extent_of, file_of, part_of, shard_of
-from batchrunner.store.tenant_outbox import SqlTenantOutbox
+from batchrunner.store.tenant_lines import SqlTenantLines
 
 
-class SqlTenantScope(SqlTenantOutbox):
+class SqlTenantScope(SqlTenantLines):
     """TenantScope over the statements of this package."""
 
     def add_file(self, file: File, *, replay: Replay | None = None) -> File:

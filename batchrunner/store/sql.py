@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from batchrunner.appetite import HUNGRY, Appetite
 from batchrunner.deliveries import Appointments, DeliveryState, Dispatch, Recorded
-from batchrunner.holdings import ApiKey, Expired, KeyId, LiveShare
+from batchrunner.holdings import ApiKey, Expired, KeyId, LiveShare, Swept
 from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import (
     AcceptedInput,
@@ -24,7 +24,6 @@ from batchrunner.models import (
     Repair,
     SessionId,
     ShardCut,
-    Swept,
     TaskKind,
     TaskRef,
     TenantId,

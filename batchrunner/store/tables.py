@@ -157,6 +157,8 @@ batches = Table(
     Column("probed_at", Instant, comment="when a paused one last gave out a shard to find out whether it may go on"),
     Column("journal_ended_at", Instant, comment="its extents are gone since"),
     Column("journal_freed_at", Instant, comment="and so are its segments"),
+    Column("created_by", Text, comment="id of the key that asked for it"),
+    Column("closes_at", Instant, comment="an open one that has nothing to do takes no more lines then"),
     CheckConstraint("open_shards >= 0", name="batch_open_shards"),
     Index("batches_by_status", "status", "deadline_at"),
     Index("batches_by_tenant", "tenant", "serial"),
@@ -203,6 +205,7 @@ tasks = Table(
     _number("succeeded_count"),
     _number("failed_count"),
     *_tokens(),
+    Column("source", Text, comment="the blob with its bytes, null where that is the batch's"),
     # The front of a batch's queue: equal columns first, then the range, so that shards beyond a hold are not walked.
     Index("tasks_to_claim", "kind", "state", "batch_id", "is_quarantined", "first_index"),
     Index("tasks_by_batch", "batch_id", "kind", "first_line"),
@@ -212,6 +215,18 @@ tasks = Table(
     # Journals are named by task id: a number is never given twice.
     sqlite_autoincrement=True,
     comment="What a worker may claim. Shard columns are null in other kinds.",
+)
+
+additions = Table(
+    "additions",
+    schema,
+    Column("batch_id", Text, ForeignKey("batches.id"), primary_key=True),
+    Column("first_line", BigInteger, primary_key=True),
+    Column("line_count", BigInteger, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("id_hashes", LargeBinary, nullable=False, comment="8 bytes for each custom_id"),
+    Column("created_at", Instant, nullable=False),
+    comment="Lines that joined an open batch together; gone with the batch's journal.",
 )
 
 claims = Table(

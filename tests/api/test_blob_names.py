@@ -12,6 +12,7 @@ from batchrunner.holdings import KeyLimits
 from batchrunner.housekeeping import clear
 from tests.api.batching import CHAT, chat_lines, ended, make_batch, working
 from tests.api.serving import FORM_HEADERS, LINE, Served, form
+from tests.api.xai import add, added, chat, open_batch
 
 BROKEN = LINE + LINE + b"no json\n"
 
@@ -128,3 +129,17 @@ async def test_refused_retry_gives_its_lines_up(api: Served, tmp_path: Path) -> 
     assert (first.status, again.status, none.status) == (200, 409, 400)
     chosen = [state for name, state in states(tmp_path).items() if name.startswith("chosen/")]
     assert sorted(chosen) == ["dead", "dead", "live"]
+
+
+async def test_requests_that_join_are_pending_before_and_live_after(
+    api: Served, tmp_path: Path, written: list[tuple[str, str | None]]
+) -> None:
+    batch_id = await open_batch(api)
+    await added(api, batch_id, ["a", "b"])
+
+    refused = await add(api, batch_id, chat("b"))
+    clear(api.parts.store, api.parts.blobs, in_use=tuple)
+
+    assert refused.status == 400
+    assert [name.startswith(f"added/{batch_id}/") for name, _ in written] == [True, True]
+    check_names(tmp_path, written)

@@ -88,7 +88,9 @@ async def test_every_path_tells_its_methods(keyed: Served, route: Route) -> None
     assert {"OPTIONS", route.method} <= set(options.headers["Allow"].split(", "))
     assert wrong.status == 405
     assert wrong.headers["Allow"] == options.headers["Allow"]
-    assert wrong.json["error"]["message"].startswith(f"Not allowed to PATCH on {path}.")
+    # xAI says what is wrong where OpenAI has an object.
+    error = wrong.json["error"]
+    assert (error if route.dialect == "xai" else error["message"]).startswith(f"Not allowed to PATCH on {path}.")
 
 
 async def test_a_literal_segment_wins_over_a_name() -> None:
@@ -100,7 +102,7 @@ async def test_a_literal_segment_wins_over_a_name() -> None:
     match = Router([named, literal]).match("/v1/a/b/x")
 
     assert match is not None
-    assert match.routes["GET"] is literal
+    assert match.routes["GET"] == [literal]
 
 
 @pytest.mark.parametrize(

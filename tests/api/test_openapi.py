@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import jsonschema
+import orjson
 import pytest
 
 from batchrunner.api.routes import ROUTES
@@ -41,6 +42,15 @@ def test_names_of_operations_are_used_once() -> None:
     names = [route.name for route in ROUTES]
 
     assert sorted(names) == sorted(set(names))
+
+
+def test_document_says_where_another_dialect_may_answer() -> None:
+    answers = orjson.loads(openapi())["paths"]["/v1/batches/{batch_id}/results"]["get"]["responses"]
+
+    assert answers["200"]["content"]["application/json"] == {"schema": {"$ref": "#/components/schemas/XaiResultPage"}}
+    assert set(answers["200"]["content"]) == {"application/json", "application/jsonl"}
+    refused = answers["4XX"]["content"]["application/json"]["schema"]["anyOf"]
+    assert [each["$ref"].rpartition("/")[2] for each in refused] == ["ErrorEnvelope", "XaiError"]
 
 
 async def test_answers_fit_their_schemas(api: Served) -> None:

@@ -16,6 +16,7 @@ REPEATS_PER_KILL = WINDOW + 256
 ELSEWHERE = (
     "run_record.",
     "batch.created",
+    "add.",
     "export.",
     "salvage.",
     "seal.salvage",

@@ -21,6 +21,8 @@ OLD_PYTHON_NEEDS = ("distro==1.9.0", "tqdm==4.67.1")
 NODE = "7.57.0"
 # The last that says it runs on Node 20.
 OLD_NODE = "6.49.0"
+# The newest whose requirements can all be had.
+LITELLM = "1.106.2"
 FETCH_S = 240
 
 
@@ -48,6 +50,15 @@ def old_python() -> Path:
         _pip("install", *pinned, "--target", str(folder), f"openai=={OLD_PYTHON}", *OLD_PYTHON_NEEDS)
 
     return _kept(f"python-{OLD_PYTHON}", fetch)
+
+
+def litellm() -> Path:
+    """Give a folder that puts LiteLLM, with all that it needs, on the path."""
+
+    def fetch(folder: Path) -> None:
+        _pip("install", "--target", str(folder), f"litellm=={LITELLM}")
+
+    return _kept(f"litellm-{LITELLM}", fetch)
 
 
 def node(package_version: str) -> Path:

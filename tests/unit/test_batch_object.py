@@ -72,7 +72,6 @@ BATCH = Batch(
     status=BatchStatus.IN_PROGRESS,
     version=2,
     ended_by=None,
-    is_open=False,
     paused_reason=None,
     paused_at=None,
     blocked_by=None,

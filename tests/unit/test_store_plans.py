@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import event
 
+from batchrunner.additions import NewAddition
 from batchrunner.clock import SystemClock
 from batchrunner.deliveries import Appointments, EventId, EventType
 from batchrunner.holdings import KeyLimits
-from batchrunner.models import LOCAL_TENANT, BatchId, FileId, SessionId
+from batchrunner.models import LOCAL_TENANT, BatchId, FileId, SessionId, ShardCut
 from batchrunner.ports import TenantScope
 from batchrunner.store.sqlite import SqliteStore
 from batchrunner.webhooks import sample_event
@@ -98,6 +100,33 @@ def test_expiry_reads_what_is_due_and_nothing_else(
     assert [
         step for step in found if step.startswith("SCAN") and "CONSTANT" not in step and "subquery" not in step
     ] == []
+
+
+@pytest.mark.parametrize("additions", [1, 30])
+def test_journal_of_an_open_batch_ends_in_as_few_statements_whatever_joined_it(
+    store: SqliteStore, additions: int
+) -> None:
+    scope, clock = store.scope(LOCAL_TENANT), SystemClock()
+    scope.create_batch(replace(new_batch("open"), source="", is_open=True, closes_at=clock.now()))
+    for number in range(1, additions + 1):
+        store.register_blob(f"add-{number}", owner="api")
+        cut = ShardCut(byte_start=0, byte_end=9, first_line=number, first_index=number - 1, line_count=1, checksum=0)
+        new = NewAddition(
+            first_line=number,
+            source=f"add-{number}",
+            id_hashes=bytes(8),
+            shards=(cut,),
+            model="m",
+            closes_at=clock.now(),
+        )
+        scope.add_lines(BatchId("open"), new)
+    with store.writing() as conn:
+        conn.exec_driver_sql("UPDATE batches SET status = 'completed', completed_at = 1 WHERE id = 'open'")
+
+    found = plans(store, store.expire)
+
+    assert sum("blobs_by_state" in step or "SEARCH blobs" in step for step in found) < 10, found
+    assert len(store.freeable_blobs(limit=100)) >= additions
 
 
 def test_deliveries_are_found_from_indexes(store: SqliteStore) -> None:

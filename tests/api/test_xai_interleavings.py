@@ -1,0 +1,168 @@
+"""Whatever comes between adds, answers, cancels and ends: counters sum up at every instant, nothing goes backwards, and
+every view has the same results.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from batchrunner.errors import Fenced
+from batchrunner.models import BatchId, Progress, TaskKind
+from batchrunner.shards import ShardRun
+from tests.api.batching import content_of
+from tests.api.serving import Served, serving
+from tests.api.xai import add, chat, metadata, open_batch, results
+from tests.pipeline.hands import Hand, Place
+
+RANK = {"in_progress": 0, "finalizing": 1, "cancelling": 2, "completed": 3, "expired": 3, "cancelled": 3}
+STEPS = st.one_of(
+    st.tuples(st.just("add"), st.integers(1, 4)),
+    st.tuples(st.just("answer"), st.integers(1, 5)),
+    st.sampled_from([("leave", 0), ("seal", 0), ("cancel", 0), ("close", 0), ("expire", 0)]),
+)
+RUNNING = STEPS.filter(lambda step: step[0] in ("add", "answer", "leave"))
+# Most walks go on for a while before anything ends them.
+WALKS = st.tuples(st.lists(RUNNING, max_size=8), st.lists(STEPS, max_size=8))
+
+
+@dataclass(slots=True)
+class Walker:
+    """A batch, the hand that works on it, and what was seen of it so far."""
+
+    served: Served
+    place: Place
+    hand: Hand
+    batch_id: str
+    run: ShardRun | None = None
+    names: list[str] = field(default_factory=list)
+    seen: dict[str, Any] = field(default_factory=dict)
+
+    async def step(self, verb: str, count: int) -> None:
+        match verb:
+            case "add":
+                fresh = [f"n{len(self.names) + number}" for number in range(count)]
+                reply = await add(self.served, self.batch_id, *map(chat, fresh))
+                assert reply.status == (200 if self.is_open else 400)
+                self.names += fresh if reply.status == 200 else []
+            case "answer":
+                self.answer(count)
+            case "leave":
+                self.leave()
+            case "seal":
+                self.leave()
+                if self.hand.store.has_work(self.hand.session, kinds=[TaskKind.SEAL]):
+                    self.hand.seal()
+            case "cancel" | "close":
+                path = ":cancel" if verb == "cancel" else "/close"
+                await self.served.call("POST", f"/v1/batches/{self.batch_id}{path}")
+            case "expire":
+                self.place.clock.advance(25 * 3600)
+                # A clock that jumps so far is believed the second time.
+                for _ in range(2):
+                    self.hand.store.sweep()
+
+    @property
+    def is_open(self) -> bool:
+        return self.served.scope.batch(BatchId(self.batch_id)).is_open
+
+    def answer(self, count: int) -> None:
+        if self.run is None:
+            claim = self.hand.find(TaskKind.SHARD)
+            if claim is None:
+                return
+            self.run = self.hand.pipeline.load_shard(claim)
+        try:
+            self.hand.answer(self.run, count)
+            if self.run.is_finished:
+                self.hand.settle(self.run)
+                self.run = None
+            else:
+                self.hand.register(self.run)
+        except Fenced:
+            self.run = None
+
+    def leave(self) -> None:
+        """Give the shard back, as a holder does whose batch ends or whose process stops."""
+        if self.run is not None:
+            with suppress(Fenced):
+                self.hand.store.give_back(self.run.claim.ref, Progress(extents=self.hand.extents(self.run)))
+            self.run = None
+
+    async def look(self) -> None:
+        """Compare all that is shown now with itself and with what was shown before."""
+        shown = (await self.served.call("GET", f"/v1/batches/{self.batch_id}")).json
+        state, progress = shown["state"], shown["progress"]
+        parts = ("num_pending", "num_success", "num_error", "num_cancelled")
+        assert sum(state[name] for name in parts) == state["num_requests"] == len(self.names)
+        assert progress["remaining"] == state["num_pending"]
+        if self.seen:
+            before = self.seen["state"]
+            assert RANK[shown["status"]] >= RANK[self.seen["status"]]
+            assert all(state[name] >= before[name] for name in ("num_success", "num_error", "num_cancelled"))
+        self.seen = shown
+        await self.compare(shown)
+
+    async def compare(self, shown: dict[str, Any]) -> None:
+        """All views have the same results."""
+        state = shown["state"]
+        pages = {each["batch_request_id"]: each for each in await results(self.served, self.batch_id, limit=3)}
+        requests = await metadata(self.served, self.batch_id, limit=4)
+        states = {each["batch_request_id"]: each["state"] for each in requests}
+        lines = await self.served.call("GET", f"/v1/batches/{self.batch_id}/results?after=0")
+        answered = {orjson.loads(line)["custom_id"] for line in lines.body.splitlines()}
+
+        assert list(states) == self.names
+        assert answered == {name for name, each in states.items() if each == "succeeded"}
+        assert answered == {name for name, each in pages.items() if "response" in each["batch_result"]}
+        assert len(answered) == state["num_success"]
+        ended = {name for name, each in states.items() if each != "pending"}
+        assert set(pages) == ended
+        assert len(ended) == state["num_requests"] - state["num_pending"]
+
+    async def finish(self) -> None:
+        """Bring the batch to its end and read its files."""
+        await self.step("close", 0)
+        while self.run is not None or self.hand.store.has_work(self.hand.session, kinds=[TaskKind.SHARD]):
+            self.answer(100)
+        await self.look()
+        await self.step("seal", 0)
+        await self.look()
+        assert RANK[self.seen["status"]] == 3
+        output = await content_of(self.served, self.seen["output_file_id"])
+        errors = await content_of(self.served, self.seen["error_file_id"])
+        filed = [orjson.loads(line)["custom_id"] for line in output.splitlines() + errors.splitlines()]
+        assert sorted(filed) == sorted(self.names)
+        assert len(output.splitlines()) == self.seen["state"]["num_success"]
+
+
+async def walk(folder: Path, steps: list[tuple[str, int]]) -> None:
+    place = Place(folder)
+    async with serving(folder, clock=place.clock) as served:
+        hand = place.hand("worker")
+        try:
+            walker = Walker(served, place, hand, await open_batch(served))
+            await walker.look()
+            for verb, count in steps:
+                await walker.step(verb, count)
+                await walker.look()
+            await walker.finish()
+        finally:
+            hand.store.close()
+
+
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(WALKS)
+def test_every_view_of_a_batch_agrees_at_every_instant(steps: tuple[list[tuple[str, int]], ...]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(walk(Path(folder), [each for part in steps for each in part]))
