@@ -106,11 +106,12 @@ class Server:
         found: Found | None = None
         try:
             async with asyncio.timeout(WAIT_S):
-                while not is_wanted(found := await ask()):
-                    pass
+                while True:
+                    found = await ask()
+                    if is_wanted(found):
+                        return found
         except TimeoutError:
             raise AssertionError(f"it never came to that: {found}; {''.join(self.talk.lines)}") from None
-        return found
 
     async def until_ready(self) -> None:
         """Wait until its worker has reported."""
