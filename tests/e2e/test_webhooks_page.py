@@ -43,6 +43,11 @@ def free_ports(count: int) -> list[str]:
     return ports
 
 
+def is_listening(port: str) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", int(port))) == 0
+
+
 @asynccontextmanager
 async def shell(folder: Path, script: str, environment: dict[str, str]) -> AsyncIterator[asyncio.subprocess.Process]:
     """Run a script with all that it starts until the block ends."""
@@ -138,6 +143,9 @@ async def test_the_node_sdk_takes_our_events_and_refuses_forged_ones(tmp_path: P
         async with shell(folder, "exec node receiver.mjs 2>&1", environment) as node:
             assert node.stdout is not None
             url = f"http://localhost:{port}/"
+            # A first attempt before it listens would be followed by the next in seconds, and by a third in minutes.
+            while not is_listening(port):
+                await api.call("GET", "/healthz")
             await api.call("POST", "/v1/webhook_events", json={"type": kind, "url": url})
             said = (await node.stdout.readline()).decode()
             assert said == f"{kind} batch_test\n"
