@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.harness import Command, chat_line, start
+from tests.e2e.harness import COMMAND_S, Command, chat_line, start
 from tests.e2e.served import Server, site
 from tests.invariants import check_run
 
@@ -75,6 +75,17 @@ def check(folder: Path, **aliases: str) -> None:
     check_run(folder / "in.jsonl", folder / "out.jsonl", folder / "out.errors.jsonl", aliases=aliases)
 
 
+async def sent(command: Command, peer: Peer, count: int) -> None:
+    """Wait until an upstream has got so many requests; the command must not end before."""
+    ended = asyncio.ensure_future(command.process.wait())
+    async with asyncio.timeout(COMMAND_S):
+        while (await asyncio.to_thread(peer.stats))["total"] < count:
+            # Questions without a pause would take the cores from those that are asked about.
+            await asyncio.wait({ended}, timeout=0.05)
+            assert not ended.done()
+    ended.cancel()
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 async def test_each_line_is_answered_by_the_upstream_of_its_model(tmp_path: Path, workers: str) -> None:
     write_input(tmp_path, "llama", "fast", "nobody-has-it")
@@ -112,9 +123,7 @@ async def test_run_finishes_on_the_other_upstream_when_one_is_killed(tmp_path: P
             {"name": "second", "base_url": second.url, "window": 8},
         )
         command = await start(["run", "in.jsonl", "-o", "out.jsonl", "--workers", workers], tmp_path, {})
-        async with asyncio.timeout(30.0):
-            while (await asyncio.to_thread(first.stats))["total"] < LINES // 10:
-                pass
+        await sent(command, first, LINES // 10)
         first.command.send(signal.SIGKILL)
         ended = await command.ended()
         answered = second.stats()["total"]
@@ -186,9 +195,7 @@ async def test_lines_that_waited_for_a_slow_upstream_run_after_a_stop(
         )
         arguments = ["run", "in.jsonl", "-o", "out.jsonl", "--workers", "1", *flags]
         command = await start(arguments, tmp_path, {})
-        async with asyncio.timeout(30.0):
-            while (await asyncio.to_thread(slow.stats))["total"] < 40:
-                pass
+        await sent(command, slow, 40)
         if number is signal.SIGINT:
             command.send(number)
         else:
