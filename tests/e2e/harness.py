@@ -151,14 +151,19 @@ class Bench:
 
     async def reach(self, is_reached: Callable[[SimulatorStats], bool], command: Command) -> None:
         """Wait until the simulator's counters fulfil a condition; the command must not end before."""
-        reached = asyncio.ensure_future(self.simulator.wait_until(is_reached))
-        ended = asyncio.ensure_future(command.process.wait())
-        done, _ = await asyncio.wait({reached, ended}, timeout=COMMAND_S, return_when=asyncio.FIRST_COMPLETED)
-        for waiting in (reached, ended):
-            waiting.cancel()
-        if reached not in done:
-            command.kill_group()
-            raise AssertionError(f"not reached: {(await command.ended()).stderr}; {self.simulator.stats()}")
+        await reach(self.simulator, is_reached, command)
+
+
+async def reach(simulator: Simulator, is_reached: Callable[[SimulatorStats], bool], command: Command) -> None:
+    """Wait until a simulator's counters fulfil a condition; the command must not end before."""
+    reached = asyncio.ensure_future(simulator.wait_until(is_reached))
+    ended = asyncio.ensure_future(command.process.wait())
+    done, _ = await asyncio.wait({reached, ended}, timeout=COMMAND_S, return_when=asyncio.FIRST_COMPLETED)
+    for waiting in (reached, ended):
+        waiting.cancel()
+    if reached not in done:
+        command.kill_group()
+        raise AssertionError(f"not reached: {(await command.ended()).stderr}; {simulator.stats()}")
 
 
 async def died(process: psutil.Process) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.harness import COMMAND_S, Command, chat_line, start
+from batchrunner.simulate import Simulator, SimulatorSettings
+from tests.e2e.harness import Command, chat_line, reach, start
 from tests.e2e.served import Server, site
 from tests.invariants import check_run
 
@@ -75,17 +76,6 @@ def check(folder: Path, **aliases: str) -> None:
     check_run(folder / "in.jsonl", folder / "out.jsonl", folder / "out.errors.jsonl", aliases=aliases)
 
 
-async def sent(command: Command, peer: Peer, count: int) -> None:
-    """Wait until an upstream has got so many requests; the command must not end before."""
-    ended = asyncio.ensure_future(command.process.wait())
-    async with asyncio.timeout(COMMAND_S):
-        while (await asyncio.to_thread(peer.stats))["total"] < count:
-            # Questions without a pause would take the cores from those that are asked about.
-            await asyncio.wait({ended}, timeout=0.05)
-            assert not ended.done()
-    ended.cancel()
-
-
 @pytest.mark.parametrize("workers", ["1", "2"])
 async def test_each_line_is_answered_by_the_upstream_of_its_model(tmp_path: Path, workers: str) -> None:
     write_input(tmp_path, "llama", "fast", "nobody-has-it")
@@ -116,19 +106,24 @@ async def test_each_line_is_answered_by_the_upstream_of_its_model(tmp_path: Path
 @pytest.mark.parametrize("workers", ["1", "2"])
 async def test_run_finishes_on_the_other_upstream_when_one_is_killed(tmp_path: Path, workers: str) -> None:
     write_input(tmp_path, "m")
-    async with peers(tmp_path, ["--latency", "100ms"], ["--latency", "100ms"]) as (first, second):
+    async with (
+        peers(tmp_path, ["--latency", "100ms"]) as (first,),
+        Simulator(SimulatorSettings(latency="100ms")) as second,
+    ):
         write_tables(
             tmp_path,
             {"name": "first", "base_url": first.url, "window": 8},
             {"name": "second", "base_url": second.url, "window": 8},
         )
         command = await start(["run", "in.jsonl", "-o", "out.jsonl", "--workers", workers], tmp_path, {})
-        await sent(command, first, LINES // 10)
+        await reach(second, lambda stats: stats.total >= LINES // 10, command)
+        asked = (await asyncio.to_thread(first.stats))["total"]
         first.command.send(signal.SIGKILL)
         ended = await command.ended()
-        answered = second.stats()["total"]
+        answered = second.stats().total
 
     assert ended.code == 0, ended.stderr
+    assert asked > 0
     assert "upstream_down: first: " in ended.stderr
     assert answered >= LINES // 2
     check(tmp_path)
@@ -187,7 +182,10 @@ async def test_lines_that_waited_for_a_slow_upstream_run_after_a_stop(
 ) -> None:
     """Lines that were read for an upstream without room were not sent: a clean stop leaves none of them in doubt."""
     write_input(tmp_path, "fast", "slow", count=400)
-    async with peers(tmp_path, ["--latency", "10ms"], ["--latency", "150ms"]) as (fast, slow):
+    async with (
+        peers(tmp_path, ["--latency", "10ms"]) as (fast,),
+        Simulator(SimulatorSettings(latency="150ms")) as slow,
+    ):
         write_tables(
             tmp_path,
             {"name": "fast", "base_url": fast.url, "models": ["fast"], "window": 4},
@@ -195,14 +193,14 @@ async def test_lines_that_waited_for_a_slow_upstream_run_after_a_stop(
         )
         arguments = ["run", "in.jsonl", "-o", "out.jsonl", "--workers", "1", *flags]
         command = await start(arguments, tmp_path, {})
-        await sent(command, slow, 40)
+        await reach(slow, lambda stats: stats.total >= 40, command)
         if number is signal.SIGINT:
             command.send(number)
         else:
             command.kill_group()
         stopped = await command.ended()
         ended = await (await start([*arguments, "--json"], tmp_path, {})).ended()
-        asked = fast.stats()["total"] + slow.stats()["total"]
+        asked = (await asyncio.to_thread(fast.stats))["total"] + slow.stats().total
 
     assert stopped.code == (130 if number is signal.SIGINT else -number), stopped.stderr
     unknown = 400 - ended.summary["counts"]["succeeded"]
