@@ -561,17 +561,23 @@ async def test_too_large_a_form_is_refused(tmp_path: Path) -> None:
 # -- hanging up ------------------------------------------------------------------------------------------------------
 
 
+async def check_freed(served: Served, simulator: Simulator) -> None:
+    """Wait until the upstream's only request was given up: nothing of it is held here either."""
+    stats = await simulator.wait_until(lambda stats: stats.abandoned == 1)
+
+    assert stats.working == 0
+    await served.parts.vitals.idle()
+    assert served.parts.live is not None
+    assert served.parts.live.places[0].in_flight == 0
+
+
 async def test_a_caller_that_hangs_up_before_the_answer_frees_the_upstream(tmp_path: Path) -> None:
     async with simulated(tmp_path, latency="30s") as (served, simulator):
         asking = asyncio.create_task(served.call("POST", CHAT, body=chat()))
         await simulator.wait_until(lambda stats: stats.working == 1)
         asking.cancel()
-        stats = await simulator.wait_until(lambda stats: stats.abandoned == 1)
 
-        assert stats.working == 0
-        await served.parts.vitals.idle()
-        assert served.parts.live is not None
-        assert served.parts.live.places[0].in_flight == 0
+        await check_freed(served, simulator)
 
 
 async def test_a_caller_that_hangs_up_in_mid_stream_frees_the_upstream(tmp_path: Path) -> None:
@@ -579,12 +585,8 @@ async def test_a_caller_that_hangs_up_in_mid_stream_frees_the_upstream(tmp_path:
         async with served.session.post(served.base + CHAT, data=chat(stream=True)) as got:
             await got.content.readany()
             got.close()
-        stats = await simulator.wait_until(lambda stats: stats.abandoned == 1)
 
-        assert stats.working == 0
-        await served.parts.vitals.idle()
-        assert served.parts.live is not None
-        assert served.parts.live.places[0].in_flight == 0
+        await check_freed(served, simulator)
 
 
 async def test_a_caller_that_takes_slowly_makes_the_upstream_wait(tmp_path: Path) -> None:
