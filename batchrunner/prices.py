@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from fnmatch import fnmatchcase
 
 from batchrunner.errors import UsageError
+from batchrunner.targets import wildcards
 
 # Source: xAI's cost fields, which count in units of 1e-10 US dollars.
 _TICKS_PER_USD = 10_000_000_000
@@ -50,6 +50,6 @@ def parse_price(text: str) -> Price:
 def price_of(model: str | None, prices: Sequence[Price]) -> Price | None:
     """Give the first price that names the model; one of `*` names any, also where requests name several."""
     for price in prices:
-        if price.model == "*" or (model is not None and fnmatchcase(model, price.model)):
+        if price.model == "*" or (model is not None and re.fullmatch(wildcards(price.model), model, re.DOTALL)):
             return price
     return None

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import msgspec
 
-from batchrunner.targets import Target
+from batchrunner.targets import Target, wildcards
 
 # Names come from the lines of strangers; one that is longer is nobody's.
 _MODELS_KEPT = 1024
@@ -148,15 +148,6 @@ def _served(target: Target) -> str:
 
 def _pattern(target: Target) -> re.Pattern[str]:
     """Give what matches the models that a table names."""
-    named = [_wildcards(name) for name in target.models or ()]
+    named = [wildcards(name) for name in target.models or ()]
     named += map(re.escape, target.aliases)
     return re.compile("|".join(f"(?:{each})" for each in named) or r"(?!)", re.DOTALL)
-
-
-def _wildcards(name: str) -> str:
-    """Give a pattern that never goes back: each part is looked for once, where it comes first."""
-    first, *rest = map(re.escape, name.split("*"))
-    if not rest:
-        return first
-    *middle, last = rest
-    return f"{first}{''.join(f'(?>.*?{each})' for each in middle)}.*{last}"

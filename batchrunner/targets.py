@@ -5,6 +5,7 @@ A key is never in it, only the name of the variable or file that holds one.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import msgspec
@@ -96,3 +97,14 @@ def _read(table: object, what: str) -> Target:
     if target.api_key_env and target.api_key_file:
         raise UsageError(f"{what}: api_key_env and api_key_file: give one of them", hint=_HINT)
     return target
+
+
+def wildcards(name: str) -> str:
+    """Give the pattern of a model's name with `*` for any characters; it never goes back: each part is looked for once,
+    where it comes first.
+    """
+    first, *rest = map(re.escape, name.split("*"))
+    if not rest:
+        return first
+    *middle, last = rest
+    return f"{first}{''.join(f'(?>.*?{each})' for each in middle)}.*{last}"

@@ -45,6 +45,14 @@ def test_the_first_price_that_names_a_model_is_its_price() -> None:
     assert price_of("small", []) is None
 
 
+def test_all_but_the_star_stands_for_itself() -> None:
+    prices = [parse_price(text) for text in ("m[1]?=1/1", "m*=2/2")]
+
+    found = [price_of(model, prices) for model in ("m[1]?", "m1x", "M1")]
+
+    assert [str(each.input_usd) if each else None for each in found] == ["1", "2", None]
+
+
 def test_prices_are_a_list_or_a_text_of_them() -> None:
     as_list, _ = resolve([("file", {"prices": ["a=1/2", "b=3/4"]})])
     as_text, _ = resolve([("environment", {"prices": "a=1/2,b=3/4"})])
