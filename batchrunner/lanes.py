@@ -64,6 +64,12 @@ class Lane:
         self.is_probing = False
         self.allowance = None
 
+    def reserve_next(self, ahead: int) -> None:
+        """Reserve the first lines of the next shard, so that hand-out goes on without a wait for the disk."""
+        run = next((run for run in self.runs if not run.is_touched), None)
+        if run is not None:
+            run.reserve_first(ahead, is_early=True)
+
     def next_work(self, place: int, waiting: Waiting) -> Work | None:
         """Give a line that waits for the upstream at that place and is due, else the next fresh one for it."""
         if waiting.is_any:
@@ -241,6 +247,7 @@ class Lanes:
         elif lane.is_probing:
             lane.go_on()
         run.breakers, run.shut = lane.breakers, lane.shut
+        run.on_ending = lane.reserve_next
         lane.held.add(run)
         lane.runs.append(run)
         lane.runs.sort(key=lambda held: held.shard.first_line)

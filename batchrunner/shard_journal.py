@@ -159,14 +159,16 @@ class ShardJournal:
     """
 
     __slots__ = (
-        "_appender", "_backlog", "_blobs", "_is_urgent", "_length", "_lock", "_queue", "_ranges", "_reserved", "_seed",
-        "_segment", "_unsynced", "durable_mark", "is_closed", "keeps_marks",
+        "_appender", "_backlog", "_blobs", "_hurried_mark", "_is_urgent", "_length", "_lock", "_queue", "_ranges",
+        "_reserved", "_seed", "_segment", "_unsynced", "durable_mark", "group_count", "is_closed", "keeps_marks",
     )  # fmt: skip
 
     def __init__(self, blobs: Blobs, backlog: Backlog, segment: SegmentRef, *, first_mark: int) -> None:
         self.durable_mark = first_mark
         self.is_closed = False
         self.keeps_marks = backlog.frozen is None
+        # Records of the last group: so many lines are about as many as are handed out while one is on its way.
+        self.group_count = 0
         self._is_urgent = False
         self._blobs = blobs
         self._backlog = backlog
@@ -179,6 +181,7 @@ class ShardJournal:
         self._queue = Group()
         self._unsynced = Group(mark=first_mark)
         self._reserved = first_mark
+        self._hurried_mark = first_mark
         self._ranges: list[Range] = []
 
     def add(self, line_number: int, kind: RecordKind, usage: Usage, payload: bytes) -> None:
@@ -237,14 +240,18 @@ class ShardJournal:
         """The highest line reserved so far, durable or not."""
         return self._reserved
 
-    def reserve(self, line_number: int) -> None:
-        """Ask for a durable mark of at least `line_number` at once; `durable_mark` tells when it is there."""
+    def reserve(self, line_number: int, *, is_early: bool = False) -> None:
+        """Ask for a durable mark of at least `line_number`, at once, or where nobody waits for it yet, with the group
+        that is written next; `durable_mark` tells when it is there.
+        """
         with self._lock:
             if line_number > self._reserved:
                 self._reserved = line_number
                 if self.keeps_marks:
                     self._backlog.stir(self)
-                    self._backlog.hurry()
+            if self.keeps_marks and not is_early and line_number > self._hurried_mark:
+                self._hurried_mark = line_number
+                self._backlog.hurry()
 
     def mark_registered(self, line_number: int) -> None:
         """Say that a mark is durable elsewhere."""
@@ -305,6 +312,7 @@ class ShardJournal:
             # The bytes of this segment may be on their way still: they stay as they are.
             return
         group, self._queue = self._queue, Group()
+        self.group_count = group.sums.count
         if self.keeps_marks and self._reserved > self._unsynced.mark:
             self._unsynced.mark = self._reserved
             group.parts.append(header(self._seed, self._reserved, RecordKind.MARK, NO_USAGE, b""))

@@ -41,7 +41,7 @@ from batchrunner.shard_journal import ShardJournal
 
 # Lines that a mark reserves ahead of the one handed out. A takeover counts every line up to the mark as possibly sent,
 # so a longer reservation makes that bound looser, a shorter one makes hand-out wait for the disk more often.
-_AHEAD_MIN, _AHEAD_MAX = 16, 256
+_AHEAD_MIN, _AHEAD_MAX = 16, 512
 # The same where the mark is a row in the store, which takes longer: half of it is asked for while there is still some.
 _FAR_MIN, _FAR_MAX = 64, 1024
 
@@ -87,6 +87,7 @@ class ShardRun:
         self.in_flight_count = 0
         self.is_stopped = False
         self.on_need: Callable[[], None] = nobody
+        self.on_ending: Callable[[int], None] = nobody  # Told how many lines the next shard should have reserved.
         # What each upstream has said to lines of the batch, and the places of those that get no more of them; the
         # fan-out puts the batch's own in.
         self.breakers: Sequence[Breaker] = (Breaker(),)
@@ -114,10 +115,12 @@ class ShardRun:
         self._begin_marks()
 
     def _begin_marks(self) -> None:
-        """Where marks are kept in the store the first goes there with the claim; intents are marks enough."""
+        """Where marks are kept in the store the first goes there with the claim; intents are marks enough. A journal is
+        asked with the first line.
+        """
         if self.journal.keeps_marks:
-            return
-        if self.intent_mark is None:
+            self._early_mark = self._line_number
+        elif self.intent_mark is None:
             self.journal.reserve(self._line_number + _FAR_MIN)
         else:
             self.journal.mark_registered(self.intent_mark)
@@ -195,10 +198,10 @@ class ShardRun:
                 self._buffer = b""
             return line
 
-    def reserve_first(self) -> None:
+    def reserve_first(self, ahead: int = _AHEAD_MIN, *, is_early: bool = False) -> None:
         """Have the mark of the first lines made durable before they are asked for."""
         if self.intent_mark is None:
-            self.journal.reserve(self._line_number + _AHEAD_MIN)
+            self.journal.reserve(self._line_number + ahead, is_early=is_early)
 
     def _may_send(self, number: int) -> bool:
         if self._hold_at is not None and self._index >= self._hold_at:
@@ -213,14 +216,19 @@ class ShardRun:
             self._ask_mark(number)
             return False
         if number > self._early_mark:
-            self._ask_mark(number)
+            self._ask_mark(number, is_early=True)
         return True
 
-    def _ask_mark(self, number: int) -> None:
+    def _ask_mark(self, number: int, *, is_early: bool = False) -> None:
         """Have a mark beyond this line made durable."""
         journal = self.journal
         if journal.keeps_marks:
-            journal.reserve(number + min(_AHEAD_MAX, max(_AHEAD_MIN, 2 * self.in_flight_count)))
+            # Far enough that the next mark comes in time with a group that is written anyway.
+            ahead = min(_AHEAD_MAX, max(_AHEAD_MIN, 2 * self.in_flight_count, 4 * journal.group_count))
+            journal.reserve(number + ahead, is_early=is_early)
+            self._early_mark = number + ahead // 4
+            if number + ahead >= self.last_line:
+                self.on_ending(ahead // 2)
         elif self.intent_mark is None and journal.wanted_mark <= journal.durable_mark:
             journal.reserve(number + min(_FAR_MAX, max(_FAR_MIN, 4 * self.in_flight_count)))
             self.on_need()
@@ -410,7 +418,7 @@ class ShardRun:
         self._untouched_count += tail.line_count
 
 
-def nobody() -> None:
+def nobody(*_: object) -> None:
     """Stands where nobody listens yet."""
 
 

@@ -231,13 +231,14 @@ class PaperShardJournal:
         self.durable_mark = 1 << 60
         self.wanted_mark = 0
         self.keeps_marks = True
+        self.group_count = 0
         self.records: list[tuple[int, RecordKind, bytes, Usage]] = []
 
     def add(self, line_number: int, kind: RecordKind, usage: Usage, payload: bytes) -> None:
         assert line_number not in [number for number, *_ in self.records], f"line {line_number} has two records"
         self.records.append((line_number, kind, payload, usage))
 
-    def reserve(self, line_number: int) -> None:
+    def reserve(self, line_number: int, *, is_early: bool = False) -> None:
         self.durable_mark = max(self.durable_mark, line_number)
 
 

@@ -344,6 +344,47 @@ def test_a_reservation_does_not_wait_for_the_tick() -> None:
     journal.close()
 
 
+def test_an_early_reservation_goes_with_the_next_group() -> None:
+    disk, told = Disk(), Told()
+    journal = journal_on(disk, told, wake_records=2)
+    shard = open_shard(journal)
+
+    shard.reserve(16, is_early=True)
+    shard.add(1, OK, NO_USAGE, payload_of(1))
+    before = (shard.durable_mark, shard.wanted_mark)
+    shard.add(2, OK, NO_USAGE, payload_of(2))
+    told.wait()
+
+    assert before == (0, 16)
+    assert (shard.durable_mark, shard.group_count, durable_marks(disk)) == (16, 2, [16])
+    journal.close()
+
+
+def test_an_early_reservation_alone_is_durable_after_the_tick() -> None:
+    disk, told = Disk(), Told()
+    journal = journal_on(disk, told, tick_s=0.001)
+    shard = open_shard(journal)
+
+    shard.reserve(16, is_early=True)
+    told.wait()
+
+    assert shard.durable_mark == 16
+    journal.close()
+
+
+def test_who_waits_for_a_mark_that_was_reserved_early_hurries_it() -> None:
+    disk, told = Disk(), Told()
+    journal = journal_on(disk, told)
+    shard = open_shard(journal)
+
+    shard.reserve(64, is_early=True)
+    shard.reserve(16)
+    told.wait()
+
+    assert shard.durable_mark == 64
+    journal.close()
+
+
 def test_one_group_syncs_the_segments_of_all_dirty_shards() -> None:
     disk, told = Disk(), Told()
     journal = journal_on(disk, told)

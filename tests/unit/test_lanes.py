@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from batchrunner.lanes import Lanes
 from batchrunner.models import BatchId, PauseReason, TenantId
@@ -37,6 +38,26 @@ def test_batches_take_turns_line_by_line() -> None:
 
     assert order[:6].count("small") == 3
     assert order[6:] == ["huge"] * 4
+
+
+def test_next_shard_is_reserved_when_hand_out_nears_the_end_of_the_one_before() -> None:
+    lanes = Lanes()
+    batch = held(lanes, "huge", lines=1000).batch
+    after = [shard_of(range(first, first + 1000), batch=batch) for first in (1001, 2001)]
+    reserved: list[tuple[int, int, bool]] = []
+    for place, run in enumerate(after):
+        lanes.add(run, NOW)
+        journal: Any = run.journal
+        journal.reserve = lambda number, *, is_early=False, place=place: reserved.append((place, number, is_early))
+
+    handed_out(lanes, 300)
+    too_early = list(reserved)
+    handed_out(lanes, 600)
+
+    assert too_early == []
+    assert {(place, is_early) for place, _, is_early in reserved} == {(0, True)}
+    assert max(number for _, number, _ in reserved) == 1000 + 256
+    assert not any(run.is_touched for run in after)
 
 
 def test_a_hundred_small_batches_share_with_one_huge() -> None:

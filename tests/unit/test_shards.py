@@ -84,20 +84,53 @@ def test_shard_is_finished_when_its_last_line_has_its_record() -> None:
     assert records(run) == [(number, RecordKind.SUCCEEDED, b"{}\n", Usage(1, 0, 2, 0)) for number in (1, 2)]
 
 
+def with_notes_of_reservations(run: ShardRun) -> list[tuple[int, bool]]:
+    """Note which marks are asked for, and whether early; none becomes durable by that."""
+    asked: list[tuple[int, bool]] = []
+    journal: Any = run.journal
+    journal.reserve = lambda line_number, *, is_early=False: asked.append((line_number, is_early))
+    return asked
+
+
 def test_line_beyond_the_durable_mark_waits_for_it() -> None:
     run = shard_of(range(1, 100))
     journal: Any = run.journal
     journal.durable_mark = 2
-    asked: list[int] = []
-    journal.reserve = asked.append
+    asked = with_notes_of_reservations(run)
 
     assert handed_out(run) == [1, 2]
-    assert asked == [3 + 16]
+    assert asked == [(1 + 16, True), (3 + 16, False)]
     run.in_flight_count = 1000
     assert run.next_line() is None
-    assert asked == [3 + 16, 3 + 256]
+    assert asked[2:] == [(3 + 512, False)]
     journal.durable_mark = 5
     assert handed_out(run) == [3, 4, 5]
+
+
+@pytest.mark.parametrize(("in_flight", "group", "ahead"), [(1, 0, 16), (30, 10, 60), (2, 50, 200), (9, 999, 512)])
+def test_marks_are_asked_for_as_far_ahead_as_groups_are_large_and_long_before_they_are_reached(
+    in_flight: int, group: int, ahead: int
+) -> None:
+    run = shard_of(range(1, 1001))
+    journal: Any = run.journal
+    journal.group_count, run.in_flight_count = group, in_flight
+    asked = with_notes_of_reservations(run)
+
+    assert handed_out(run) == list(range(1, 1001))
+    assert asked == [(number + ahead, True) for number in range(1, 1001, ahead // 4 + 1)]
+
+
+def test_end_of_a_shard_is_told_when_the_mark_reaches_it() -> None:
+    run = shard_of(range(1, 101))
+    told: list[int] = []
+    run.on_ending = told.append
+    run.in_flight_count = 10
+
+    for _ in range(78):
+        run.next_line()
+    assert told == []
+    assert handed_out(run) == list(range(79, 101))
+    assert set(told) == {10}
 
 
 def test_hold_stops_before_its_line_and_may_move() -> None:
