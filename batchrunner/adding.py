@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from hashlib import blake2b
 
-import msgspec
-
 from batchrunner import crash
 from batchrunner.additions import Addition, NewAddition
 from batchrunner.choosing import custom_id_of, lines_of
@@ -45,18 +43,13 @@ class Lines:
         """8 bytes for each id, the same in every process."""
         return b"".join(blake2b(each.encode(), digest_size=_HASH_BYTES).digest() for each in self.custom_ids)
 
-    def joining_at(self, first_line: int, id_hashes: bytes, closes_at: datetime) -> NewAddition:
-        """Give the lines the numbers from there on. None is refused or blank, so the index goes with the number."""
-        before = first_line - 1
-        shards = tuple(
-            msgspec.structs.replace(cut, first_line=cut.first_line + before, first_index=cut.first_index + before)
-            for cut in self.shards
-        )
+    def joining(self, closes_at: datetime) -> NewAddition:
+        """Give what asks to join, as from line 1."""
         return NewAddition(
-            first_line=first_line,
+            first_line=1,
             source=self.source,
-            id_hashes=id_hashes,
-            shards=shards,
+            id_hashes=self.id_hashes,
+            shards=self.shards,
             model=self.model,
             closes_at=closes_at,
         )
@@ -145,7 +138,8 @@ def join(
     Raises:
         InputInvalid: one of the ids is taken, or the batch would have more than `lines_max`.
     """
-    id_hashes = lines.id_hashes
+    joining = lines.joining(closes_at)
+    id_hashes = joining.id_hashes
     with known.turn:
         while True:
             known.learn(_joined(scope, batch_id, from_line=known.next_line))
@@ -153,7 +147,7 @@ def join(
                 raise InputInvalid(f"the batch has {known.next_line - 1} requests, at most {lines_max} are allowed")
             for place in known.known(id_hashes):
                 _require_new(scope, blobs, batch_id, id_hashes[8 * place : 8 * place + 8], lines.custom_ids[place])
-            if add(lines.joining_at(known.next_line, id_hashes, closes_at)):
+            if add(joining.joining_at(known.next_line)):
                 crash.point("add.joined")
                 return
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Protocol
+
+import msgspec
 
 from batchrunner.holdings import NO_LIMITS, KeyLimits, Replay
 from batchrunner.models import BatchId, Extent, Shard, ShardCut, TaskId
@@ -24,12 +26,21 @@ class NewAddition:
     id_hashes: bytes
     shards: tuple[ShardCut, ...]
     model: str | None
-    closes_at: datetime
+    closes_at: datetime | None = None
 
     @property
     def line_count(self) -> int:
         """Lines that join."""
         return sum(cut.line_count for cut in self.shards)
+
+    def joining_at(self, first_line: int) -> NewAddition:
+        """Give the lines other numbers. None is refused or blank, so the index goes with the number."""
+        by = first_line - self.first_line
+        shards = tuple(
+            msgspec.structs.replace(cut, first_line=cut.first_line + by, first_index=cut.first_index + by)
+            for cut in self.shards
+        )
+        return replace(self, first_line=first_line, shards=shards)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

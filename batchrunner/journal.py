@@ -93,14 +93,15 @@ class Journal:
         since_s, frozen = self._writing_since_s, self._frozen
         return frozen is not None and since_s is not None and frozen.clock.monotonic_s() - since_s > frozen.stalled_s
 
-    def open(self, batch_id: BatchId, ref: TaskRef, *, first_mark: int) -> ShardJournal:
-        """Start the journal of a claimed shard; no line up to `first_mark` will be handed out. Writes nothing yet.
+    def open(self, batch_id: BatchId, ref: TaskRef, *, first_mark: int, tells_lines: bool = False) -> ShardJournal:
+        """Start the journal of a claimed shard; no line up to `first_mark` will be handed out. Its extents tell their
+        lines where that is wanted. Writes nothing yet.
 
         Raises:
             OwnError: the journal is closed.
         """
         first = SegmentRef(batch_id=batch_id, task_id=ref.task_id, epoch=ref.epoch, session=self._session, number=1)
-        shard = ShardJournal(self._blobs, self._backlog, first, first_mark=first_mark)
+        shard = ShardJournal(self._blobs, self._backlog, first, first_mark=first_mark, tells_lines=tells_lines)
         with self._backlog.lock:
             if self._is_closing:
                 raise OwnError("the journal is closed")

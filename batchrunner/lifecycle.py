@@ -59,6 +59,22 @@ class LineStatus(StrEnum):
     REFUSED = "refused"
 
 
+class JobStatus(StrEnum):
+    """How an async job stands. It is QUEUED, and again after a retry, until a worker takes it. Source: inference.club's
+    job statuses.
+    """
+
+    QUEUED = "QUEUED"
+    PROCESSING = "PROCESSING"
+    PROCESSED = "PROCESSED"
+    FAILED = "FAILED"
+    CANCELED = "CANCELED"
+
+
+ACTIVE_JOBS = frozenset({JobStatus.QUEUED, JobStatus.PROCESSING})
+RETRYABLE_JOBS = frozenset({JobStatus.FAILED, JobStatus.CANCELED})
+
+
 class EndedBy(StrEnum):
     """Why a batch stopped taking answers. Set once; it decides the code of the lines without one."""
 

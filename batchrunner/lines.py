@@ -6,7 +6,7 @@ A key that occurs twice counts by its last value, as in nearly every parser, whi
 from __future__ import annotations
 
 import codecs
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
@@ -234,6 +234,19 @@ def reparse(raw: bytes, line_number: int, rules: LineRules) -> RequestLine:
     if url is None:
         raise InputChanged(f"line {line_number} is not what was validated: it has no url")
     return RequestLine(line_number, line.custom_id, url, bytes(line.body))
+
+
+def iter_lines(buffer: bytes, first_line: int, skipped: Container[int], rules: LineRules) -> Iterator[RequestLine]:
+    """Give the requests of a shard's bytes in order: neither blank lines nor refused ones."""
+    position, number = 0, first_line - 1
+    while position < len(buffer):
+        end = buffer.find(b"\n", position)
+        end = len(buffer) if end < 0 else end
+        number += 1
+        raw = buffer[position:end]
+        position = end + 1
+        if number not in skipped and not is_blank(raw):
+            yield reparse(raw, number, rules)
 
 
 def accepted_url(custom_id: str, url: str | None, body: Body, rules: LineRules) -> str | None:

@@ -21,10 +21,12 @@ SessionId = NewType("SessionId", str)
 
 LOCAL_TENANT = TenantId("local")
 
-# The dialects of batches that came over HTTP: OpenAI's with all that we add, what OpenAI itself would take, and xAI's.
+# The dialects of batches that came over HTTP: OpenAI's with all that we add, what OpenAI itself would take, xAI's, and
+# inference.club's.
 OPENAI = "openai"
 OPENAI_STRICT = "openai-strict"
 XAI = "xai"
+CLUB = "club"
 
 
 class TaskKind(StrEnum):
@@ -226,7 +228,8 @@ class NewBatch:
 
     `input_name` is the input as the caller named it; with `input_file_id` None it is the name of a file that is not
     there, and validation says so. One that `is_open` has no source but those of the lines that join it, is never
-    validated as a whole, and closes at `closes_at` if nothing comes. `created_by` is the id of the key that asked.
+    validated as a whole, and closes at `closes_at` if nothing comes. `created_by` is the id of the key that asked. One
+    for jobs that come alone `is_intake`, and is shown to nobody.
     """
 
     id: BatchId
@@ -252,6 +255,12 @@ class NewBatch:
     is_open: bool = False
     closes_at: datetime | None = None
     created_by: str | None = None
+    is_intake: bool = False
+
+    @property
+    def has_jobs(self) -> bool:
+        """Whether each of its lines is a job that is followed and ends by itself, so that there are no files."""
+        return self.dialect == CLUB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -362,7 +371,7 @@ class Extent:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewExtent:
     """A durable byte range of a segment that asks to be registered. `count` is succeeded plus failed records; marks
-    are not counted.
+    are not counted. `lines` says which lines they are of and how these ended, where somebody follows single ones.
     """
 
     session: SessionId
@@ -372,6 +381,7 @@ class NewExtent:
     succeeded_count: int
     failed_count: int
     usage: Usage
+    lines: tuple[tuple[int, RecordKind], ...] = ()
 
     @property
     def count(self) -> int:
@@ -394,7 +404,7 @@ class Claim:
     `earlier` lists (epoch, session) of every claim before this one, oldest first: where unregistered bytes may lie.
     `extents` are the registered ones of a shard, in sequence order. `orphaned_by_death` tells that the previous holder
     died. `whole_epoch` is the last epoch whose holder gave the shard back whole: it and those before leave no doubt
-    that has not been counted.
+    that has not been counted. `cancelled` lists lines that are not to be sent any more.
     """
 
     ref: TaskRef
@@ -407,6 +417,7 @@ class Claim:
     attempts: int
     orphaned_by_death: bool
     whole_epoch: int = 0
+    cancelled: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -425,48 +436,15 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AcceptedInput:
-    """The outcome of a validation that lets the batch run."""
-
-    shards: tuple[ShardCut, ...]
-    total_count: int
-    refused_count: int
-    problems_blob: str | None
-    problem_count: int
-    problems: tuple[LineProblem, ...]
-    input_sha256: str
-    model: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RejectedInput:
-    """The outcome of a validation that fails the batch; `problems` is capped, `problem_count` and the blob are not."""
-
-    problems: tuple[LineProblem, ...]
-    problem_count: int
-    problems_blob: str | None
-    input_sha256: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Publication:
-    """What a seal publishes in one transaction. A file that would be empty is None."""
-
-    output: File | None
-    error: File | None
-    expired_count: int
-    cancelled_count: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
-    """What the control poll tells a worker about one task that it holds."""
+    """What the control poll tells a worker about one task that it holds; `cancelled` as in its claim."""
 
     task_id: TaskId
     is_mine: bool
     status: BatchStatus
     paused_reason: str | None
     hold_at: int | None
+    cancelled: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

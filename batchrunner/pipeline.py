@@ -29,16 +29,8 @@ from batchrunner.assets import Assets
 from batchrunner.errors import BlobsUnavailable, DiskFull, OwnError, StoreUnavailable
 from batchrunner.journal import Journal
 from batchrunner.lines import LineRules, ProblemCode
-from batchrunner.models import (
-    OPENAI_STRICT,
-    AcceptedInput,
-    Batch,
-    Claim,
-    LineProblem,
-    OnInvalid,
-    RejectedInput,
-    TaskKind,
-)
+from batchrunner.models import OPENAI_STRICT, Batch, Claim, LineProblem, OnInvalid, TaskKind
+from batchrunner.outcomes import AcceptedInput, RejectedInput
 from batchrunner.ports import Blobs, BlobWriter, Clock, Store
 from batchrunner.seal import Sealing, read_problems
 from batchrunner.settings import MIB, Settings

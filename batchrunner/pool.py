@@ -240,13 +240,16 @@ class Pool:
             return None
         if gate.requests is not None and gate.requests.wait_s(now_s, 1) > 0:
             return None
-        if gate.outage.is_down:
-            work = self._probe(now_s)
-        else:
-            if self.waiting.is_due(now_s):
-                self._note_due(now_s)
-            work = self.waiting.take_due() if shared.journal.is_full else self._next()
+        while (work := self._pick(now_s)) is not None and work.run.drops(work.line):
+            shared.on_change()
         return self._admit(work, now_s) if work is not None else None
+
+    def _pick(self, now_s: float) -> Work | None:
+        if self.gate.outage.is_down:
+            return self._probe(now_s)
+        if self.waiting.is_due(now_s):
+            self._note_due(now_s)
+        return self.waiting.take_due() if self._shared.journal.is_full else self._next()
 
     def _probe(self, now_s: float) -> Work | None:
         """While the upstream is down, one line finds out whether it is back. Where others send its lines meanwhile, a

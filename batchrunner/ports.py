@@ -22,9 +22,9 @@ from batchrunner.holdings import (
     UploadId,
     UploadPart,
 )
+from batchrunner.jobs import TenantJobs
 from batchrunner.lifecycle import BatchEvent
 from batchrunner.models import (
-    AcceptedInput,
     Attempt,
     Batch,
     BatchId,
@@ -35,8 +35,6 @@ from batchrunner.models import (
     NewBatch,
     Order,
     Progress,
-    Publication,
-    RejectedInput,
     Repair,
     SessionId,
     Shard,
@@ -47,6 +45,7 @@ from batchrunner.models import (
     Watch,
 )
 from batchrunner.outbox import Outbox, TenantOutbox
+from batchrunner.outcomes import AcceptedInput, Publication, RejectedInput
 from batchrunner.upkeep import BlobUpkeep, KeyRing, Upkeep
 
 
@@ -170,7 +169,7 @@ class Renewer(Protocol):
         """Let go of the connection."""
 
 
-class TenantScope(TenantOutbox, TenantLines, Protocol):
+class TenantScope(TenantOutbox, TenantLines, TenantJobs, Protocol):
     """The only way to a tenant's rows. Ids of other tenants are answered like missing ones."""
 
     def add_file(self, file: File, *, replay: Replay | None = None) -> File:

@@ -23,7 +23,7 @@ from batchrunner.errors import DiskFull, InputChanged, JournalCorrupt, NotFound,
 from batchrunner.frames import Damage, Record, read_records, repairs_of, results_within, salvage, segment_of
 from batchrunner.journal import Journal, copy_salvaged
 from batchrunner.lifecycle import SEALING, EndedBy
-from batchrunner.lines import LineRules
+from batchrunner.lines import LineRules, iter_lines
 from batchrunner.models import (
     Batch,
     Claim,
@@ -34,14 +34,14 @@ from batchrunner.models import (
     LineProblem,
     Order,
     Progress,
-    Publication,
     RecordKind,
     TaskId,
 )
+from batchrunner.outcomes import Publication
 from batchrunner.ports import Blobs, BlobWriter, Clock, Store
 from batchrunner.read_ahead import Range, ReadAhead
 from batchrunner.results import ResultLines
-from batchrunner.shards import iter_lines, read_checked
+from batchrunner.shards import read_checked
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +186,9 @@ class Sealing:
         self._lines_of = _lines_by_task(shards)
         for shard in shards:
             self._salvage_tail(shard)
+        if self._batch.has_jobs:
+            # Each result is read where it stands, by its job.
+            return self._store.publish(self._claim.ref, Publication(output=None, error=None))
         for tries_left in reversed(range(_TRIES)):
             self._batch = self._store.scope(self._batch.tenant).batch(self._batch.id)
             extents = self._extents()
@@ -218,7 +221,7 @@ class Sealing:
             self.damage_count += len(found.repairs)
             progress = Progress(repairs=found.repairs)
             if found.records:
-                own = self._journal.open(self._batch.id, shard.ref, first_mark=0)
+                own = self._journal.open(self._batch.id, shard.ref, first_mark=0, tells_lines=self._batch.has_jobs)
                 copy_salvaged(self._blobs, found.records, own)
                 crash.point("seal.salvage_copied")
                 progress = replace(progress, extents=own.take_registrable())

@@ -105,6 +105,9 @@ class Settings:
     open_idle_s: float = _knob(
         6 * 3600.0, "how long an open batch that has nothing to do waits for more requests before it ends"
     )
+    job_retention_s: float = _knob(
+        14 * 86_400.0, "how long a job and its result are kept; one that is not done by then has failed"
+    )
     prices: tuple[str, ...] = _knob(
         (), "what tokens cost, as MODEL=INPUT/OUTPUT or MODEL=INPUT/CACHED/OUTPUT in US dollars a million; `*` in MODEL"
     )

@@ -59,6 +59,8 @@ class Group:
     parts: list[bytes] = field(default_factory=list)
     sums: Sums = field(default_factory=Sums)
     mark: int = 0
+    # Which lines have ended and how, where somebody wants to know.
+    lines: list[tuple[int, RecordKind]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -68,6 +70,7 @@ class Range:
     segment: int
     start: int
     sums: Sums
+    lines: list[tuple[int, RecordKind]] = field(default_factory=list)
 
     def extent(self, session: SessionId) -> NewExtent:
         """Put it into the Store's words."""
@@ -80,6 +83,7 @@ class Range:
             succeeded_count=sums.succeeded_count,
             failed_count=sums.failed_count,
             usage=Usage(sums.input_tokens, sums.cached_tokens, sums.output_tokens, sums.reasoning_tokens),
+            lines=tuple(self.lines),
         )
 
 
@@ -160,11 +164,15 @@ class ShardJournal:
 
     __slots__ = (
         "_appender", "_backlog", "_blobs", "_hurried_mark", "_is_urgent", "_length", "_lock", "_queue", "_ranges",
-        "_reserved", "_seed", "_segment", "_unsynced", "durable_mark", "group_count", "is_closed", "keeps_marks",
+        "_reserved", "_seed", "_segment", "_tells_lines", "_unsynced", "durable_mark", "group_count", "is_closed",
+        "keeps_marks",
     )  # fmt: skip
 
-    def __init__(self, blobs: Blobs, backlog: Backlog, segment: SegmentRef, *, first_mark: int) -> None:
+    def __init__(
+        self, blobs: Blobs, backlog: Backlog, segment: SegmentRef, *, first_mark: int, tells_lines: bool
+    ) -> None:
         self.durable_mark = first_mark
+        self._tells_lines = tells_lines
         self.is_closed = False
         self.keeps_marks = backlog.frozen is None
         # Records of the last group: so many lines are about as many as are handed out while one is on its way.
@@ -204,6 +212,8 @@ class ShardJournal:
             if not group.parts:
                 backlog.stir(self)
             group.parts += (head, payload)
+            if self._tells_lines:
+                group.lines.append((line_number, kind))
             sums = group.sums
             sums.size_bytes += size_bytes
             if kind is _SUCCEEDED:
@@ -319,6 +329,7 @@ class ShardJournal:
             group.sums.size_bytes += HEADER_BYTES
             self._backlog.bytes += HEADER_BYTES
         self._unsynced.parts += group.parts
+        self._unsynced.lines += group.lines
         self._unsynced.sums.absorb(group.sums)
 
     def write_group(self, *, tries: int) -> BatchrunnerError | None:
@@ -393,6 +404,7 @@ class ShardJournal:
                 last = Range(self._segment.number, self._length, Sums())
                 self._ranges.append(last)
             last.sums.absorb(sums)
+            last.lines += group.lines
             self._length += sums.size_bytes
         self._backlog.settle(sums)
         if self.keeps_marks:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Callable, Collection, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
@@ -19,11 +19,12 @@ from batchrunner.errors import InputChanged, ReconciliationError
 from batchrunner.frames import Salvaged, lost_count, salvage
 from batchrunner.journal import Journal, copy_salvaged
 from batchrunner.limits import Breaker
-from batchrunner.lines import LineRules, is_blank, reparse
+from batchrunner.lines import LineRules, is_blank, iter_lines, reparse
 from batchrunner.models import (
     NO_USAGE,
     Batch,
     Claim,
+    Held,
     LineCode,
     NewExtent,
     OnUnknown,
@@ -52,6 +53,7 @@ _NEVER = sys.maxsize
 
 _UNKNOWN = "The worker died while this request was under way; it may have been processed and may be sent only once."
 _UNTOLD = "The run was stopped while this request was under way; it may have been processed and may be sent only once."
+_UNWANTED = "This request was not executed because it was cancelled."
 _POISON = "The worker died each time this request was under way; it is not sent again."
 
 
@@ -81,11 +83,10 @@ class ShardRun:
         self.suspects_end: int | None = None
         # What earlier holders registered and a later damage took; the lines run again under this claim.
         self.repairs: tuple[Repair, ...] = ()
-        self.re_executed_count = 0
-        self.aborted_count = 0
-        self.retry_count = 0
+        self.re_executed_count = self.aborted_count = self.retry_count = 0
         self.in_flight_count = 0
         self.is_stopped = False
+        self.cancelled: Collection[int] = claim.cancelled
         self.on_need: Callable[[], None] = nobody
         self.on_ending: Callable[[int], None] = nobody  # Told how many lines the next shard should have reserved.
         # What each upstream has said to lines of the batch, and the places of those that get no more of them; the
@@ -165,9 +166,16 @@ class ShardRun:
         """Memory that the shard's bytes take."""
         return len(self._buffer)
 
-    def set_hold(self, hold_at: int | None) -> None:
-        """Follow a change of the batch's hold."""
-        self._hold_at = hold_at
+    def drops(self, line: RequestLine) -> bool:
+        """Whether nobody wants a line any more that was handed out and is about to be sent; it has ended then."""
+        if line.line_number not in self.cancelled:
+            return False
+        self.refuse(line, LineCode.BATCH_CANCELLED, _UNWANTED)
+        return True
+
+    def follow(self, held: Held) -> None:
+        """Follow a change of the batch's hold, and of what is not to be sent any more."""
+        self._hold_at, self.cancelled = held.hold_at, held.cancelled
 
     def next_line(self) -> RequestLine | None:
         """Give the next line, or None when there is none, or none may be handed out now."""
@@ -422,19 +430,6 @@ def nobody(*_: object) -> None:
     """Stands where nobody listens yet."""
 
 
-def iter_lines(buffer: bytes, first_line: int, skipped: Container[int], rules: LineRules) -> Iterator[RequestLine]:
-    """Give the requests of a shard's bytes in order: neither blank lines nor refused ones."""
-    position, number = 0, first_line - 1
-    while position < len(buffer):
-        end = buffer.find(b"\n", position)
-        end = len(buffer) if end < 0 else end
-        number += 1
-        raw = buffer[position:end]
-        position = end + 1
-        if number not in skipped and not is_blank(raw):
-            yield reparse(raw, number, rules)
-
-
 def load(blobs: Blobs, journal: Journal, claim: Claim, rules: LineRules) -> ShardRun:
     """Read a claimed shard, check its bytes, take over what earlier holders left. Blocks.
 
@@ -450,14 +445,15 @@ def load(blobs: Blobs, journal: Journal, claim: Claim, rules: LineRules) -> Shar
     assert shard is not None
     buffer = read_checked(blobs, claim)
     first_mark = shard.first_line - 1
+    tells_lines = claim.batch.has_jobs
     if not claim.earlier:
-        own = journal.open(claim.batch.id, claim.ref, first_mark=first_mark)
+        own = journal.open(claim.batch.id, claim.ref, first_mark=first_mark, tells_lines=tells_lines)
         return ShardRun(claim, buffer, rules, own, set())
     # A holder that was frozen before a split may have answered lines that this shard no longer has.
     lines = range(shard.first_line, shard.first_line + buffer.count(b"\n") + 1)
     is_at_most_once = claim.batch.on_unknown is OnUnknown.FAIL
     found = salvage(blobs, claim, lines=lines, keep_failures=is_at_most_once)
-    own = journal.open(claim.batch.id, claim.ref, first_mark=first_mark)
+    own = journal.open(claim.batch.id, claim.ref, first_mark=first_mark, tells_lines=tells_lines)
     if not own.keeps_marks:
         found = with_registered_marks(claim, found)
     run = ShardRun(claim, buffer, rules, own, set(found.registered))

@@ -352,7 +352,7 @@ class Worker:
             run.is_left_for_good = True
             self._leave(run, by_s=now_s + self._settings.cancel_grace_s)
         elif held.paused_reason is None or self._may_probe(run, held.paused_reason):
-            run.set_hold(held.hold_at)
+            run.follow(held)
         else:
             self._leave(run, by_s=float("inf"))
 

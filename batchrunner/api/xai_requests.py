@@ -24,10 +24,9 @@ from batchrunner.api.xai_words import URLS, State, XaiRequestMetadata, url_of
 from batchrunner.errors import NotFound, TransitionRefused
 from batchrunner.frames import Record, read_records, segment_of
 from batchrunner.lifecycle import BatchStatus
-from batchrunner.lines import model_of
+from batchrunner.lines import iter_lines, model_of
 from batchrunner.models import Batch, RecordKind, RequestLine, Shard
 from batchrunner.settings import MIB
-from batchrunner.shards import iter_lines
 from batchrunner.shared_object import rfc3339
 from batchrunner.validation import line_rules
 

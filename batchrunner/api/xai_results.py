@@ -23,12 +23,12 @@ from batchrunner.choosing import lines_of, read_error_line
 from batchrunner.errors import InputChanged, NotFound
 from batchrunner.frames import Record, read_payload
 from batchrunner.lifecycle import TERMINAL
+from batchrunner.lines import iter_lines
 from batchrunner.models import Batch, File
 from batchrunner.pipeline import read_blob
 from batchrunner.ports import Blobs
 from batchrunner.reading import Reader
 from batchrunner.settings import MIB
-from batchrunner.shards import iter_lines
 from batchrunner.validation import line_rules
 
 # Source: xAI's limits of a page. xAI's SDK takes messages of up to 20 MiB.

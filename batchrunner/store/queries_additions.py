@@ -10,7 +10,7 @@ from batchrunner.additions import NewAddition
 from batchrunner.errors import TransitionRefused
 from batchrunner.holdings import KeyLimits
 from batchrunner.lifecycle import BatchEvent, BatchStatus
-from batchrunner.models import BatchId, TaskId, TaskKind, TenantId
+from batchrunner.models import CLUB, BatchId, ShardCut, TaskId, TaskKind, TenantId
 from batchrunner.store.moments import Moment
 from batchrunner.store.queries_batches import batch_of_tenant, lock_batch, move, require_lines
 from batchrunner.store.queries_blobs import drop_blobs, need_blob
@@ -25,27 +25,36 @@ def add_lines(
     progress, and that the lines take the very next numbers.
     """
     batch = batch_of_tenant(conn, tenant, batch_id, is_locked=True)
-    if not batch["is_open"]:
+    if not batch["is_open"] or batch["dialect"] == CLUB:
         raise TransitionRefused(f"the batch {batch_id} takes no more requests")
     if batch["status"] is not BatchStatus.IN_PROGRESS:
         raise TransitionRefused(f"the batch {batch_id} is {batch['status']} and takes no more requests")
     if batch["total_count"] + 1 != new.first_line:
         return False
     require_lines(conn, tenant, new.line_count, limits)
+    append(conn, batch, new, moment)
+    return True
+
+
+def append(conn: Connection, batch: RowMapping, new: NewAddition, moment: Moment) -> None:
+    """Let lines with a blob of their own join a batch, behind all others; guarded by the lock of the batch's row."""
     need_blob(conn, new.source)
-    row = {"batch_id": batch_id, "line_count": new.line_count, "created_at": moment.wall}
+    row = {"batch_id": batch["id"], "line_count": new.line_count, "created_at": moment.wall}
     row |= {name: getattr(new, name) for name in ("first_line", "source", "id_hashes")}
     conn.execute(insert(additions).values(row))
-    add_shards(conn, batch_id, new.shards, source=new.source)
     is_first = batch["total_count"] == 0
-    values = {
-        "total_count": batch["total_count"] + new.line_count,
-        "open_shards": batches.c.open_shards + len(new.shards),
-        "model": new.model if is_first or batch["model"] == new.model else None,
-        "closes_at": new.closes_at,
-    }
-    conn.execute(update(batches).where(batches.c.id == batch_id).values(values))
-    return True
+    values = {"model": new.model if is_first or batch["model"] == new.model else None, "closes_at": new.closes_at}
+    append_shards(conn, batch, new.shards, source=new.source, **values)
+
+
+def append_shards(
+    conn: Connection, batch: RowMapping, cuts: Sequence[ShardCut], *, source: str, **values: object
+) -> None:
+    """Add shards and their counts; guarded as `append` is."""
+    add_shards(conn, batch["id"], cuts, source=source)
+    values["total_count"] = batch["total_count"] + sum(cut.line_count for cut in cuts)
+    values["open_shards"] = batches.c.open_shards + len(cuts)
+    conn.execute(update(batches).where(batches.c.id == batch["id"]).values(values))
 
 
 def additions_of_batch(conn: Connection, batch_id: BatchId, *, from_line: int, limit: int) -> Sequence[RowMapping]:
@@ -63,7 +72,7 @@ def close(conn: Connection, batch: RowMapping, moment: Moment) -> bool:
     """Let no more lines join, and tell whether that moved the batch; guards by the row's lock, which the caller took,
     that a settle either sees the batch closed or has told its last shard.
     """
-    if not batch["is_open"]:
+    if not batch["is_open"] or batch["dialect"] == CLUB:
         return False
     conn.execute(update(batches).where(batches.c.id == batch["id"]).values(is_open=False))
     if batch["status"] is not BatchStatus.IN_PROGRESS or batch["open_shards"]:

@@ -5,19 +5,44 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 
-from sqlalchemy import Connection, RowMapping, bindparam, exists, func, insert, literal, or_, select, true, update
+from sqlalchemy import (
+    Connection,
+    RowMapping,
+    and_,
+    bindparam,
+    case,
+    exists,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    true,
+    update,
+)
 
 from batchrunner.errors import NameTaken, NotFound, OwnError, QuotaExceeded, TransitionRefused
 from batchrunner.holdings import KeyLimits, OpenCounts, Replay
-from batchrunner.lifecycle import ENDED_BY, SEALING, TERMINAL, BatchEvent, BatchStatus, next_status
-from batchrunner.models import BatchId, File, LineProblem, NewBatch, Order, PauseReason, TaskKind, TaskState, TenantId
+from batchrunner.lifecycle import ACTIVE_JOBS, ENDED_BY, SEALING, TERMINAL, BatchEvent, BatchStatus, next_status
+from batchrunner.models import (
+    CLUB,
+    BatchId,
+    File,
+    LineProblem,
+    NewBatch,
+    Order,
+    PauseReason,
+    TaskKind,
+    TaskState,
+    TenantId,
+)
 from batchrunner.store.moments import Moment
 from batchrunner.store.queries_blobs import UNFINISHED, drop_blob, need_blob
 from batchrunner.store.queries_files import add_file, file_of_tenant, require_bytes
 from batchrunner.store.queries_idempotency import note_made
 from batchrunner.store.queries_webhooks import announce, is_wanted
 from batchrunner.store.rows import batch_of
-from batchrunner.store.tables import batches, extents, files, tasks
+from batchrunner.store.tables import batches, extents, files, jobs, tasks
 from batchrunner.webhooks import event_of
 
 _BATCH = select(batches).where(batches.c.id == bindparam("b_id"))
@@ -63,7 +88,7 @@ def batch_of_tenant(
 
 def batches_of_tenant(conn: Connection, tenant: TenantId, *, limit: int, after: BatchId | None) -> Sequence[RowMapping]:
     """List a tenant's batches, newest first, behind a cursor that must be the tenant's own but may be deleted."""
-    query = select(batches).where(batches.c.tenant == tenant, batches.c.deleted_at.is_(None))
+    query = select(batches).where(batches.c.tenant == tenant, batches.c.deleted_at.is_(None), ~batches.c.is_intake)
     query = query.order_by(batches.c.serial.desc()).limit(limit)
     if after is not None:
         query = query.where(batches.c.serial < batch_of_tenant(conn, tenant, after, even_deleted=True)["serial"])
@@ -89,7 +114,11 @@ def open_counts(conn: Connection, tenant: TenantId) -> OpenCounts:
     lines of its file.
     """
     done = batches.c.succeeded_count + batches.c.failed_count + batches.c.expired_count + batches.c.cancelled_count
-    query = select(func.count(), func.coalesce(func.sum(batches.c.total_count - done), 0))
+    # What has jobs takes more for weeks: it is open while one of them is active.
+    is_busy = exists().where(jobs.c.batch_id == batches.c.id, jobs.c.status.in_(ACTIVE_JOBS))
+    is_counted = or_(batches.c.dialect != CLUB, and_(~batches.c.is_intake, is_busy))
+    count = func.coalesce(func.sum(case((is_counted, 1), else_=0)), 0)
+    query = select(count, func.coalesce(func.sum(batches.c.total_count - done), 0))
     row = conn.execute(query.where(batches.c.status.in_(UNFINISHED), batches.c.tenant == tenant)).one()
     is_new = (batches.c.status == BatchStatus.VALIDATING, batches.c.tenant == tenant, batches.c.parent_id.is_(None))
     uncounted = select(func.coalesce(func.sum(files.c.line_count), 0))
@@ -204,12 +233,22 @@ def _require_family(conn: Connection, tenant: TenantId, parent_id: BatchId, seen
 def delete_batch(conn: Connection, tenant: TenantId, batch_id: BatchId, moment: Moment) -> None:
     """Hide a batch; guards, under the lock of its row, that it is over."""
     row = batch_of_tenant(conn, tenant, batch_id, is_locked=True)
-    if row["status"] not in TERMINAL:
+    if row["dialect"] == CLUB and row["status"] not in TERMINAL:
+        _end_idle_jobs(conn, row, moment)
+    elif row["status"] not in TERMINAL:
         raise TransitionRefused(f"the batch {batch_id} is {row['status']}: only one that is over can be deleted")
     conn.execute(update(batches).where(batches.c.id == batch_id).values(deleted_at=moment.wall))
     for blob in (row["problems_blob"], row["chosen_blob"]):
         if blob is not None:
             drop_blob(conn, blob, moment)
+
+
+def _end_idle_jobs(conn: Connection, row: RowMapping, moment: Moment) -> None:
+    """Have a batch end whose jobs are over, and with it what is kept of them."""
+    active = exists().where(jobs.c.batch_id == row["id"], jobs.c.status.in_(ACTIVE_JOBS))
+    if conn.execute(select(active)).scalar_one():
+        raise TransitionRefused(f"the batch {row['id']} has active jobs: only one that is over can be deleted")
+    move(conn, row, BatchEvent.DEADLINE_PASSED, moment)
 
 
 def add_task(conn: Connection, batch_id: BatchId, kind: TaskKind) -> bool:
@@ -254,7 +293,8 @@ def move(conn: Connection, batch: RowMapping, event: BatchEvent, moment: Moment)
         add_task(conn, batch["id"], TaskKind.SEAL)
     if target in TERMINAL:
         _end_tasks(conn, batch["id"])
-    if target in TERMINAL or event is BatchEvent.INPUT_ACCEPTED:
+    # Of jobs each is followed by itself, and may be retried when all are over.
+    if (target in TERMINAL or event is BatchEvent.INPUT_ACCEPTED) and batch["dialect"] != CLUB:
         _announce(conn, batch["id"], moment)
     return target
 

@@ -38,9 +38,10 @@ from sqlalchemy import (
 
 from batchrunner.appetite import BREAKER_REASONS, LIGHT_BYTES_MAX, LIGHT_LINES_MAX, Appetite
 from batchrunner.lifecycle import SEALING, BatchStatus
-from batchrunner.models import BatchId, Claim, Extent, Held, SessionId, TaskKind, TaskState, Watch
+from batchrunner.models import CLUB, BatchId, Claim, Extent, Held, SessionId, TaskKind, TaskState, Watch
 from batchrunner.store.moments import Moment
 from batchrunner.store.queries_batches import lock_batch
+from batchrunner.store.queries_jobs import begin_jobs, cancelled_lines
 from batchrunner.store.rows import batch_of, claim_of, extent_of
 from batchrunner.store.tables import batches, claims, extents, files, sessions, tasks
 
@@ -329,9 +330,11 @@ def claim(
     batch = batch_of(lock_batch(conn, task["batch_id"]))
     if task["kind"] is TaskKind.SHARD and batch.paused_reason is not None:
         conn.execute(update(batches).where(batches.c.id == batch.id).values(probed_at=moment.wall))
-    if task["epoch"] == 1:
-        return claim_of(task, batch, session=session, earlier=(), extents=())
-    return claim_of(task, batch, session=session, earlier=earlier_claims(conn, task), extents=extents_of(conn, task))
+    cancelled = begin_jobs(conn, task) if task["kind"] is TaskKind.SHARD and batch.has_jobs else ()
+    is_first = task["epoch"] == 1
+    earlier = () if is_first else earlier_claims(conn, task)
+    own = () if is_first else extents_of(conn, task)
+    return claim_of(task, batch, session=session, earlier=earlier, extents=own, cancelled=cancelled)
 
 
 def has_work(
@@ -436,6 +439,7 @@ _watched = (
         batches.c.status,
         batches.c.paused_reason,
         batches.c.hold_at,
+        (batches.c.dialect == CLUB).label("has_jobs"),
     )
     .join_from(tasks, batches, batches.c.id == tasks.c.batch_id)
     .where(or_(tasks.c.session == _SESSION, tasks.c.taken_from == _SESSION))
@@ -445,8 +449,12 @@ _WATCH = select(_hunger.c.is_anyone_hungry, *_watched.c).join_from(_hunger, _wat
 
 
 def watch(conn: Connection, session: SessionId, moment: Moment) -> Watch:
-    """Read in one statement what a session holds, what was taken from it, and whether another one is hungry."""
+    """Read in one statement what a session holds, what was taken from it, and whether another one is hungry; in a
+    second, if it holds jobs, which of these were canceled.
+    """
     found = conn.execute(_WATCH, {"m_session": session, "m_boot_id": moment.boot_id}).all()
+    with_jobs = [row.task_id for row in found if row.has_jobs]
+    cancelled = cancelled_lines(conn, with_jobs) if with_jobs else {}
     held = tuple(
         Held(
             task_id=row.task_id,
@@ -454,6 +462,7 @@ def watch(conn: Connection, session: SessionId, moment: Moment) -> Watch:
             status=row.status,
             paused_reason=row.paused_reason,
             hold_at=row.hold_at,
+            cancelled=cancelled.get(row.task_id, ()),
         )
         for row in found
         if row.task_id is not None

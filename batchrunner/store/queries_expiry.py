@@ -8,13 +8,14 @@ from datetime import timedelta
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, or_, select, update
 
 from batchrunner.holdings import Expired
-from batchrunner.lifecycle import BatchStatus
+from batchrunner.lifecycle import TERMINAL, BatchStatus
 from batchrunner.models import BatchId, TaskKind
 from batchrunner.store.moments import Moment
 from batchrunner.store.queries_additions import drop_additions
 from batchrunner.store.queries_blobs import UNFINISHED, drop_assets, drop_forgotten
 from batchrunner.store.queries_deliveries import drop_old as drop_old_deliveries
 from batchrunner.store.queries_idempotency import drop_old
+from batchrunner.store.queries_jobs import drop_jobs
 from batchrunner.store.queries_uploads import expire_uploads
 from batchrunner.store.tables import batches, claims, extents, files, tasks
 
@@ -49,7 +50,7 @@ def _end_journals(conn: Connection, moment: Moment) -> None:
     ended_at = func.coalesce(batches.c.completed_at, batches.c.expired_at, batches.c.cancelled_at)
     due = or_(
         ended_at <= moment.wall - _JOURNAL_KEPT_FOR,
-        batches.c.deleted_at.is_not(None),
+        and_(batches.c.deleted_at.is_not(None), batches.c.status.in_(TERMINAL)),
     )
     found = select(batches.c.id, batches.c.total_count)
     found = found.where(_has_journal(), batches.c.journal_ended_at.is_(None), due).limit(_BATCHES_MAX)
@@ -67,6 +68,7 @@ def _end_journals(conn: Connection, moment: Moment) -> None:
     conn.execute(delete(claims).where(claims.c.task_id.in_(shards)))
     conn.execute(delete(tasks).where(tasks.c.batch_id.in_(ids), tasks.c.kind == TaskKind.SHARD))
     drop_additions(conn, ids)
+    drop_jobs(conn, ids)
     conn.execute(update(batches).where(batches.c.id.in_(ids)).values(journal_ended_at=moment.wall))
     bare = select(batches.c.id).where(batches.c.id.in_(ids), batches.c.output_file_id.is_(None))
     for batch_id in conn.execute(bare).scalars().all():

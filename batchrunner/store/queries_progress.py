@@ -25,6 +25,7 @@ from batchrunner.models import (
 )
 from batchrunner.store.moments import Moment
 from batchrunner.store.queries_batches import lock_batch, move, set_blocked
+from batchrunner.store.queries_jobs import end_jobs
 from batchrunner.store.rows import extent_of
 from batchrunner.store.tables import batches, extents, tasks
 
@@ -178,6 +179,7 @@ def record(
     conn: Connection,
     task: RowMapping,
     progress: Progress,
+    moment: Moment,
     *,
     ends: Mapping[str, object] | None = None,
     open_shards: int = 0,
@@ -203,6 +205,7 @@ def record(
         batch = conn.execute(_ADVANCE_BATCH, values).mappings().one()
     if batch is not None and fresh.extents:
         _write_extents(conn, task, fresh, sequence_from=batch["next_sequence"] - count)
+        end_jobs(conn, task["batch_id"], fresh.extents, moment)
     values = dict(ends or {})
     if any(counts.values()):
         values |= {name: task[name] + counts[name] for name in _COUNTS}
@@ -261,11 +264,11 @@ def _counts_of(new: NewExtent | Extent) -> dict[str, int]:
     return {"succeeded_count": new.succeeded_count, "failed_count": new.failed_count} | tokens_of(new.usage)
 
 
-def register(conn: Connection, ref: TaskRef, progress: Progress) -> None:
+def register(conn: Connection, ref: TaskRef, progress: Progress, moment: Moment) -> None:
     """Make extents exist; guards by epoch, and that a settled shard gets nothing more but may repeat itself."""
     task = guard(conn, ref)
     if task["state"] in _IN_HANDS:
-        record(conn, task, progress)
+        record(conn, task, progress, moment)
     else:
         _require_repeat(conn, task, progress)
 
@@ -283,7 +286,7 @@ def settle(conn: Connection, ref: TaskRef, progress: Progress, moment: Moment) -
         return False
     is_shard = task["kind"] is TaskKind.SHARD
     ends = _LET_GO | {"state": TaskState.SETTLED, "not_before": None}
-    batch = record(conn, task, progress, ends=ends, open_shards=-1 if is_shard else 0)
+    batch = record(conn, task, progress, moment, ends=ends, open_shards=-1 if is_shard else 0)
     if batch is None or batch["open_shards"] > 0 or batch["is_open"] or batch["status"] is not BatchStatus.IN_PROGRESS:
         return False
     return move(conn, batch, BatchEvent.LINES_SETTLED, moment) is not None
@@ -295,7 +298,7 @@ def end_task(conn: Connection, task: RowMapping) -> None:
     write_task(conn, task, ends)
 
 
-def give_back(conn: Connection, ref: TaskRef, progress: Progress) -> None:
+def give_back(conn: Connection, ref: TaskRef, progress: Progress, moment: Moment) -> None:
     """Register and queue the task for anybody; guards that a task that has ended does not come back, and that only a
     whole progress lowers the intent.
     """
@@ -305,7 +308,7 @@ def give_back(conn: Connection, ref: TaskRef, progress: Progress) -> None:
         ends |= {"whole_epoch": task["epoch"]}
         if progress.intent_mark is not None:
             ends |= {"intent_mark": progress.intent_mark}
-    record(conn, task, progress, ends=ends)
+    record(conn, task, progress, moment, ends=ends)
 
 
 def fail_task(

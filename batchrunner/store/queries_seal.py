@@ -12,7 +12,7 @@ from batchrunner.errors import Fenced, JournalCorrupt, ReconciliationError
 from batchrunner.holdings import Swept
 from batchrunner.lifecycle import SEALING, BatchEvent, BatchStatus, EndedBy
 from batchrunner.models import (
-    AcceptedInput,
+    CLUB,
     Batch,
     BatchId,
     Claim,
@@ -20,20 +20,20 @@ from batchrunner.models import (
     File,
     OnUnknown,
     Progress,
-    Publication,
-    RejectedInput,
     Repair,
     SessionId,
     TaskKind,
     TaskRef,
     TaskState,
 )
+from batchrunner.outcomes import AcceptedInput, Publication, RejectedInput
 from batchrunner.store.moments import Moment
 from batchrunner.store.queries_additions import close_idle
 from batchrunner.store.queries_batches import add_task, lock_batch, move
 from batchrunner.store.queries_blobs import need_blob
 from batchrunner.store.queries_claims import claims_by_task, end_leases_of_other_boots
 from batchrunner.store.queries_files import add_file
+from batchrunner.store.queries_jobs import end_jobs_of_batch
 from batchrunner.store.queries_progress import (
     add_shards,
     end_task,
@@ -164,7 +164,7 @@ def _fenced_shards(conn: Connection, seal: RowMapping, session: SessionId) -> li
     return found
 
 
-def salvage_sealed(conn: Connection, ref: TaskRef, shard: TaskRef, progress: Progress) -> None:
+def salvage_sealed(conn: Connection, ref: TaskRef, shard: TaskRef, progress: Progress, moment: Moment) -> None:
     """Register what was salvaged and make the shard final; guards by both epochs and by the shard's fence."""
     seal = _guard_seal(conn, ref)
     task = guard(conn, shard)
@@ -172,11 +172,11 @@ def salvage_sealed(conn: Connection, ref: TaskRef, shard: TaskRef, progress: Pro
         raise Fenced(f"task {shard.task_id} belongs to another batch than the seal")
     if task["state"] is TaskState.FINAL:
         # Nothing new passes; what this sealer registered in an unanswered try does.
-        register(conn, shard, progress)
+        register(conn, shard, progress, moment)
         return
     if task["state"] is not TaskState.SEALED or task["fence_epoch"] != ref.epoch:
         raise Fenced(f"task {shard.task_id} is {task['state']}, not sealed by this seal")
-    record(conn, task, progress, ends={"state": TaskState.FINAL})
+    record(conn, task, progress, moment, ends={"state": TaskState.FINAL})
 
 
 def repair_sealed(
@@ -190,7 +190,7 @@ def repair_sealed(
     for task, found in damaged:
         if task["batch_id"] != seal["batch_id"] or task["state"] is not TaskState.FINAL:
             raise Fenced(f"task {task['id']} is {task['state']}, not final under this seal")
-        record(conn, task, Progress(repairs=tuple(found)))
+        record(conn, task, Progress(repairs=tuple(found)), moment)
     batch = lock_batch(conn, seal["batch_id"])
     tasks_now = select(tasks).where(tasks.c.id.in_([task["id"] for task, _ in damaged]))
     short = {
@@ -240,12 +240,16 @@ def publish(conn: Connection, ref: TaskRef, publication: Publication, moment: Mo
     if task["kind"] is TaskKind.SEAL and task["state"] is TaskState.SETTLED:
         return batch_of(batch)
     _guard_seal(conn, ref)
-    _require_ledger(batch, publication)
-    end_task(conn, task)
+    has_jobs = batch["dialect"] == CLUB
     values: dict[str, object] = {
         "expired_count": publication.expired_count,
         "cancelled_count": publication.cancelled_count,
     }
+    if has_jobs:
+        values |= end_jobs_of_batch(conn, batch, moment)
+    else:
+        _require_ledger(batch, publication)
+    end_task(conn, task)
     for column, file in (("output_file_id", publication.output), ("error_file_id", publication.error)):
         if file is not None:
             add_file(conn, _expiring(file, batch))
@@ -254,7 +258,8 @@ def publish(conn: Connection, ref: TaskRef, publication: Publication, moment: Mo
     # Nobody asks any more how these stand: they would only lengthen every answer of the control poll.
     lost = (tasks.c.batch_id == batch["id"], tasks.c.taken_from.is_not(None))
     conn.execute(update(tasks).where(*lost).values(taken_from=None))
-    is_whole = batch["ended_by"] is EndedBy.SETTLED
+    # Jobs end one by one: with the time of their batch those that were not done have failed.
+    is_whole = batch["ended_by"] is EndedBy.SETTLED or has_jobs
     move(conn, batch, BatchEvent.SEALED_WHOLE if is_whole else BatchEvent.SEALED_PARTIAL, moment)
     return batch_of(lock_batch(conn, batch["id"]))
 

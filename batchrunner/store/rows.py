@@ -10,6 +10,7 @@ from sqlalchemy import RowMapping
 from batchrunner.additions import Addition
 from batchrunner.deliveries import Delivery, Secrets, WebhookEndpoint, WebhookEvent
 from batchrunner.holdings import ApiKey, Replay, Upload, UploadPart
+from batchrunner.jobs import Job
 from batchrunner.models import Batch, Claim, Extent, File, SessionId, Shard, TaskKind, TaskRef, Usage
 
 _ADDITION = tuple(each.name for each in fields(Addition))
@@ -18,6 +19,7 @@ _DELIVERY = tuple(each.name for each in fields(Delivery))
 _ENDPOINT = tuple(each.name for each in fields(WebhookEndpoint) if each.name != "secrets")
 _EVENT = tuple(each.name for each in fields(WebhookEvent))
 _EXTENT = tuple(each.name for each in fields(Extent) if each.name != "usage")
+_JOB = tuple(each.name for each in fields(Job))
 _FILE = tuple(each.name for each in fields(File))
 _KEY = tuple(each.name for each in fields(ApiKey))
 _PART = tuple(each.name for each in fields(UploadPart))
@@ -41,6 +43,11 @@ def batch_of(row: RowMapping) -> Batch:
 def addition_of(row: RowMapping) -> Addition:
     """Read a row of additions."""
     return Addition(**{name: row[name] for name in _ADDITION})
+
+
+def job_of(row: RowMapping) -> Job:
+    """Read a row of jobs."""
+    return Job(**{name: row[name] for name in _JOB})
 
 
 def file_of(row: RowMapping) -> File:
@@ -99,7 +106,13 @@ def delivery_of(row: RowMapping) -> Delivery:
 
 
 def claim_of(
-    task: RowMapping, batch: Batch, *, session: SessionId, earlier: Earlier, extents: Sequence[Extent]
+    task: RowMapping,
+    batch: Batch,
+    *,
+    session: SessionId,
+    earlier: Earlier,
+    extents: Sequence[Extent],
+    cancelled: tuple[int, ...] = (),
 ) -> Claim:
     """Put together what the holder of a task needs to start."""
     return Claim(
@@ -113,4 +126,5 @@ def claim_of(
         attempts=task["attempts"],
         orphaned_by_death=task["orphaned_by_death"],
         whole_epoch=task["whole_epoch"],
+        cancelled=cancelled,
     )

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, insert, inspect, select
 from batchrunner.errors import FolderUnsuitable, SchemaNewer, StoreUnavailable
 from batchrunner.store.tables import alembic_version, schema, stamp
 
-VERSION = "0004"
+VERSION = "0005"
 
 
 def use_write_ahead_log(path: Path, *, timeout_s: float) -> None:

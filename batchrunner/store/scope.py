@@ -21,14 +21,15 @@ from batchrunner.store import (
     queries_blobs,
     queries_files,
     queries_idempotency,
+    queries_jobs,
     queries_live,
     queries_uploads,
 )
 from batchrunner.store.rows import batch_of, extent_of, file_of, part_of, shard_of
-from batchrunner.store.tenant_lines import SqlTenantLines
+from batchrunner.store.tenant_jobs import SqlTenantJobs
 
 
-class SqlTenantScope(SqlTenantLines):
+class SqlTenantScope(SqlTenantJobs):
     """TenantScope over the statements of this package."""
 
     def add_file(self, file: File, *, replay: Replay | None = None) -> File:
@@ -157,13 +158,13 @@ class SqlTenantScope(SqlTenantLines):
     def batch(self, batch_id: BatchId) -> Batch:
         """See TenantScope."""
         with self._store.reading() as conn:
-            return batch_of(queries_batches.batch_of_tenant(conn, self._tenant, batch_id))
+            return self._told(conn, batch_id)
 
     def batches(self, *, limit: int, after: BatchId | None = None) -> list[Batch]:
         """See TenantScope."""
         with self._store.reading() as conn:
             rows = queries_batches.batches_of_tenant(conn, self._tenant, limit=limit, after=after)
-            return [batch_of(row) for row in rows]
+            return queries_jobs.told(conn, [batch_of(row) for row in rows])
 
     def family(self, batch_id: BatchId) -> list[Batch]:
         """See TenantScope."""

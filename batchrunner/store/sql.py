@@ -14,13 +14,10 @@ from batchrunner.deliveries import Appointments, DeliveryState, Dispatch, Record
 from batchrunner.holdings import ApiKey, Expired, KeyId, LiveShare, Swept
 from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import (
-    AcceptedInput,
     Batch,
     BatchId,
     Claim,
     Progress,
-    Publication,
-    RejectedInput,
     Repair,
     SessionId,
     ShardCut,
@@ -29,6 +26,7 @@ from batchrunner.models import (
     TenantId,
     Watch,
 )
+from batchrunner.outcomes import AcceptedInput, Publication, RejectedInput
 from batchrunner.ports import Clock, Renewer
 from batchrunner.store import (
     queries_blobs,
@@ -142,7 +140,7 @@ class SqlStore(ABC):
     def register(self, ref: TaskRef, progress: Progress) -> None:
         """See Store."""
         with self.writing() as conn:
-            queries_progress.register(conn, ref, progress)
+            queries_progress.register(conn, ref, progress, self.moment())
 
     def settle(self, ref: TaskRef, progress: Progress) -> bool:
         """See Store."""
@@ -152,7 +150,7 @@ class SqlStore(ABC):
     def give_back(self, ref: TaskRef, progress: Progress) -> None:
         """See Store."""
         with self.writing() as conn:
-            queries_progress.give_back(conn, ref, progress)
+            queries_progress.give_back(conn, ref, progress, self.moment())
 
     def fail_task(self, ref: TaskRef, message: str, *, progressed: bool, is_hopeless: bool = False) -> bool:
         """See Store."""
@@ -199,7 +197,7 @@ class SqlStore(ABC):
     def salvage_sealed(self, ref: TaskRef, shard: TaskRef, progress: Progress) -> None:
         """See Store."""
         with self.writing() as conn:
-            queries_seal.salvage_sealed(conn, ref, shard, progress)
+            queries_seal.salvage_sealed(conn, ref, shard, progress, self.moment())
 
     def repair_sealed(self, ref: TaskRef, repairs: Sequence[tuple[TaskRef, Sequence[Repair]]]) -> Batch:
         """See Store."""

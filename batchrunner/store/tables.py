@@ -20,12 +20,14 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    false,
     text,
 )
 
 from batchrunner.deliveries import DeliveryAttempt, DeliveryState, EventType, OldSecret
 from batchrunner.holdings import KeyLimits, KeyScope, LiveShare, UploadStatus
-from batchrunner.lifecycle import BatchStatus, EndedBy
+from batchrunner.jobs import InferenceType
+from batchrunner.lifecycle import BatchStatus, EndedBy, JobStatus
 from batchrunner.models import LineProblem, OnInvalid, OnUnknown, Order, TaskKind, TaskState
 from batchrunner.store.columns import Instant, Packed, RowNumber, word_of
 
@@ -159,6 +161,7 @@ batches = Table(
     Column("journal_freed_at", Instant, comment="and so are its segments"),
     Column("created_by", Text, comment="id of the key that asked for it"),
     Column("closes_at", Instant, comment="an open one that has nothing to do takes no more lines then"),
+    Column("is_intake", Boolean, nullable=False, server_default=false(), comment="takes jobs that come alone"),
     CheckConstraint("open_shards >= 0", name="batch_open_shards"),
     Index("batches_by_status", "status", "deadline_at"),
     Index("batches_by_tenant", "tenant", "serial"),
@@ -227,6 +230,29 @@ additions = Table(
     Column("id_hashes", LargeBinary, nullable=False, comment="8 bytes for each custom_id"),
     Column("created_at", Instant, nullable=False),
     comment="Lines that joined an open batch together; gone with the batch's journal.",
+)
+
+jobs = Table(
+    "jobs",
+    schema,
+    Column("number", RowNumber, primary_key=True, autoincrement=True),
+    Column("tenant", Text, nullable=False),
+    Column("batch_id", Text, ForeignKey("batches.id"), nullable=False),
+    Column("line_number", BigInteger, nullable=False, comment="the line that stands for it now"),
+    Column("is_single", Boolean, nullable=False, comment="its batch is an intake"),
+    Column("status", word_of(JobStatus, "job_status"), nullable=False),
+    Column("url", Text, nullable=False),
+    Column("inference_type", word_of(InferenceType, "job_inference_type"), nullable=False),
+    Column("model", Text),
+    Column("created_at", Instant, nullable=False),
+    Column("queued_at", Instant, nullable=False, comment="when its last try began to wait"),
+    Column("ended_at", Instant),
+    _number("retry_count"),
+    Index("jobs_by_line", "batch_id", "line_number", unique=True),
+    Index("jobs_by_tenant", "tenant", "number"),
+    Index("jobs_by_status", "tenant", "status", "number"),
+    sqlite_autoincrement=True,
+    comment="Lines that are followed by a number; gone with their batch's journal.",
 )
 
 claims = Table(

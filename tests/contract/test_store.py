@@ -21,7 +21,6 @@ from batchrunner.models import (
     OnUnknown,
     Order,
     Progress,
-    Publication,
     Repair,
     SessionId,
     ShardCut,
@@ -30,6 +29,7 @@ from batchrunner.models import (
     TaskState,
     Usage,
 )
+from batchrunner.outcomes import Publication
 from batchrunner.ports import Store, TenantScope
 from tests.contract.worlds import (
     ANA,

@@ -12,7 +12,8 @@ from batchrunner.additions import NewAddition
 from batchrunner.errors import NotFound, QuotaExceeded, TransitionRefused
 from batchrunner.holdings import KeyLimits, Replay
 from batchrunner.lifecycle import BatchEvent, BatchStatus
-from batchrunner.models import Batch, BatchId, Publication, ShardCut, TaskKind
+from batchrunner.models import Batch, BatchId, ShardCut, TaskKind
+from batchrunner.outcomes import Publication
 from tests.contract.worlds import BEN, NOTHING, STEPS, TWO, World, bring_to, progress, shard_in
 
 B1 = BatchId("b1")

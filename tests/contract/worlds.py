@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 
 from batchrunner.lifecycle import BatchEvent, BatchStatus
 from batchrunner.models import (
-    AcceptedInput,
     Batch,
     BatchId,
     Claim,
@@ -17,8 +16,6 @@ from batchrunner.models import (
     NewBatch,
     NewExtent,
     Progress,
-    Publication,
-    RejectedInput,
     SessionId,
     Shard,
     ShardCut,
@@ -26,6 +23,7 @@ from batchrunner.models import (
     TenantId,
     Usage,
 )
+from batchrunner.outcomes import AcceptedInput, Publication, RejectedInput
 from batchrunner.ports import Store, TenantScope
 
 ANA, BEN = TenantId("ana"), TenantId("ben")

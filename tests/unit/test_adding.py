@@ -182,7 +182,7 @@ def test_shards_are_numbered_from_where_they_join() -> None:
     found = judge(content, Settings(shard_lines_max=2))
     new = Lines(custom_ids=list("01234"), source="add", shards=found.shards, model=found.model)
 
-    joined = new.joining_at(11, new.id_hashes, NOW)
+    joined = new.joining(NOW).joining_at(11)
 
     assert [(cut.first_line, cut.first_index, cut.line_count) for cut in joined.shards] == [
         (11, 10, 2),

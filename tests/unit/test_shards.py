@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from batchrunner.blobs.local import LocalBlobs
 from batchrunner.errors import InputChanged, ReconciliationError
 from batchrunner.journal import Journal
-from batchrunner.lines import LineRules
+from batchrunner.lifecycle import BatchStatus
+from batchrunner.lines import LineRules, iter_lines
 from batchrunner.models import (
     BatchId,
+    Held,
     LineCode,
     OnUnknown,
     RecordKind,
@@ -28,7 +30,7 @@ from batchrunner.models import (
     TaskRef,
     Usage,
 )
-from batchrunner.shards import ShardRun, iter_lines, load, read_checked
+from batchrunner.shards import ShardRun, load, read_checked
 from tests.unit.fanning import PaperShardJournal, batch_of, claim_of, failures, raw_line, records, shard_of
 
 BATCH = BatchId("batch_1")
@@ -41,6 +43,14 @@ def run_of(
     claim, _ = claim_of([first_line], buffer=buffer, batch=batch, line_count=count, **shard)
     journal: Any = PaperShardJournal()
     return ShardRun(claim, buffer, LineRules(), journal, done or set())
+
+
+def held(hold_at: int | None = None, cancelled: tuple[int, ...] = ()) -> Held:
+    """What the control poll tells of a shard."""
+    status = BatchStatus.IN_PROGRESS
+    return Held(
+        task_id=TaskId(1), is_mine=True, status=status, paused_reason=None, hold_at=hold_at, cancelled=cancelled
+    )
 
 
 def handed_out(run: ShardRun) -> list[int]:
@@ -82,6 +92,21 @@ def test_shard_is_finished_when_its_last_line_has_its_record() -> None:
 
     assert run.is_finished
     assert records(run) == [(number, RecordKind.SUCCEEDED, b"{}\n", Usage(1, 0, 2, 0)) for number in (1, 2)]
+
+
+def test_line_that_nobody_wants_any_more_ends_as_cancelled_and_is_not_sent() -> None:
+    run = shard_of([1, 2])
+    run.follow(held(cancelled=(2,)))
+    first, second = run.next_line(), run.next_line()
+    assert first is not None
+    assert second is not None
+
+    assert [run.drops(first), run.drops(second)] == [False, True]
+
+    ((number, kind, payload, _),) = records(run)
+    assert (number, kind) == (2, RecordKind.FAILED)
+    assert json.loads(payload)["error"]["code"] == LineCode.BATCH_CANCELLED
+    assert run.done_count == 1
 
 
 def with_notes_of_reservations(run: ShardRun) -> list[tuple[int, bool]]:
@@ -138,10 +163,10 @@ def test_hold_stops_before_its_line_and_may_move() -> None:
 
     assert handed_out(run) == [1, 2, 3]
     assert run.is_held
-    run.set_hold(5)
+    run.follow(held(hold_at=5))
     assert not run.is_held
     assert handed_out(run) == [4, 5]
-    run.set_hold(None)
+    run.follow(held(hold_at=None))
     assert handed_out(run) == [6, 7, 8, 9]
     assert not run.is_held
 

@@ -85,7 +85,7 @@ def test_reader_cannot_write(path: Path) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("version", ["0005", "9999", "later"])
+@pytest.mark.parametrize("version", ["0006", "9999", "later"])
 def test_file_of_a_newer_version_is_refused_untouched(path: Path, version: str) -> None:
     SqliteStore.open(path, SystemClock()).close()
     connection = sqlite3.connect(path)
