@@ -142,7 +142,7 @@ def join(
     id_hashes = joining.id_hashes
     with known.turn:
         while True:
-            known.learn(_joined(scope, batch_id, from_line=known.next_line))
+            known.learn(joined(scope, batch_id, from_line=known.next_line))
             if known.next_line - 1 + len(lines.custom_ids) > lines_max:
                 raise InputInvalid(f"the batch has {known.next_line - 1} requests, at most {lines_max} are allowed")
             for place in known.known(id_hashes):
@@ -152,7 +152,7 @@ def join(
                 return
 
 
-def _joined(scope: TenantScope, batch_id: BatchId, *, from_line: int = 1) -> Iterator[Addition]:
+def joined(scope: TenantScope, batch_id: BatchId, *, from_line: int = 1) -> Iterator[Addition]:
     """Give what joined from a line on, never much of it at once."""
     while some := scope.additions(batch_id, from_line=from_line, limit=_ADDITIONS_AT_ONCE):
         yield from some
@@ -163,7 +163,7 @@ def _joined(scope: TenantScope, batch_id: BatchId, *, from_line: int = 1) -> Ite
 
 def _require_new(scope: TenantScope, blobs: Blobs, batch_id: BatchId, id_hash: bytes, custom_id: str) -> None:
     """Compare an id with those of the same hash."""
-    for each in _joined(scope, batch_id):
+    for each in joined(scope, batch_id):
         hashes = each.id_hashes
         places = {start // 8 for start in range(0, len(hashes), 8) if hashes[start : start + 8] == id_hash}
         if not places:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from datetime import timedelta
@@ -10,16 +11,18 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from batchrunner.adding import joined
 from batchrunner.api.chain import chosen_numbers, healed_ids
 from batchrunner.api.creating import Metadata, Priority, Window, check_priority, window_s
 from batchrunner.api.envelope import Refusal
-from batchrunner.api.files import OWNER
+from batchrunner.api.file_object import BATCH
+from batchrunner.api.files import OWNER, BlobSink, new_file
 from batchrunner.api.http import Call
 from batchrunner.api.webhooks import Url, check_url
 from batchrunner.choosing import failed_ids, lines_of, write_chosen
 from batchrunner.errors import NotFound, TransitionRefused
 from batchrunner.lifecycle import TERMINAL, BatchStatus
-from batchrunner.models import Batch, BatchId, FileId, NewBatch
+from batchrunner.models import Batch, BatchId, File, FileId, NewBatch
 from batchrunner.pipeline import give_up, read_blob
 from batchrunner.seal import refused_numbers
 
@@ -73,34 +76,67 @@ def retry(call: Call, parent: Batch, wanted: RetryRequest) -> Batch:
 def _retry(call: Call, parent: Batch, wanted: RetryRequest) -> Batch:
     if parent.status not in TERMINAL or parent.status is BatchStatus.FAILED:
         raise Refusal(f"Cannot retry a batch with status '{parent.status}'.", status=409)
-    if not parent.source:
-        message = "The requests of this batch came one by one and are in no file; add those that failed to a new batch."
+    if parent.has_jobs:
+        message = "Each request of this batch is a job: retry those that failed."
         raise Refusal(message, status=409, code="not_retryable")
-    blobs = call.parts.blobs
     family = [each for each in call.scope.family(parent.id) if each.deleted_at is None]
     failed = failed_ids(
         _error_lines(call, parent),
         codes=frozenset(wanted.codes) if wanted.codes is not None else None,
         custom_ids=frozenset(wanted.custom_ids) if wanted.custom_ids is not None else None,
     )
-    failed -= healed_ids(blobs, call.scope, family)
-    new = _new_batch(call, parent, wanted)
-    assert new.chosen_blob is not None
-    call.parts.store.register_blob(new.chosen_blob, owner=OWNER)
-    try:
-        if not failed or not _write(call, parent, new.chosen_blob, failed):
-            raise Refusal("No line of this batch has failed in such a way and can be retried.", code="nothing_to_retry")
+    failed -= healed_ids(call.parts.blobs, call.scope, family)
+    if not failed:
+        raise _nothing()
+    with contextlib.ExitStack() as undoing:
+        file = None if parent.source else _gathered(call, parent, undoing)
+        origin = parent if file is None else _made_of(parent, file)
+        new = _new_batch(call, origin, wanted)
+        assert new.chosen_blob is not None
+        call.parts.store.register_blob(new.chosen_blob, owner=OWNER)
+        undoing.callback(give_up, call.parts.store, new.chosen_blob)
+        if not _write(call, origin, new.chosen_blob, failed):
+            raise _nothing()
         _check_apart(call, family, new.chosen_blob)
-        return _created(call, new, family)
-    except BaseException:
-        give_up(call.parts.store, new.chosen_blob)
-        raise
+        made = _created(call, new, family, file)
+        undoing.pop_all()
+        return made
 
 
-def _created(call: Call, new: NewBatch, family: list[Batch]) -> Batch:
+def _nothing() -> Refusal:
+    return Refusal("No line of this batch has failed in such a way and can be retried.", code="nothing_to_retry")
+
+
+def _gathered(call: Call, parent: Batch, undoing: contextlib.ExitStack) -> File:
+    """Lay the requests that came one call after the other into one file, where each has the line number that it had."""
+    blobs = call.parts.blobs
+    name = f"files/{call.parts.rng.token_hex(16)}"
+    sink = BlobSink(call.parts, name, size_bytes_max=call.parts.settings.file_bytes_max)
+    undoing.callback(sink.abort)
+    try:
+        for addition in joined(call.scope, parent.id):
+            for chunk in read_blob(blobs, addition.source):
+                sink.feed(chunk)
+    except NotFound:
+        raise _gone(f"The requests of batch {parent.id} are no longer kept") from None
+    taken = sink.finish()
+    if taken.line_count != parent.total_count:
+        raise _gone(f"The requests of batch {parent.id} are no longer kept")
+    filename = f"{parent.id}_requests.jsonl"
+    return new_file(call, taken, blob=name, filename=filename, purpose=BATCH, expires_after_s=None)
+
+
+def _made_of(parent: Batch, file: File) -> Batch:
+    """Give a batch as if it had been made of a file."""
+    return replace(
+        parent, source=file.blob, input_file_id=file.id, input_name=file.id, input_sha256=file.sha256, closes_at=None
+    )
+
+
+def _created(call: Call, new: NewBatch, family: list[Batch], file: File | None) -> Batch:
     try:
         seen = [each.id for each in family]
-        return call.scope.create_batch(new, replay=call.replay, limits=call.limits, family=seen)
+        return call.scope.create_batch(new, replay=call.replay, limits=call.limits, file=file, family=seen)
     except NotFound:
         raise _gone(f"The input of batch {new.parent_id} was deleted") from None
 

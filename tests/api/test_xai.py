@@ -15,9 +15,11 @@ import pytest
 from batchrunner.api.xai_results import token_of
 from batchrunner.holdings import KeyLimits
 from batchrunner.settings import Settings
-from tests.api.batching import chat_lines, check_ledger, ended, make_batch, until, working
+from tests.api.batching import chat_lines, check_ledger, content_of, ended, make_batch, until, working
 from tests.api.serving import Served, serving
 from tests.api.xai import add, added, chat, metadata, open_batch, pages, request, results, show, until_done
+from tests.contract.conftest import ManualClock
+from tests.pipeline.hands import Place
 
 NAMES = [f"n{number:03}" for number in range(25)]
 BATCH_KEYS = (
@@ -545,17 +547,52 @@ async def test_an_idle_batch_ends_by_itself(tmp_path: Path) -> None:
     assert "is closed, and its status 'completed'" in late.json["error"]
 
 
-async def test_what_ran_in_an_open_batch_is_not_retried(api: Served, tmp_path: Path) -> None:
+async def test_requests_of_an_open_batch_that_failed_are_retried_as_a_whole(api: Served, tmp_path: Path) -> None:
     batch_id = await open_batch(api)
-    await add(api, batch_id, chat("bad", simulate=["400"]))
+    await add(api, batch_id, chat("good"), chat("bad", simulate=["400"]))
+    await add(api, batch_id, chat("worse", simulate=["400", "400"]), chat("fine"))
     async with working(tmp_path):
-        await until_done(api, batch_id, 1)
+        await until_done(api, batch_id, 4)
         await api.call("POST", f"/v1/batches/{batch_id}/close")
         await ended(api, batch_id)
+        first = await api.call("POST", f"/v1/batches/{batch_id}/retry")
+        assert first.status == 200, first.body
+        child = await ended(api, first.json["id"])
+        second = await api.call("POST", f"/v1/batches/{batch_id}/retry")
+        grandchild = await ended(api, second.json["id"])
 
-    reply = await api.call("POST", f"/v1/batches/{batch_id}/retry")
+    third = await api.call("POST", f"/v1/batches/{batch_id}/retry")
+    merged = await api.call("GET", f"/v1/batches/{batch_id}/results?merged=true")
 
-    assert (reply.status, reply.json["error"]["code"]) == (409, "not_retryable")
+    assert (child["state"], child["status"]) == (state(2, success=1, error=1), "completed")
+    assert (grandchild["state"], grandchild["status"]) == (state(1, success=1), "completed")
+    assert (third.status, third.json["error"]["code"]) == (400, "nothing_to_retry")
+    answered = {
+        line["custom_id"]: line["response"]["status_code"] for line in map(orjson.loads, merged.body.splitlines())
+    }
+    assert answered == dict.fromkeys(("good", "bad", "worse", "fine"), 200)
+    named = [
+        orjson.loads(line)["custom_id"] for line in (await content_of(api, first.json["input_file_id"])).splitlines()
+    ]
+    assert named == ["good", "bad", "worse", "fine"]
+
+
+async def test_requests_that_are_no_longer_kept_are_not_retried(tmp_path: Path) -> None:
+    clock = ManualClock()
+    async with serving(tmp_path, clock=clock) as served:
+        batch_id = await open_batch(served)
+        await added(served, batch_id, ["a"])
+        await served.call("POST", f"/v1/batches/{batch_id}:cancel")
+        hand = Place(tmp_path, clock=clock).hand("one")
+        hand.seal()
+        clock.advance(25 * 3600)
+        for _ in range(2):
+            hand.store.expire()
+        hand.store.close()
+
+        reply = await served.call("POST", f"/v1/batches/{batch_id}/retry")
+
+    assert (reply.status, reply.json["error"]["code"]) == (410, "input_gone")
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

@@ -143,6 +143,26 @@ class Walker:
         filed = [orjson.loads(line)["custom_id"] for line in output.splitlines() + errors.splitlines()]
         assert sorted(filed) == sorted(self.names)
         assert len(output.splitlines()) == self.seen["state"]["num_success"]
+        await self.retry([orjson.loads(line)["custom_id"] for line in errors.splitlines()])
+
+    async def retry(self, failed: list[str]) -> None:
+        """Have all run again that did not end well, as one batch, and read both together."""
+        reply = await self.served.call("POST", f"/v1/batches/{self.batch_id}/retry")
+        if not failed:
+            assert (reply.status, reply.json["error"]["code"]) == (400, "nothing_to_retry")
+            return
+        assert reply.status == 200, reply.body
+        self.hand.validate()
+        again = Walker(self.served, self.place, self.hand, reply.json["id"], names=failed)
+        await again.look()
+        self.hand.run_all()
+        self.hand.seal()
+        await again.look()
+        assert again.seen["state"]["num_success"] == len(failed)
+        merged = await self.served.call("GET", f"/v1/batches/{self.batch_id}/results?merged=true")
+        answers = [orjson.loads(line) for line in merged.body.splitlines()]
+        assert sorted(each["custom_id"] for each in answers) == sorted(self.names)
+        assert all(each["response"]["status_code"] == 200 for each in answers)
 
 
 async def walk(folder: Path, steps: list[tuple[str, int]]) -> None:
