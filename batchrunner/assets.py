@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -27,7 +27,7 @@ _PIECE_BYTES = 256 * 1024
 _THREADS = 4
 _RETRY_S = 1.0
 # Source: the IANA names of what speech, image and video endpoints answer with.
-_SUFFIXES = {
+_SUFFIXES: Mapping[str, str] = {
     "audio/mpeg": ".mp3",
     "audio/mp3": ".mp3",
     "audio/wav": ".wav",
@@ -43,7 +43,18 @@ _SUFFIXES = {
     "video/mp4": ".mp4",
     "video/webm": ".webm",
 }
+MEDIA_TYPES = frozenset(_SUFFIXES)
 _encode = msgspec.json.Encoder().encode
+
+
+def asset_file(asset_id: str, content_type: str) -> str:
+    """Give the last part of an asset's name in Blobs, and of its url."""
+    return f"{asset_id}{_SUFFIXES.get(content_type, '.bin')}"
+
+
+def asset_blob(batch_id: BatchId, asset_id: str, content_type: str) -> str:
+    """Give the name of an asset in Blobs."""
+    return f"assets/{batch_id}/{asset_file(asset_id, content_type)}"
 
 
 class Assets:
@@ -141,7 +152,7 @@ class AssetStream:
     def _commit(self) -> bytes:
         sha256 = self._sha256.hexdigest()
         asset_id = f"asset_{self._line_number}_{sha256[:24]}"
-        name = f"{asset_id}{_SUFFIXES.get(self._content_type, '.bin')}"
+        name = asset_file(asset_id, self._content_type)
         with self._lock:
             assert self._writer is not None
             try:

@@ -14,6 +14,8 @@ POINTS = (
     "batch.created",
     "add.stored",
     "add.joined",
+    "job.stored",
+    "job.joined",
     "claim.taken",
     "validate.before_accept",
     "validate.accepted",

@@ -29,6 +29,8 @@ _U32_MAX = 0xFFFF_FFFF
 _KINDS = {int(kind): kind for kind in RecordKind}
 _MARK_NUMBER = int(RecordKind.MARK)
 BUFFER_BYTES = 1 << 20
+# Enough for the heads of many short frames at a time, and little to read of each long one.
+_HEADS_BYTES = 64 * 1024
 
 _pack_fields = _FIELDS.pack
 _pack_checksum = _CHECKSUM.pack
@@ -164,6 +166,15 @@ class _Reader:
             return None
         return Record(self._segment, line_number, kind, Usage(*tokens), body, length)
 
+    def head(self, at: int) -> tuple[int, RecordKind, int] | None:
+        """Give line number, kind and end of the frame that seems to begin at `at`, unverified; None if none does."""
+        index = self._load(at, HEADER_BYTES)
+        if index is None:
+            return None
+        mark, length, line_number, number, _ = _HEAD.unpack_from(self._buffer, index)
+        kind, end = _KINDS.get(number), at + HEADER_BYTES + length
+        return (line_number, kind, end) if mark == _MARK and kind is not None and end <= self._end else None
+
     def next_frame(self, at: int) -> int:
         """Give the first place from `at` on where an intact frame begins, else the end."""
         while (index := self._load(at, len(_MARK))) is not None:
@@ -201,6 +212,28 @@ def read_records(
     What is not intact comes as Damage and is logged as an error. Never holds more than the buffer.
     """
     yield from (each for each in _walk(blobs, segment, start, end, buffer_bytes) if not _is_mark(each))
+
+
+def find_record(blobs: Blobs, segment: SegmentRef, start: int, end: int, line_number: int) -> Record | None:
+    """Give the result of one line in registered bytes [start, end), verified; None if it is not there.
+
+    Of other frames only the heads are read, unless something on the way is not intact.
+    """
+    reader = _Reader(blobs, segment, end, buffer_bytes=_HEADS_BYTES)
+    at = start
+    while at < end and (head := reader.head(at)) is not None:
+        number, kind, behind = head
+        if number == line_number and kind is not RecordKind.MARK:
+            found = reader.frame(at)
+            if found is not None:
+                return found
+            break
+        at = behind
+    else:
+        if at == end:
+            return None
+    records = read_records(blobs, segment, start, end)
+    return next((each for each in records if isinstance(each, Record) and each.line_number == line_number), None)
 
 
 def results_within(content: bytes, segment: SegmentRef) -> Iterator[tuple[int, RecordKind, memoryview]]:

@@ -23,6 +23,7 @@ from batchrunner.adding import OpenBatches
 from batchrunner.addresses import AddressRules
 from batchrunner.api.counting import Counts
 from batchrunner.api.envelope import SERVER_ERROR, ErrorBody, ErrorEnvelope, Refusal, body_too_large
+from batchrunner.api.job_groups import JobGroups
 from batchrunner.api.malformed import Connection
 from batchrunner.api.typed import StructT, read_json, read_parameters
 from batchrunner.api.vitals import Vitals
@@ -107,7 +108,7 @@ class ApiParts:
     `vitals` tell how the server does and whether it is about to end, `watching` holds the batches that are followed,
     `counts` the failures that were counted, `held` how much of bodies is in memory. `addresses` says where webhooks may
     go, `poster` sends one. `live` passes on what is answered at once, None where no upstream is named. `open_batches`
-    remembers the ids of requests in open ones.
+    remembers the ids of requests in open ones, `job_groups` gathers jobs that come alone.
     """
 
     store: Store
@@ -127,6 +128,7 @@ class ApiParts:
     poster: Poster | None = None
     live: Live | None = None
     open_batches: OpenBatches = field(default_factory=OpenBatches)
+    job_groups: JobGroups = field(default_factory=JobGroups)
 
     @property
     def prices(self) -> tuple[Price, ...]:

@@ -6,7 +6,20 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from batchrunner.api import batches, deliveries, events, failures, files, health, live, results, uploads, webhooks, xai
+from batchrunner.api import (
+    batches,
+    club_assets,
+    deliveries,
+    events,
+    failures,
+    files,
+    health,
+    live,
+    results,
+    uploads,
+    webhooks,
+    xai,
+)
 from batchrunner.api.dispatch import Dispatcher
 from batchrunner.api.door import IDLE_S
 from batchrunner.api.http import ApiParts, Route
@@ -25,6 +38,7 @@ _TABLE: tuple[Route, ...] = (
     *deliveries.ROUTES,
     *live.ROUTES,
     *xai.ROUTES,
+    club_assets.ROUTE,
     *health.ROUTES,
 )
 ROUTES: tuple[Route, ...] = (*_TABLE, *reference_routes(_TABLE))

@@ -16,6 +16,7 @@ from typing import Final
 import msgspec
 import orjson
 
+from batchrunner.simulate.media import mp3, mp4, png, wav
 from batchrunner.simulate.rules import Fault, FaultKind
 from batchrunner.simulate.wire import Answer, Request
 
@@ -26,12 +27,18 @@ _EMBEDDINGS: Final = "/v1/embeddings"
 _RESPONSES: Final = "/v1/responses"
 _MODERATIONS: Final = "/v1/moderations"
 _TRANSCRIPTIONS: Final = "/v1/audio/transcriptions"
+_IMAGES: Final = "/v1/images/generations"
 _IMAGE_EDITS: Final = "/v1/images/edits"
+_VIDEOS: Final = ("/v1/videos", "/v1/videos/generations", "/v1/videos/edits", "/v1/videos/extensions")
+_MUSIC: Final = "/v1/music/generations"
+_SPEECH: Final = "/v1/audio/speech"
 EVENT_STREAM: Final = b"text/event-stream; charset=utf-8"
 _QUOTED_CHARACTERS: Final = 64
 _STREAMED_CHARACTERS: Final = 8
 _DIMENSIONS: Final = 8
 _DIMENSIONS_MAX: Final = 4096
+# Source: OpenAI's limit of the images of one request.
+_IMAGES_MAX: Final = 10
 # Times are derived from the body too, in the year after this instant: the same body has the same answer for ever.
 _EPOCH: Final = 1_735_689_600
 _YEAR_S: Final = 31_536_000
@@ -42,7 +49,11 @@ _MARKER_PREFIXES: Final = {
     _EMBEDDINGS: "embd-",
     _MODERATIONS: "modr-",
     _TRANSCRIPTIONS: "echo:",
+    _IMAGES: "image-",
     _IMAGE_EDITS: "edit-",
+    **dict.fromkeys(_VIDEOS, "video-"),
+    _MUSIC: "music-",
+    _SPEECH: "speech-",
 }
 _CATEGORIES: Final = ("harassment", "hate", "illicit", "self-harm", "sexual", "violence")
 
@@ -87,11 +98,34 @@ class _ModerationsBody(msgspec.Struct):
     model: str = "omni-moderation-latest"
 
 
+class _ImagesBody(msgspec.Struct):
+    prompt: str
+    model: str = "simulated"
+    n: int | None = None
+    response_format: str | None = None
+
+
+class _VideoBody(msgspec.Struct):
+    prompt: str
+    model: str = "simulated"
+    response_format: str | None = None
+
+
+class _SoundBody(msgspec.Struct):
+    model: str
+    input: str | None = None
+    prompt: str | None = None
+    response_format: str | None = None
+
+
 _CHAT_BODY: Final = msgspec.json.Decoder(_ChatBody)
 _COMPLETIONS_BODY: Final = msgspec.json.Decoder(_CompletionsBody)
 _EMBEDDINGS_BODY: Final = msgspec.json.Decoder(_EmbeddingsBody)
 _RESPONSES_BODY: Final = msgspec.json.Decoder(_ResponsesBody)
 _MODERATIONS_BODY: Final = msgspec.json.Decoder(_ModerationsBody)
+_IMAGES_BODY: Final = msgspec.json.Decoder(_ImagesBody)
+_VIDEO_BODY: Final = msgspec.json.Decoder(_VideoBody)
+_SOUND_BODY: Final = msgspec.json.Decoder(_SoundBody)
 
 
 class _Refused(Exception):
@@ -371,9 +405,80 @@ def _transcription(body: bytes, digest: bytes) -> bytes:
     return orjson.dumps({"text": f"echo:{digest[:8].hex()} {len(body)} bytes"})
 
 
-def _image_edit(body: bytes, digest: bytes) -> bytes:  # noqa: ARG001 - endpoints are called alike
-    url = f"https://images.example/edit-{digest[:8].hex()}.png"
-    return orjson.dumps({"created": _created_at(digest), "data": [{"url": url}]})
+def _image_edit(body: bytes, digest: bytes) -> bytes:
+    marker = f"edit-{digest[:8].hex()}"
+    if body.lstrip().startswith(b"{"):
+        return _pictures(_IMAGES_BODY.decode(body), marker, digest)
+    return orjson.dumps({"created": _created_at(digest), "data": [{"url": f"https://images.example/{marker}.png"}]})
+
+
+def _images(body: bytes, digest: bytes) -> bytes:
+    return _pictures(_IMAGES_BODY.decode(body), f"image-{digest[:8].hex()}", digest)
+
+
+def _pictures(request: _ImagesBody, marker: str, digest: bytes) -> bytes:
+    """Return as many pictures as are wanted, no two alike; addresses lead to a name that stands for none."""
+    _check(request.model, is_stream=False)
+    count = 1 if request.n is None else request.n
+    if not 1 <= count <= _IMAGES_MAX:
+        raise _Refused(error_answer(400, f"n is {count}, at least 1 and at most {_IMAGES_MAX}", param="n"))
+    is_base64 = _is_base64(request.response_format)
+    pictures = []
+    for number in range(1, count + 1):
+        name = f"{marker}-{number}"
+        given = _base64(png(name, bytes([number]) + digest)) if is_base64 else f"https://images.example/{name}.png"
+        revised = f"{marker} {request.prompt[:_QUOTED_CHARACTERS]}"
+        pictures.append({"b64_json" if is_base64 else "url": given, "revised_prompt": revised})
+    return orjson.dumps({"created": _created_at(digest), "data": pictures})
+
+
+def _videos(body: bytes, digest: bytes) -> bytes:
+    request = _VIDEO_BODY.decode(body)
+    _check(request.model, is_stream=False)
+    marker = f"video-{digest[:8].hex()}"
+    is_base64 = _is_base64(request.response_format)
+    given = {"b64_json": _base64(mp4(marker))} if is_base64 else {"url": f"https://videos.example/{marker}.mp4"}
+    head = {"id": marker, "object": "video", "created_at": _created_at(digest), "model": request.model}
+    return orjson.dumps(head | {"status": "completed", "data": [given]})
+
+
+def _music(body: bytes, digest: bytes) -> bytes | Answer:
+    request = _SOUND_BODY.decode(body)
+    marker = f"music-{digest[:8].hex()}"
+    if request.response_format != "b64_json":
+        return _sound(request, marker, digest, needed="prompt")
+    sound = _sound(msgspec.structs.replace(request, response_format="wav"), marker, digest, needed="prompt")
+    return orjson.dumps({"id": marker, "model": request.model, "audio": {"data": _base64(sound.body), "format": "wav"}})
+
+
+def _speech(body: bytes, digest: bytes) -> Answer:
+    return _sound(_SOUND_BODY.decode(body), f"speech-{digest[:8].hex()}", digest, needed="input")
+
+
+def _sound(request: _SoundBody, marker: str, digest: bytes, *, needed: str) -> Answer:
+    """Return sound, as mp3 unless another form is wanted."""
+    _check(request.model, is_stream=False)
+    if getattr(request, needed) is None:
+        raise _Refused(error_answer(400, f"The request body does not fit this endpoint: no `{needed}`", param=needed))
+    match request.response_format:
+        case None | "mp3":
+            return Answer(200, mp3(marker), b"audio/mpeg")
+        case "wav":
+            return Answer(200, wav(marker, digest[8]), b"audio/wav")
+        case _:
+            message = "The simulator gives sound as mp3 or wav only."
+            raise _Refused(error_answer(400, message, code="unsupported_value", param="response_format"))
+
+
+def _is_base64(response_format: str | None) -> bool:
+    if response_format not in (None, "url", "b64_json"):
+        message = "The simulator gives media as url or b64_json only."
+        raise _Refused(error_answer(400, message, code="unsupported_value", param="response_format"))
+    return response_format == "b64_json"
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
 ENDPOINTS: Final[dict[bytes, Callable[[bytes, bytes], bytes | Answer]]] = {
@@ -382,8 +487,12 @@ ENDPOINTS: Final[dict[bytes, Callable[[bytes, bytes], bytes | Answer]]] = {
     _EMBEDDINGS.encode(): _embeddings,
     _RESPONSES.encode(): _responses,
     _MODERATIONS.encode(): _moderations,
-    # These two take forms, of which nobody looks at more than the bytes.
+    # A form is looked at for its bytes only.
     _TRANSCRIPTIONS.encode(): _transcription,
+    _IMAGES.encode(): _images,
     _IMAGE_EDITS.encode(): _image_edit,
+    **{url.encode(): _videos for url in _VIDEOS},
+    _MUSIC.encode(): _music,
+    _SPEECH.encode(): _speech,
 }
 """Each model endpoint's path, and what makes its good answer from a body and the body's digest."""

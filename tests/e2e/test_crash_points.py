@@ -19,7 +19,7 @@ REPEATS_MAX = WINDOW + 256
 # These come only after another death, with a second worker, after a clean stop or damage: each has its own test.
 ELSEWHERE = {"salvage.copied", "seal.salvage_copied", "seal.repaired", "split.committed", "give_back.committed"}
 # What only a server does.
-ELSEWHERE |= {"add.stored", "add.joined", "clear.journal_deleted", "clear.blobs_deleted"}
+ELSEWHERE |= {"add.stored", "add.joined", "job.stored", "job.joined", "clear.journal_deleted", "clear.blobs_deleted"}
 # What only a run with a receiver does.
 ELSEWHERE |= {"webhook.claimed", "webhook.posted", "webhook.recorded"}
 # Before the batch has lines nothing can have been sent; from the seal on nothing may be sent any more.

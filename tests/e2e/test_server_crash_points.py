@@ -17,6 +17,7 @@ ELSEWHERE = (
     "run_record.",
     "batch.created",
     "add.",
+    "job.",
     "export.",
     "salvage.",
     "seal.salvage",

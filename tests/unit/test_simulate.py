@@ -10,9 +10,12 @@ import json
 import random
 import statistics
 import struct
-from collections.abc import AsyncIterator, Mapping
+import wave
+import zlib
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from io import BytesIO
 from typing import Any
 
 import pytest
@@ -110,6 +113,14 @@ BODIES = {
     "/v1/embeddings": {"model": "m", "input": "{}"},
     "/v1/responses": {"model": "m", "input": "{}"},
     "/v1/moderations": {"model": "m", "input": "{}"},
+    "/v1/images/generations": {"model": "m", "prompt": "{}"},
+    "/v1/images/edits": {"model": "m", "prompt": "{}", "image": {"url": "https://h.example/x.png"}},
+    "/v1/videos": {"model": "m", "prompt": "{}"},
+    "/v1/videos/generations": {"model": "m", "prompt": "{}"},
+    "/v1/videos/edits": {"model": "m", "prompt": "{}"},
+    "/v1/videos/extensions": {"model": "m", "prompt": "{}"},
+    "/v1/music/generations": {"model": "m", "prompt": "{}"},
+    "/v1/audio/speech": {"model": "m", "input": "{}"},
 }
 
 
@@ -336,6 +347,116 @@ class TestAnswers:
     def test_expected_reply_of_an_unknown_url_raises(self):
         with pytest.raises(KeyError):
             expected_reply(b"{}", "/v1/nothing")
+
+
+def png_chunks(content: bytes) -> dict[bytes, bytes]:
+    """Take a PNG apart as a strict decoder does."""
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    found, at = {}, 8
+    while at < len(content):
+        (length,) = struct.unpack_from(">I", content, at)
+        kind, inside = content[at + 4 : at + 8], content[at + 8 : at + 8 + length]
+        assert struct.unpack_from(">I", content, at + 8 + length) == (zlib.crc32(kind + inside),)
+        found[kind] = inside
+        at += 12 + length
+    return found
+
+
+def boxes(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Take an MP4, or a box of one, apart."""
+    while content:
+        (length,) = struct.unpack_from(">I", content)
+        assert 8 <= length <= len(content)
+        yield content[4:8], content[8:length]
+        content = content[length:]
+
+
+class TestMedia:
+    @pytest.mark.parametrize("url", ["/v1/images/generations", "/v1/images/edits"])
+    async def test_pictures_in_base64_are_as_many_as_wanted_and_differ(self, url):
+        body = json.dumps({"model": "m", "prompt": "a lamp", "n": 3, "response_format": "b64_json"}).encode()
+        async with simulated() as (_, client):
+            answer = (await client.call(body, url)).json
+
+        marker = expected_reply(body, url)
+        pictures = [png_chunks(base64.b64decode(each["b64_json"])) for each in answer["data"]]
+        assert [each["revised_prompt"] for each in answer["data"]] == [f"{marker} a lamp"] * 3
+        assert [each[b"tEXt"] for each in pictures] == [f"Comment\0{marker}-{n}".encode() for n in (1, 2, 3)]
+        assert {each[b"IHDR"] for each in pictures} == {struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0)}
+        rows = [zlib.decompress(each[b"IDAT"]) for each in pictures]
+        assert {len(each) for each in rows} == {8 * 9}
+        assert len(set(rows)) == 3
+
+    async def test_pictures_are_addresses_unless_base64_is_wanted(self):
+        body = body_for("/v1/images/generations", "a lamp")
+        async with simulated() as (_, client):
+            (picture,) = (await client.call(body, "/v1/images/generations")).json["data"]
+
+        marker = expected_reply(body, "/v1/images/generations")
+        assert picture["url"] == f"https://images.example/{marker}-1.png"
+
+    async def test_a_film_in_base64_is_boxes_within_boxes(self):
+        body = json.dumps({"model": "m", "prompt": "waves", "response_format": "b64_json"}).encode()
+        async with simulated() as (_, client):
+            answer = (await client.call(body, "/v1/videos/generations")).json
+
+        found = dict(boxes(base64.b64decode(answer["data"][0]["b64_json"])))
+        assert answer["status"] == "completed"
+        assert [*found] == [b"ftyp", b"moov", b"free"]
+        assert [(kind, len(inside)) for kind, inside in boxes(found[b"moov"])] == [(b"mvhd", 100)]
+        assert found[b"free"].decode() == expected_reply(body, "/v1/videos/generations")
+
+    @pytest.mark.parametrize(("url", "key"), [("/v1/audio/speech", "input"), ("/v1/music/generations", "prompt")])
+    async def test_sound_is_a_wav_that_opens_where_wanted(self, url, key):
+        body = json.dumps({"model": "m", key: "hello", "response_format": "wav"}).encode()
+        async with simulated() as (_, client):
+            reply = await client.call(body, url)
+
+        assert reply.headers["content-type"] == "audio/wav"
+        assert expected_reply(body, url).encode() in reply.body
+        with wave.open(BytesIO(reply.body)) as sound:
+            assert (sound.getframerate(), sound.getnframes()) == (8000, 800)
+            assert len(set(sound.readframes(800))) > 4
+
+    @pytest.mark.parametrize("url", ["/v1/audio/speech", "/v1/music/generations"])
+    async def test_sound_is_an_mp3_by_default_whose_frames_follow_its_title(self, url):
+        body = body_for(url, "hello")
+        async with simulated() as (_, client):
+            reply = await client.call(body, url)
+
+        assert reply.headers["content-type"] == "audio/mpeg"
+        a, b, c, d = reply.body[6:10]
+        tag_bytes = 10 + (a << 21 | b << 14 | c << 7 | d)
+        assert reply.body[10:tag_bytes].endswith(expected_reply(body, url).encode())
+        frames = reply.body[tag_bytes:]
+        assert [frames[at : at + 2] for at in range(0, len(frames), 96)] == [b"\xff\xf3"] * 4
+
+    async def test_music_in_base64_stands_in_an_object(self):
+        body = json.dumps({"model": "m", "prompt": "a waltz", "response_format": "b64_json"}).encode()
+        async with simulated() as (_, client):
+            answer = (await client.call(body, "/v1/music/generations")).json
+
+        assert answer["audio"]["format"] == "wav"
+        assert expected_reply(body, "/v1/music/generations").encode() in base64.b64decode(answer["audio"]["data"])
+
+    @pytest.mark.parametrize(
+        ("url", "extra", "param"),
+        [
+            ("/v1/images/generations", {"prompt": "x", "n": 0}, "n"),
+            ("/v1/images/generations", {"prompt": "x", "n": 11}, "n"),
+            ("/v1/images/generations", {"prompt": "x", "response_format": "gif"}, "response_format"),
+            ("/v1/videos", {"prompt": "x", "response_format": "gif"}, "response_format"),
+            ("/v1/audio/speech", {"input": "x", "response_format": "opus"}, "response_format"),
+            ("/v1/audio/speech", {"prompt": "x"}, "input"),
+            ("/v1/music/generations", {"input": "x"}, "prompt"),
+        ],
+    )
+    async def test_what_it_cannot_make_is_refused(self, url, extra, param):
+        async with simulated() as (_, client):
+            reply = await client.call(json.dumps({"model": "m", **extra}).encode(), url)
+
+        assert reply.status == 400
+        assert reply.json["error"]["param"] == param
 
 
 class TestWire:
