@@ -6,7 +6,20 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from batchrunner.api import batches, deliveries, events, failures, files, health, live, results, uploads, webhooks, xai
+from batchrunner.api import (
+    batches,
+    club,
+    deliveries,
+    events,
+    failures,
+    files,
+    health,
+    live,
+    results,
+    uploads,
+    webhooks,
+    xai,
+)
 from batchrunner.api.dispatch import Dispatcher
 from batchrunner.api.door import IDLE_S
 from batchrunner.api.http import ApiParts, Route
@@ -24,6 +37,7 @@ _TABLE: tuple[Route, ...] = (
     *webhooks.ROUTES,
     *deliveries.ROUTES,
     *live.ROUTES,
+    *club.ROUTES,
     *xai.ROUTES,
     *health.ROUTES,
 )
