@@ -120,6 +120,7 @@ class Settings:
     dialects: str = _knob(
         AUTO, "what a server speaks at /v1: auto takes every dialect that it knows, openai is OpenAI's API and no more"
     )
+    async_enabled: bool = _knob(True, "whether a server takes inference.club's async jobs and batches")
     host: str = _knob("127.0.0.1", "address that a server listens on; any but loopback needs API keys")
     port: int = _knob(8080, "port that a server listens on; 0 takes a free one")
     server_folder: str | None = _knob(
@@ -262,8 +263,8 @@ def _coerce(name: str, value: object, origin: str) -> object:
     hint = _HINTS[name]
     kinds = set(get_args(hint)) | {hint}
     what = f"{origin}: {name}"
-    if name == "upstream":
-        return read_targets(value, origin)
+    if name == "upstream" or hint is bool:
+        return read_targets(value, origin) if name == "upstream" else _truth(value, what)
     if tuple[str, ...] in kinds:
         return tuple(value.split(",")) if isinstance(value, str) else tuple(str(part) for part in _listed(value, what))
     if isinstance(value, str) and str not in kinds:
@@ -279,6 +280,16 @@ def _coerce(name: str, value: object, origin: str) -> object:
     if isinstance(value, bool) or not isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type))):
         raise UsageError(f"{what}: {value!r} does not fit")
     return value
+
+
+_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def _truth(value: object, what: str) -> bool:
+    found = _WORDS.get(str(value).strip().lower())
+    if found is None:
+        raise UsageError(f"{what}: {value!r} is neither true nor false")
+    return found
 
 
 def _listed(value: object, what: str) -> Sequence[object]:

@@ -1,11 +1,12 @@
-"""The batch that OpenAI's and xAI's clients both can read: the keys of both APIs on one object, and xAI's alone.
+"""The batch that OpenAI's and xAI's clients both can read: the keys of both APIs on one object, and xAI's alone. One
+of inference.club has its counts besides.
 
 Source: the Batch objects of the OpenAI and of the xAI API.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 import msgspec
@@ -13,12 +14,14 @@ from msgspec import UNSET, UnsetType
 
 from batchrunner.batch_object import BatchErrors, ExtendedBatch, batch_object, told_problems
 from batchrunner.holdings import LiveShare
-from batchrunner.lifecycle import BatchStatus
+from batchrunner.lifecycle import BatchStatus, JobStatus
 from batchrunner.models import Batch
 from batchrunner.prices import Price, price_of
 
 # The key of a batch's metadata that holds what xAI calls its name.
 NAME = "name"
+# And the one that holds inference.club's label.
+LABEL = "label"
 
 
 class RequestStates(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,7 +54,9 @@ class CostBreakdown(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SharedBatch(ExtendedBatch, frozen=True, kw_only=True):
-    """A batch with every key of OpenAI, of xAI, and of ours; xAI's instants are RFC 3339."""
+    """A batch with every key of OpenAI, of xAI, and of ours; xAI's instants are RFC 3339. What stands behind them only
+    batches of jobs have.
+    """
 
     batch_id: str
     name: str
@@ -62,6 +67,12 @@ class SharedBatch(ExtendedBatch, frozen=True, kw_only=True):
     cancel_by_xai_message: str | None
     state: RequestStates
     cost_breakdown: CostBreakdown | None
+    label: str | UnsetType = UNSET
+    total: int | UnsetType = UNSET
+    queued: int | UnsetType = UNSET
+    processing: int | UnsetType = UNSET
+    processed: int | UnsetType = UNSET
+    failed: int | UnsetType = UNSET
 
 
 class XaiBatch(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,13 +93,19 @@ class XaiBatch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def shared_object(
-    batch: Batch, shares: Sequence[LiveShare], now: datetime, *, prices: Sequence[Price] = ()
+    batch: Batch,
+    shares: Sequence[LiveShare],
+    now: datetime,
+    *,
+    prices: Sequence[Price] = (),
+    job_counts: Mapping[JobStatus, int] | None = None,
 ) -> SharedBatch:
-    """Map a batch to the wire, with its costs where there is a price for its model."""
+    """Map a batch to the wire, with its costs where there is a price for its model. One of jobs has `job_counts`."""
     extended = batch_object(batch, shares, now)
     cancelled_at = batch.cancelling_at or batch.failed_at
+    given = {name: getattr(extended, name) for name in ExtendedBatch.__struct_fields__}
     return SharedBatch(
-        **{name: getattr(extended, name) for name in ExtendedBatch.__struct_fields__},
+        **(given if job_counts is None else given | _jobs(batch, job_counts)),
         batch_id=batch.id,
         name=batch.metadata.get(NAME, ""),
         create_time=rfc3339(batch.created_at),
@@ -105,6 +122,18 @@ def shared_object(
         ),
         cost_breakdown=_costs(batch, now, prices),
     )
+
+
+def _jobs(batch: Batch, counts: Mapping[JobStatus, int]) -> dict[str, str | int]:
+    """Say in inference.club's words how the jobs stand; those that were cancelled are in the total alone."""
+    shown = (JobStatus.QUEUED, JobStatus.PROCESSING, JobStatus.PROCESSED, JobStatus.FAILED)
+    states = {status.lower(): counts[status] for status in shown}
+    return {"label": label_of(batch), "total": sum(counts.values()), **states}
+
+
+def label_of(batch: Batch) -> str:
+    """Give what a batch is called, by any of its clients."""
+    return batch.metadata.get(LABEL) or batch.metadata.get(NAME, "")
 
 
 def xai_object(shared: SharedBatch) -> XaiBatch:

@@ -129,6 +129,8 @@ def _value(name: str, default: object) -> str:
             return "none"
         case tuple():
             return f"all {len(default)}, see below"
+        case bool():
+            return str(default).lower()
         case float():
             return f"{default:g} s"
         case int() if "bytes" in name:

@@ -64,7 +64,8 @@ def shown(call: Call, batch: Batch) -> SharedBatch:
     except NotFound:
         # It has ended and was deleted since it was read.
         shares = []
-    return shared_object(batch, shares, call.parts.clock.now(), prices=call.parts.prices)
+    counts = call.scope.job_counts(batch.id) if batch.has_jobs else None
+    return shared_object(batch, shares, call.parts.clock.now(), prices=call.parts.prices, job_counts=counts)
 
 
 def batch_of(call: Call) -> Batch:
@@ -128,6 +129,10 @@ def cancelled(call: Call) -> Batch:
         batch = batch_of(call)
         if batch.status in _CANCELLED:
             return batch
+        if batch.has_jobs and batch.status not in TERMINAL:
+            # They end one by one, and any of them may be tried again.
+            call.scope.cancel_jobs(batch.id)
+            return batch_of(call)
         if not allows(batch.status, BatchEvent.CANCEL_REQUESTED):
             break
         try:
@@ -176,7 +181,9 @@ async def close_batch(call: Call) -> Answer:
 
     def close() -> SharedBatch:
         batch = batch_of(call)
-        call.scope.close_batch(batch.id)
+        if not batch.has_jobs:
+            # No others join those anyhow, and a job may be tried again for as long as it is kept.
+            call.scope.close_batch(batch.id)
         return shown(call, batch_of(call))
 
     return _answer(call, await call.blocking(close))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Raw
 
+from batchrunner.adding import judge
 from batchrunner.api.envelope import Refusal, invalid_value, missing_parameter
 from batchrunner.api.file_object import BATCH, ExpiresAfter
 from batchrunner.api.files import BlobSink, new_file
@@ -28,6 +29,7 @@ from batchrunner.models import (
     Order,
 )
 from batchrunner.settings import ENDPOINTS, MIB, parse_window
+from batchrunner.validation import Validation
 
 # Source: the endpoints of OpenAI's Batch API.
 STRICT_ENDPOINTS = ENDPOINTS[:8]
@@ -80,6 +82,14 @@ class BatchRequest(msgspec.Struct, frozen=True, kw_only=True):
     order: Order = Order.INPUT
     priority: Priority = 0
     webhook_url: Url | None = None
+
+
+async def keys_of(call: Call) -> frozenset[str]:
+    """Give the keys of a body, which tell its dialect; none where it is no object. Raises: Refusal."""
+    try:
+        return frozenset(msgspec.json.decode(await call.body(), type=dict[str, Raw]))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return frozenset()
 
 
 async def read_request(call: Call) -> BatchRequest:
@@ -195,6 +205,19 @@ def _create_inline(call: Call, batch_id: BatchId, wanted: BatchRequest) -> Batch
     except BaseException:
         sink.abort()
         raise
+
+
+def sound_lines(call: Call, requests: Sequence[InlineRequest], *, param: str) -> tuple[bytes, Validation]:
+    """Write requests as lines and judge them as validation would in a file. Raises: Refusal, naming the first bad one
+    by its place in `param`.
+    """
+    content = b"".join(map(line_of, requests))
+    found = judge(content, call.parts.settings)
+    if found.is_rejected:
+        first = found.problems[0]
+        place = "" if first.line_number is None else f"{param}[{first.line_number - 1}]: "
+        raise Refusal(place + first.message, param=param, code=first.code)
+    return content, found
 
 
 def line_of(request: InlineRequest) -> bytes:

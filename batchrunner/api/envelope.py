@@ -21,6 +21,10 @@ UNAVAILABLE_RETRY_S = 5.0
 # The SDKs send these again unless they are told that nothing will change.
 _RETRIED_BY_SDKS = frozenset({408, 409, 429})
 _encode = msgspec.json.Encoder().encode
+UNPARSEABLE_JSON = (
+    "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your HTTP library "
+    "correctly. The API expects a JSON payload, but what was sent was not valid JSON.)"
+)
 _SERVER_FAULT = "The server had an error while processing your request. Sorry about that!"
 
 
@@ -191,7 +195,4 @@ def body_too_large(size_bytes_max: int) -> Refusal:
 
 def unparseable_json() -> Refusal:
     """Source: the OpenAI API's answer to a body that is no JSON."""
-    return Refusal(
-        "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your HTTP library "
-        "correctly. The API expects a JSON payload, but what was sent was not valid JSON.)"
-    )
+    return Refusal(UNPARSEABLE_JSON)

@@ -184,6 +184,7 @@ class Route:
 
     `scope` is what a key must have, None asks for no key. A route that creates has `present`, which answers with the
     object of that id, and takes an Idempotency-Key. `request`, `query` and `answer` describe; handlers read by them.
+    `accepted` describes what comes with 202: instead of 200 where there is no `answer`.
     """
 
     method: str
@@ -194,6 +195,7 @@ class Route:
     request: type[msgspec.Struct] | None = None
     query: type[msgspec.Struct] | None = None
     answer: type[msgspec.Struct] | None = None
+    accepted: type[msgspec.Struct] | None = None
     # What does not fit into a struct: the media type of the request or of a streamed answer.
     request_media: str = JSON
     answer_media: str = JSON

@@ -32,8 +32,8 @@ def document(routes: Sequence[Route]) -> Schema:
             "version": __version__,
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
             "description": "An OpenAI Batch API. What is under /v1 is under /openai/v1 too, where files, uploads and "
-            "batches have the fields of OpenAI only. What is under /xai/v1 is xAI's API, and is at /v1 too where a "
-            "request can be told to be xAI's.",
+            "batches have the fields of OpenAI only. What is under /xai/v1 is xAI's API, under /club/v1 that of "
+            "inference.club; both are at /v1 too where a request can be told to be theirs.",
         },
         "servers": [{"url": "/"}],
         "paths": paths,
@@ -79,8 +79,7 @@ def _body_kinds(routes: Sequence[Route]) -> Iterator[type[msgspec.Struct]]:
     for route in routes:
         if route.request is not None and route.request_media == JSON:
             yield route.request
-        if route.answer is not None:
-            yield route.answer
+        yield from (kind for kind in (route.answer, route.accepted) if kind is not None)
 
 
 def _place(route: Route) -> tuple[str, str]:
@@ -150,10 +149,15 @@ def _responses(route: Route, shadows: Sequence[Route]) -> Schema:
         if each.answer is not None and each.answer_media not in forms:
             forms[each.answer_media] = {"schema": {"$ref": _REFERENCE.format(name=each.answer.__name__)}}
     refusals = [{"$ref": _REFERENCE.format(name=each.error.__name__)} for each in (route, *shadows)]
+    accepted = {}
+    if route.accepted is not None:
+        reference = {"$ref": _REFERENCE.format(name=route.accepted.__name__)}
+        accepted = {"202": {"description": "Accepted; it runs.", "content": {JSON: {"schema": reference}}}}
     error = {"content": {JSON: {"schema": refusals[0] if len(refusals) == 1 else {"anyOf": refusals}}}}
     over = {"204": {"description": "It is over, and nothing came after Last-Event-ID."}}
     return {
-        "200": {"description": "Done.", "content": forms},
+        **({} if accepted and route.answer is None else {"200": {"description": "Done.", "content": forms}}),
+        **accepted,
         **(over if route.answer_media == EVENT_STREAM else {}),
         "4XX": {"description": "The request is at fault; `error.message` says why.", **error},
         "5XX": {"description": "The server is at fault or busy; the request may be sent again.", **error},

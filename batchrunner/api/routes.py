@@ -8,6 +8,7 @@ from aiohttp import web
 
 from batchrunner.api import (
     batches,
+    club,
     club_assets,
     deliveries,
     events,
@@ -37,6 +38,7 @@ _TABLE: tuple[Route, ...] = (
     *webhooks.ROUTES,
     *deliveries.ROUTES,
     *live.ROUTES,
+    *club.ROUTES,
     *xai.ROUTES,
     club_assets.ROUTE,
     *health.ROUTES,

@@ -11,11 +11,11 @@ from functools import partial
 from typing import Annotated
 
 import msgspec
-from msgspec import Meta, Raw
+from msgspec import Meta
 
 from batchrunner.api import files
 from batchrunner.api.batches import batch_of, cancelled, found_batches, shown
-from batchrunner.api.creating import INLINE_BYTES_MAX, BatchRequest, Name, create
+from batchrunner.api.creating import INLINE_BYTES_MAX, BatchRequest, Name, create, keys_of
 from batchrunner.api.http import Answer, Call, Route, json_answer
 from batchrunner.api.paging import next_token
 from batchrunner.api.results import JSON_LINES
@@ -106,10 +106,7 @@ async def cancel_batch(call: Call) -> Answer:
 
 async def is_create(call: Call) -> bool:
     """Tell by its keys whether a create is xAI's."""
-    try:
-        given = msgspec.json.decode(await call.body(), type=dict[str, Raw])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
+    given = await keys_of(call)
     return "name" in given and _OF_OTHERS.isdisjoint(given)
 
 

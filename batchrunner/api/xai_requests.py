@@ -13,9 +13,9 @@ import msgspec
 from msgspec import Meta, Raw
 
 from batchrunner import crash
-from batchrunner.adding import Lines, join, judge
+from batchrunner.adding import Lines, join
 from batchrunner.api.batches import batch_of
-from batchrunner.api.creating import InlineRequest, line_of
+from batchrunner.api.creating import InlineRequest, sound_lines
 from batchrunner.api.envelope import Refusal
 from batchrunner.api.files import BlobSink
 from batchrunner.api.http import Answer, Call, json_answer
@@ -82,12 +82,7 @@ def _add(call: Call, wanted: AddRequests) -> None:
         # Told before anything is read; the store looks again.
         raise _closed(batch)
     requests = [_inline(call, number, each) for number, each in enumerate(wanted.batch_requests)]
-    content = b"".join(map(line_of, requests))
-    found = judge(content, call.parts.settings)
-    if found.is_rejected:
-        first = found.problems[0]
-        place = "" if first.line_number is None else f"batch_requests[{first.line_number - 1}]: "
-        raise Refusal(place + first.message, param="batch_requests", code=first.code)
+    content, found = sound_lines(call, requests, param="batch_requests")
     sink = BlobSink(call.parts, f"added/{batch.id}/{call.parts.rng.token_hex(8)}", size_bytes_max=ADD_BYTES_MAX * 2)
     try:
         sink.feed(content)

@@ -70,8 +70,6 @@ async def test_a_create_with_a_name_is_xais_and_open(api: Served) -> None:
         {"name": "x", "endpoint": "/v1/chat/completions"},
         {"name": "x", "completion_window": "24h"},
         {"input_file_id": "file-x"},
-        {"label": "x", "name": "x"},
-        {"requests": [], "name": "x"},
         {},
     ],
 )

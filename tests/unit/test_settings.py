@@ -115,6 +115,10 @@ def test_strongest_layer_wins_and_its_origin_is_kept() -> None:
         ("base_url", "123", "123"),
         ("endpoints", "/v1/a,/v1/b", ("/v1/a", "/v1/b")),
         ("endpoints", ["/v1/a"], ("/v1/a",)),
+        ("async_enabled", "false", False),
+        ("async_enabled", "On", True),
+        ("async_enabled", "0", False),
+        ("async_enabled", False, False),
     ],
 )
 def test_value_is_brought_to_the_type_of_its_setting(name: str, given_value: object, wanted: object) -> None:
@@ -137,6 +141,8 @@ def test_value_is_brought_to_the_type_of_its_setting(name: str, given_value: obj
         ("memory_bytes_max", "lots"),
         ("base_url", 7),
         ("endpoints", 7),
+        ("async_enabled", "perhaps"),
+        ("async_enabled", ["true"]),
     ],
 )
 def test_value_that_does_not_fit_names_origin_setting_and_value(name: str, given_value: object) -> None:
