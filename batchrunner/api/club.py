@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta, Raw
 
 from batchrunner.additions import NewAddition
+from batchrunner.api import club_jobs
 from batchrunner.api.batches import batch_of, cancelled
 from batchrunner.api.club_words import (
     TOO_LARGE,
@@ -258,4 +259,5 @@ ROUTES = (
         answer=ClubBatchDetails,
         recognizes=is_clubs,
     ),
+    *club_jobs.ROUTES,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 
+from batchrunner.api.club_words import ClubError
 from batchrunner.api.download import blob_answer
 from batchrunner.api.envelope import Refusal, refused_if_missing
 from batchrunner.api.http import Answer, Call, Held, Route
@@ -137,4 +138,5 @@ ROUTE = Route(
     summary="Read a medium that a job made",
     answer_media=UNKNOWN_TYPE,
     dialect=CLUB,
+    error=ClubError,
 )

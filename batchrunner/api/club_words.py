@@ -10,17 +10,19 @@ from types import MappingProxyType
 from typing import Literal, Self
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Raw, UnsetType
 
 from batchrunner.api.envelope import UNPARSEABLE_JSON, ErrorBody, Refusal
+from batchrunner.grouping import read_failure
 from batchrunner.jobs import InferenceType, Job
 from batchrunner.lifecycle import ACTIVE_JOBS, TERMINAL, BatchStatus, JobStatus
-from batchrunner.models import Batch
+from batchrunner.models import Batch, LineCode
 from batchrunner.progress import seconds_of
 from batchrunner.settings import Settings
-from batchrunner.shared_object import label_of
+from batchrunner.shared_object import label_of, rfc3339
 
-ASYNC_DISABLED, CONFLICT, NO_PROVIDER, TOO_LARGE = "async_disabled", "conflict", "no_provider", "too_large"
+ASYNC_DISABLED, CONFLICT, NO_PROVIDER = "async_disabled", "conflict", "no_provider"
+TOO_LARGE, UPSTREAM_ERROR = "too_large", "upstream_error"
 # Codes of ours that have a word of their own; of the others the status tells.
 _CODES: Mapping[str, str] = MappingProxyType(
     {
@@ -39,9 +41,9 @@ _STATUSES: Mapping[int, str] = MappingProxyType(
         413: TOO_LARGE,
         429: "rate_limited",
         500: "server_error",
-        502: "upstream_error",
+        502: UPSTREAM_ERROR,
         503: "unavailable",
-        504: "upstream_error",
+        504: UPSTREAM_ERROR,
     }
 )
 
@@ -124,6 +126,39 @@ class ClubBatchDetails(ClubBatch, frozen=True, kw_only=True):
     jobs: tuple[ClubBatchJob, ...]
 
 
+class ClubFailure(msgspec.Struct, frozen=True):
+    """Why a job failed. `kind` is `upstream_error` for whatever the upstream answered, `no_provider`, or a code of a
+    result line.
+    """
+
+    message: str
+    kind: str
+
+
+# What has no answer, and gets none any more.
+EXPIRED = ClubFailure("It was not done within the time for which jobs are kept.", str(LineCode.BATCH_EXPIRED))
+
+
+class ClubJob(msgspec.Struct, frozen=True, kw_only=True):
+    """A job. Once PROCESSED it has what the upstream answered, or where the media are that were made; all of them only
+    where there are several. Once FAILED it says why.
+    """
+
+    id: str
+    object: Literal["inference.job"] = "inference.job"
+    status: JobStatus
+    inference_type: InferenceType
+    model: str | None
+    created: int
+    queued_at: str
+    finished_at: str | UnsetType = UNSET
+    batch_id: str | UnsetType = UNSET
+    result: Raw | UnsetType = UNSET
+    result_url: str | UnsetType = UNSET
+    result_urls: list[str] | UnsetType = UNSET
+    error: ClubFailure | UnsetType = UNSET
+
+
 def inference_type_of(url: str) -> InferenceType:
     """Tell what an endpoint makes; what is none of the media is text, or about text."""
     match url.split("/")[2:]:
@@ -177,6 +212,29 @@ def _status_of(batch: Batch, counts: Mapping[JobStatus, int]) -> ClubStatus:
     if batch.has_jobs or batch.status is BatchStatus.FINALIZING:
         return "PROCESSING" if any(counts[each] for each in ACTIVE_JOBS) else "DONE"
     return STATUSES[batch.status]
+
+
+def club_job(job: Job) -> ClubJob:
+    """Show a job, without what came of it."""
+    return ClubJob(
+        id=str(job.number),
+        status=job.status,
+        inference_type=job.inference_type,
+        model=job.model,
+        created=seconds_of(job.created_at),
+        queued_at=rfc3339(job.queued_at),
+        finished_at=rfc3339(job.ended_at) if job.ended_at is not None else UNSET,
+        batch_id=UNSET if job.is_single else job.batch_id,
+    )
+
+
+def failure_of(line: bytes) -> ClubFailure:
+    """Say why a line failed."""
+    failure = read_failure(msgspec.json.decode(line, type=dict[str, object]))
+    if failure.status is not None:
+        return ClubFailure(failure.message or f"The upstream answered HTTP {failure.status}.", UPSTREAM_ERROR)
+    kind = NO_PROVIDER if failure.code == LineCode.MODEL_NOT_SERVED else failure.code
+    return ClubFailure(failure.message or failure.code, kind)
 
 
 def club_batch_job(job: Job) -> ClubBatchJob:

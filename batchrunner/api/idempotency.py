@@ -32,7 +32,7 @@ async def answer_once(call: Call) -> Answer:
     key = call.request.headers.get(HEADER)
     if key is None or call.route.present is None:
         return await call.route.handler(call)
-    _check_key(key)
+    check_key(key)
     fingerprint = None if call.route.is_streamed_in else await _fingerprint(call)
     name = f"{call.route.method} {call.route.path}"
     if call.path_params:
@@ -123,7 +123,8 @@ async def _renew(call: Call, held: Replay) -> None:
             logger.exception("an idempotency key was not renewed", extra={"action": "idempotency_renew_failed"})
 
 
-def _check_key(key: str) -> None:
+def check_key(key: str) -> None:
+    """Raises: Refusal when a key is none that can be kept."""
     if not 1 <= len(key) <= _KEY_CHARS_MAX or not key.isascii() or not key.isprintable():
         raise Refusal(
             f"Invalid '{HEADER}': expected 1 to {_KEY_CHARS_MAX} printable ASCII characters.",

@@ -91,6 +91,10 @@ class InferenceRequest(msgspec.Struct):
     stream: bool | None = None
 
 
+class InferenceAnswer(msgspec.Struct):
+    """What the upstream says; nothing of it is looked at."""
+
+
 class InferenceForm(msgspec.Struct):
     """What is known of a form; nothing of it is looked at."""
 
@@ -117,18 +121,21 @@ class Inference:
         live = call.parts.live
         if live is None:
             raise _unable("This server has no upstream: it was started without -u URL.", 503, "no_upstream")
-        if call.request.content_type.startswith("multipart/"):
+        if is_form(call):
             model = call.parameters(FormQuery).model
             return await _pass(call, live, model, _Form(self._url, call))
-        asked = await _asked(call)
-        if asked.is_async:
-            raise _no_queue(self._url)
+        asked = await asked_of(call)
         has_tpm = any(place.target.tpm for place in live.places)
         tokens = await _taken_apart(call, asked.body, estimate_tokens, asked.body) if has_tpm else 0
         return await _pass(call, live, asked.model, _Whole(self._url, call, asked, tokens))
 
 
-async def _asked(call: Call) -> Asked:
+def is_form(call: Call) -> bool:
+    """Tell whether a request comes as a form, which is passed on as it comes in."""
+    return call.request.content_type.startswith("multipart/")
+
+
+async def asked_of(call: Call) -> Asked:
     """Read a JSON body. Raises: Refusal."""
     raw = await call.body(call.parts.settings.line_bytes_max)
     return await _taken_apart(call, raw, read_asked, raw)
@@ -393,31 +400,29 @@ def _full(wait_s: float) -> Refusal:
     )
 
 
-def _no_queue(url: str) -> Refusal:
-    if url in FORM_URLS:
-        message = "This endpoint is synchronous only: send it without `async`."
-        return Refusal(message, param="async", code="invalid_value")
-    message = "Async jobs are not enabled on this server."
-    return Refusal(message, status=503, kind="async_disabled", code="async_disabled")
-
-
-def _row(url: str) -> Route:
-    is_form = url == TRANSCRIPTIONS
+def inference_row(url: str) -> Route:
+    """Give the route of an endpoint."""
+    takes_form = url == TRANSCRIPTIONS
     return Route(
         method="POST",
         path=url,
         handler=Inference(url),
         summary=f"Have the upstream answer {url.removeprefix('/v1/')} at once",
         scope=KeyScope.WRITE,
-        request=InferenceForm if is_form else InferenceRequest,
-        request_media=MULTIPART if is_form else JSON,
+        request=InferenceForm if takes_form else InferenceRequest,
+        request_media=MULTIPART if takes_form else JSON,
         query=FormQuery if url in FORM_URLS else None,
     )
 
 
-ROUTES: tuple[Route, ...] = tuple(_row(url) for url in (*ENDPOINTS, TRANSCRIPTIONS))
+ROUTES: tuple[Route, ...] = tuple(map(inference_row, (*ENDPOINTS, TRANSCRIPTIONS)))
 
 
 def extra_routes(endpoints: tuple[str, ...]) -> tuple[Route, ...]:
     """Give the routes of endpoints that the operator has added to the usual ones."""
-    return tuple(_row(url) for url in endpoints if url not in ENDPOINTS and url != TRANSCRIPTIONS)
+    return tuple(map(inference_row, extra_urls(endpoints)))
+
+
+def extra_urls(endpoints: tuple[str, ...]) -> tuple[str, ...]:
+    """Give the endpoints that the operator has added."""
+    return tuple(url for url in endpoints if url not in ENDPOINTS and url != TRANSCRIPTIONS)

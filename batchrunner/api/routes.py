@@ -10,6 +10,7 @@ from batchrunner.api import (
     batches,
     club,
     club_assets,
+    club_jobs,
     deliveries,
     events,
     failures,
@@ -39,8 +40,8 @@ _TABLE: tuple[Route, ...] = (
     *deliveries.ROUTES,
     *live.ROUTES,
     *club.ROUTES,
-    *xai.ROUTES,
     club_assets.ROUTE,
+    *xai.ROUTES,
     *health.ROUTES,
 )
 ROUTES: tuple[Route, ...] = (*_TABLE, *reference_routes(_TABLE))
@@ -55,7 +56,8 @@ def build_app(parts: ApiParts, routes: Sequence[Route] = ROUTES) -> web.Applicat
     """Make the application; whoever serves it runs it with `make_runner`."""
     app = web.Application()
     app[RNG] = parts.rng
-    table = (*routes, *live.extra_routes(parts.settings.endpoints))
+    added = parts.settings.endpoints
+    table = (*routes, *live.extra_routes(added), *club_jobs.extra_routes(added))
     table = health.opened(table) if parts.vitals.is_local else table
     app.router.add_route("*", r"/{path:[\s\S]*}", Dispatcher(parts, table).handle)
 

@@ -57,3 +57,35 @@ def error_of(reply: Reply) -> tuple[int, str]:
 def message_of(reply: Reply) -> str:
     """Give what a refusal says."""
     return str(reply.json["error"]["message"])
+
+
+async def submit(served: Served, url: str = CHAT, *, root: str = "", **body: Any) -> Reply:
+    """Ask an endpoint for a job, whatever comes of it. What is in capitals is a header."""
+    headers = {"Idempotency-Key": str(body.pop("KEY"))} if "KEY" in body else {}
+    return await served.call("POST", root + url, json={"async": True} | body, headers=headers)
+
+
+async def submitted(served: Served, name: str = "a", **body: Any) -> str:
+    """Make a job of a chat request and give its id."""
+    messages = [{"role": "user", "content": name}]
+    reply = await submit(served, model="m", messages=messages, **body)
+    assert reply.status == 202, reply.body
+    return str(reply.json["id"])
+
+
+async def job(served: Served, job_id: str) -> dict[str, Any]:
+    """Show a job."""
+    reply = await served.call("GET", f"/v1/jobs/{job_id}")
+    assert reply.status == 200, reply.body
+    return dict(reply.json)
+
+
+async def until_over(served: Served, *job_ids: str) -> list[dict[str, Any]]:
+    """Ask for jobs until none is active, and give them; each look is a request and paces the next."""
+    found = []
+    async with asyncio.timeout(60):
+        for job_id in job_ids:
+            while (shown := await job(served, job_id))["status"] in ("QUEUED", "PROCESSING"):
+                pass
+            found.append(shown)
+    return found

@@ -52,7 +52,8 @@ async def estate(tmp_path: Path) -> AsyncIterator[Estate]:
         if any(route.path == "/v1/batches" for route in ROUTES):
             order = {"input_file_id": file_id, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
             owned["batch_id"] = (await served.call("POST", "/v1/batches", json=order)).json["id"]
-        owned |= await tell_somebody(served) | {"asset_id": pictured(served, TenantId("acme"))}
+        job_id = pictured(served, TenantId("acme"))
+        owned |= await tell_somebody(served) | {"asset_id": job_id, "job_id": job_id}
         yield Estate(served, owned, served.add_key("stranger"))
 
 
