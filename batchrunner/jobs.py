@@ -55,6 +55,15 @@ class Job(NewJob):
     retry_count: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobBatchCounts:
+    """Batches with jobs by how these stand: all of them queued, some not over yet, all over."""
+
+    waiting: int
+    begun: int
+    over: int
+
+
 class TenantJobs(Protocol):
     """The part of a TenantScope that knows jobs. `lines` of what is made number from 1, as do their shards, and have no
     hashes; line n is job n - 1. Raises in every method that takes a number or a batch: NotFound.
@@ -110,6 +119,9 @@ class TenantJobs(Protocol):
 
     def job_counts(self, batch_id: BatchId | None = None) -> Mapping[JobStatus, int]:
         """Count the jobs of a batch, or all, by status; every status is there."""
+
+    def job_batch_counts(self) -> JobBatchCounts:
+        """Count the batches that were made with jobs."""
 
     def cancel_job(self, number: int) -> Job:
         """End a job that is active; on any other it has no effect. Its line is not sent any more; a request under way

@@ -13,18 +13,22 @@ from batchrunner.courier import Posts
 from batchrunner.metrics import Latencies
 from batchrunner.orders import Pulse
 
+# Source: inference.club's queue summary.
+STALLED_S = 60.0
+
 
 @dataclass(slots=True, kw_only=True)
 class Vitals:
     """Of one event loop. `is_local` means that the server listens on loopback only.
 
     `closing` is set when the server is asked to end: whoever streams without an end of its own has to stop then. `busy`
-    are the connections with a request under way.
+    are the connections with a request under way. `ticked_at_s` is when a worker of this server was last heard of.
     """
 
     is_local: bool = True
     pulse: Pulse = field(default_factory=Pulse)
     pulsed_at_s: float = -math.inf
+    ticked_at_s: float = -math.inf
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     answered: Counter[int] = field(default_factory=Counter)
     latencies: Latencies = field(default_factory=Latencies)
@@ -62,3 +66,13 @@ class Vitals:
         """Take in what the parent said."""
         self.pulse = pulse
         self.pulsed_at_s = now_s
+        if pulse.ticking_count:
+            self.ticked_at_s = now_s
+
+    def silent_s(self, now_s: float) -> float | None:
+        """How long ago a worker was heard of, None if none ever was."""
+        return None if math.isinf(self.ticked_at_s) else now_s - self.ticked_at_s
+
+    def is_stalled(self, now_s: float) -> bool:
+        """Tell whether what is queued waits for nobody."""
+        return now_s - self.ticked_at_s > STALLED_S

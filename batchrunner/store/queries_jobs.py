@@ -7,11 +7,23 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, and_, bindparam, delete, func, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    RowMapping,
+    and_,
+    bindparam,
+    case,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
 
 from batchrunner.additions import NewAddition
 from batchrunner.errors import NotFound, TransitionRefused
-from batchrunner.jobs import NewJob
+from batchrunner.jobs import JobBatchCounts, NewJob
 from batchrunner.lifecycle import ACTIVE_JOBS, RETRYABLE_JOBS, TERMINAL, BatchStatus, JobStatus
 from batchrunner.models import Batch, BatchId, NewExtent, RecordKind, TaskId, TenantId
 from batchrunner.store.moments import Moment
@@ -93,6 +105,19 @@ def count_jobs(conn: Connection, *where: ColumnElement[bool]) -> dict[JobStatus,
     query = select(jobs.c.status, func.count().label("total")).where(*where).group_by(jobs.c.status)
     found = {row.status: row.total for row in conn.execute(query)}
     return {status: found.get(status, 0) for status in JobStatus}
+
+
+def count_job_batches(conn: Connection, tenant: TenantId) -> JobBatchCounts:
+    """Count a tenant's batches by what their jobs do."""
+    queued = func.sum(case((jobs.c.status == JobStatus.QUEUED, 1), else_=0)).label("queued")
+    active = func.sum(case((jobs.c.status.in_(ACTIVE_JOBS), 1), else_=0)).label("active")
+    mine = (jobs.c.tenant == tenant, ~jobs.c.is_single, batches.c.deleted_at.is_(None))
+    each = select(queued, active, func.count().label("total")).join_from(jobs, batches, jobs.c.batch_id == batches.c.id)
+    batch = each.where(*mine).group_by(jobs.c.batch_id).subquery()
+    waits, is_over = batch.c.queued == batch.c.total, batch.c.active == 0
+    waiting, over = (func.coalesce(func.sum(case((which, 1), else_=0)), 0) for which in (waits, is_over))
+    row = conn.execute(select(waiting.label("waiting"), over.label("over"), func.count().label("total"))).one()
+    return JobBatchCounts(waiting=row.waiting, begun=row.total - row.waiting - row.over, over=row.over)
 
 
 def told(conn: Connection, found: Sequence[Batch]) -> list[Batch]:

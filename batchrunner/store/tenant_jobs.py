@@ -11,7 +11,7 @@ from sqlalchemy import Connection, RowMapping
 from batchrunner.additions import NewAddition
 from batchrunner.errors import NotFound, TransitionRefused
 from batchrunner.holdings import NO_LIMITS, KeyLimits, Replay
-from batchrunner.jobs import Job, NewJob
+from batchrunner.jobs import Job, JobBatchCounts, NewJob
 from batchrunner.lifecycle import BatchStatus, JobStatus
 from batchrunner.models import Batch, BatchId, NewBatch, ShardCut
 from batchrunner.store import queries_blobs, queries_jobs
@@ -124,6 +124,11 @@ class SqlTenantJobs(SqlTenantLines):
             mine.append(rows.c.batch_id == batch_id)
         with self._store.reading() as conn:
             return queries_jobs.count_jobs(conn, *mine)
+
+    def job_batch_counts(self) -> JobBatchCounts:
+        """See TenantJobs."""
+        with self._store.reading() as conn:
+            return queries_jobs.count_job_batches(conn, self._tenant)
 
     def cancel_job(self, number: int) -> Job:
         """See TenantJobs."""

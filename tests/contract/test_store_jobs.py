@@ -10,7 +10,7 @@ import pytest
 from batchrunner.additions import NewAddition
 from batchrunner.errors import NotFound, QuotaExceeded, TransitionRefused
 from batchrunner.holdings import KeyLimits, Replay
-from batchrunner.jobs import InferenceType, NewJob
+from batchrunner.jobs import InferenceType, JobBatchCounts, NewJob
 from batchrunner.lifecycle import BatchStatus, JobStatus
 from batchrunner.models import (
     CLUB,
@@ -95,6 +95,23 @@ def test_batch_with_jobs_has_a_number_for_a_name_and_runs_at_once(world: World) 
     assert {each.status for each in jobs} == {QUEUED}
     assert (jobs[0].created_at, jobs[0].queued_at, jobs[0].ended_at) == (world.clock.wall, world.clock.wall, None)
     assert shard_in(world.claim()).source == "add-1"
+
+
+def test_batches_are_counted_by_what_their_jobs_do(world: World) -> None:
+    assert world.scope.job_batch_counts() == JobBatchCounts(waiting=0, begun=0, over=0)
+    world.scope.add_jobs(intake(world), lines(1), asked(1))
+    world.created("other")
+    batch_of_jobs(world, 2, source="add-2")
+    gone = batch_of_jobs(world, 2, source="add-3")
+    over = batch_of_jobs(world, 2, source="add-4")
+    begun = batch_of_jobs(world, 2, source="add-5")
+    for each in (gone, over):
+        world.scope.cancel_jobs(each.id)
+    world.scope.delete_batch(gone.id)
+    world.scope.cancel_job(world.scope.jobs(limit=1, batch_id=begun.id)[0].number)
+
+    assert world.scope.job_batch_counts() == JobBatchCounts(waiting=1, begun=1, over=1)
+    assert world.store.scope(BEN).job_batch_counts() == JobBatchCounts(waiting=0, begun=0, over=0)
 
 
 def test_jobs_begin_with_their_shard_and_end_with_their_records(world: World) -> None:
