@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,7 +38,8 @@ class Reader:
     """The registered records of one batch behind a sequence number. Blocks; used by one thread at a time.
 
     `after` is the highest sequence number that was looked at. Damaged bytes are left out, logged, and told to
-    `on_damage`; the records behind them keep an order, though not their numbers.
+    `on_damage`; the records behind them keep an order, though not their numbers. With `lines`, records of other lines
+    are left out too, and keep theirs.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class Reader:
         *,
         after: int = 0,
         on_damage: Callable[[Damage], None] | None = None,
+        lines: Container[int] | None = None,
     ) -> None:
         self.after = after
+        self._lines = lines
         self._blobs = blobs
         self._scope = scope
         self._batch_id = batch_id
@@ -80,7 +83,7 @@ class Reader:
                     self._on_damage(each)
                 continue
             sequence += 1
-            if sequence > after:
+            if sequence > after and (self._lines is None or each.line_number in self._lines):
                 yield Numbered(sequence, each)
         # Behind damage, what an extent gains later goes on from the number that its row says.
         self.after = extent.sequence_from + extent.count - 1

@@ -181,9 +181,7 @@ async def close_batch(call: Call) -> Answer:
 
     def close() -> SharedBatch:
         batch = batch_of(call)
-        if not batch.has_jobs:
-            # No others join those anyhow, and a job may be tried again for as long as it is kept.
-            call.scope.close_batch(batch.id)
+        call.scope.close_batch(batch.id)
         return shown(call, batch_of(call))
 
     return _answer(call, await call.blocking(close))

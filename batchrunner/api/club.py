@@ -31,6 +31,7 @@ from batchrunner.api.creating import INLINE_BYTES_MAX, InlineRequest, keys_of, s
 from batchrunner.api.envelope import Refusal, invalid_value, wrong_method
 from batchrunner.api.files import BlobSink
 from batchrunner.api.http import Answer, Call, Route, json_answer
+from batchrunner.api.job_lines import JOBS_MAX, jobs_of, request_id
 from batchrunner.api.live import FORM_URLS
 from batchrunner.errors import NotFound
 from batchrunner.holdings import KeyScope
@@ -41,7 +42,6 @@ from batchrunner.models import CLUB, Batch, BatchId, NewBatch
 from batchrunner.settings import Settings
 from batchrunner.shared_object import LABEL
 
-REQUESTS_MAX = 256
 _LABEL_CHARS_MAX = 160
 _LISTED_MAX = 50
 # What tells a create of OpenAI's, whatever else it has.
@@ -118,12 +118,12 @@ async def is_clubs(call: Call) -> bool:
 
 
 def _create(call: Call, wanted: ClubBatchRequest) -> Batch:
-    if len(wanted.requests) > REQUESTS_MAX:
-        message = f"A batch takes {REQUESTS_MAX} requests at most, and this one has {len(wanted.requests)}."
+    if len(wanted.requests) > JOBS_MAX:
+        message = f"A batch takes {JOBS_MAX} requests at most, and this one has {len(wanted.requests)}."
         raise Refusal(message, param="requests", code=TOO_LARGE)
     asked = [_asked(call, number, each) for number, each in enumerate(wanted.requests)]
     requests = [
-        InlineRequest(custom_id=f"requests[{number}]", url=each.endpoint, body=Raw(body))
+        InlineRequest(custom_id=request_id(number), url=each.endpoint, body=Raw(body))
         for number, (each, (_, _, body)) in enumerate(zip(wanted.requests, asked, strict=True))
     ]
     content, found = sound_lines(call, requests, param="requests")
@@ -152,7 +152,7 @@ def _asked(call: Call, number: int, request: ClubRequest) -> Asked:
     """Take the word `async` out of a request. Raises: Refusal."""
     supported = endpoints_of(call.parts.settings)
     if request.endpoint not in supported:
-        place = f"requests[{number}].endpoint"
+        place = f"{request_id(number)}.endpoint"
         shown = request.endpoint[:100] if request.endpoint.isprintable() else ""
         raise Refusal(f"Invalid '{place}': {invalid_value(place, shown, supported).message}", param=place)
     try:
@@ -195,7 +195,7 @@ def _details(call: Call, batch: Batch) -> ClubBatchDetails:
     """Show a batch with its jobs, all as they stood at one instant. Blocks."""
     if not batch.has_jobs:
         return ClubBatchDetails(**msgspec.structs.asdict(_shown(call, batch)), jobs=())
-    jobs = call.scope.jobs(limit=REQUESTS_MAX, batch_id=batch.id)[::-1]
+    jobs = jobs_of(call.scope, batch)
     counts = dict.fromkeys(JobStatus, 0) | Counter(job.status for job in jobs)
     shown = club_batch(batch, counts)
     return ClubBatchDetails(**msgspec.structs.asdict(shown), jobs=tuple(map(club_batch_job, jobs)))

@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from batchrunner.api.envelope import Refusal
+from batchrunner.api.job_lines import shown_lines
 from batchrunner.batch_object import told_problems
 from batchrunner.choosing import lines_of
 from batchrunner.errors import NotFound
@@ -68,12 +69,17 @@ class Count:
         self._groups = FailureGroups(SERVER)
         self._blobs = blobs
         self._scope = scope
-        self._reader = Reader(blobs, scope, batch.id)
+        self._has_jobs = batch.has_jobs
+        self._reader = Reader(blobs, scope, batch.id, lines=shown_lines(scope, batch))
         self._coming = self._count(batch)
         self.is_through = False
 
     def fits(self, batch: Batch) -> bool:
-        """Tell whether what is counted is still part of what the batch has; damage takes results out of it."""
+        """Tell whether what is counted is still part of what the batch has; damage takes results out of it, and so does
+        the retry of a job.
+        """
+        if self._has_jobs:
+            return False
         is_over = batch.status in TERMINAL
         return self.is_final if is_over else not self.is_final and self._groups.total <= batch.failed_count
 
@@ -118,7 +124,7 @@ class Count:
         """Count one failure at a time: of the error file, before the end of what is registered, without any line of
         what validation refused.
         """
-        if not self.is_final:
+        if not self.is_final or self._has_jobs:
             return self._registered()
         if batch.status is BatchStatus.FAILED and batch.problem_count:
             return self._refused(batch)

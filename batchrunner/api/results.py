@@ -15,6 +15,7 @@ from msgspec import Meta
 from batchrunner.api.batches import batch_of
 from batchrunner.api.envelope import Refusal
 from batchrunner.api.http import Answer, Call, Route
+from batchrunner.api.job_lines import shown_lines
 from batchrunner.api.sealed import SealedFiles, lines_in, sealed_files
 from batchrunner.choosing import custom_id_of
 from batchrunner.errors import BlobsUnavailable
@@ -130,7 +131,8 @@ class _Shelf:
         """
         batch, last = self._batches[place], self._last[place]
         on_damage = break_off if batch.status in TERMINAL else None
-        reader = Reader(self._blobs, self._scope, batch.id, after=after, on_damage=on_damage)
+        lines = shown_lines(self._scope, batch)
+        reader = Reader(self._blobs, self._scope, batch.id, after=after, on_damage=on_damage, lines=lines)
         for each in reader.fresh():
             if each.sequence > last:
                 return

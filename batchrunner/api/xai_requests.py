@@ -19,11 +19,13 @@ from batchrunner.api.creating import InlineRequest, sound_lines
 from batchrunner.api.envelope import Refusal
 from batchrunner.api.files import BlobSink
 from batchrunner.api.http import Answer, Call, json_answer
+from batchrunner.api.job_lines import jobs_by_line
 from batchrunner.api.xai_results import LIMIT_MAX, XaiPage, place_in, token_of
 from batchrunner.api.xai_words import URLS, State, XaiRequestMetadata, url_of
 from batchrunner.errors import NotFound, TransitionRefused
 from batchrunner.frames import Record, read_records, segment_of
-from batchrunner.lifecycle import BatchStatus
+from batchrunner.jobs import Job
+from batchrunner.lifecycle import BatchStatus, JobStatus
 from batchrunner.lines import iter_lines, model_of
 from batchrunner.models import Batch, RecordKind, RequestLine, Shard
 from batchrunner.settings import MIB
@@ -37,6 +39,13 @@ _ADD_REQUESTS_MAX = 100_000
 _LINE = "l"
 _PLACE = re.compile(r"(l)([0-9]{1,18})")
 _ENDED: Mapping[BatchStatus, State] = {BatchStatus.CANCELLED: "cancelled", BatchStatus.EXPIRED: "failed"}
+_OF_JOBS: Mapping[JobStatus, State] = {
+    JobStatus.QUEUED: "pending",
+    JobStatus.PROCESSING: "pending",
+    JobStatus.PROCESSED: "succeeded",
+    JobStatus.FAILED: "failed",
+    JobStatus.CANCELED: "cancelled",
+}
 
 
 class XaiRequest(msgspec.Struct, frozen=True):
@@ -78,7 +87,7 @@ async def present_addition(call: Call, _source: str) -> Answer:
 
 def _add(call: Call, wanted: AddRequests) -> None:
     batch = batch_of(call)
-    if not batch.is_open:
+    if not batch.is_open or batch.has_jobs:
         # Told before anything is read; the store looks again.
         raise _closed(batch)
     requests = [_inline(call, number, each) for number, each in enumerate(wanted.batch_requests)]
@@ -113,7 +122,12 @@ def _join(call: Call, batch: Batch, lines: Lines) -> None:
 
 
 def _closed(batch: Batch) -> Refusal:
-    why = "it was made of a file" if batch.input_name is not None else f"it is closed, and its status '{batch.status}'"
+    if batch.has_jobs:
+        why = "it was made of jobs"
+    elif batch.input_name is not None:
+        why = "it was made of a file"
+    else:
+        why = f"it is closed, and its status '{batch.status}'"
     return Refusal(f"Batch '{batch.id}' takes no more requests: {why}.", param="batch_id", code="batch_closed")
 
 
@@ -148,14 +162,15 @@ def _page(call: Call, wanted: XaiPage) -> Answer:
     # A shard has a line at least, so that one more than lines are wanted tells whether there are more.
     shards = call.scope.shards_from(batch.id, first_line, limit=limit + 1)
     shown: list[XaiRequestMetadata] = []
+    jobs = jobs_by_line(call.scope, batch)
     for shard in shards:
-        states = _states(call, shard) if len(shown) <= limit else {}
+        states = _states(call, shard, jobs) if len(shown) <= limit else {}
         for line in _lines(call, batch, shard):
-            if line.line_number < first_line:
+            if line.line_number < first_line or (jobs is not None and line.line_number not in jobs):
                 continue
             if len(shown) == limit:
                 return json_answer(XaiRequestPage(shown, token_of(_LINE, line.line_number)))
-            shown.append(_metadata(batch, line, states.get(line.line_number)))
+            shown.append(_metadata(batch, line, states.get(line.line_number, _ENDED.get(batch.status, "pending"))))
     return json_answer(XaiRequestPage(shown, None))
 
 
@@ -171,20 +186,19 @@ def _lines(call: Call, batch: Batch, shard: Shard) -> Iterator[RequestLine]:
     yield from iter_lines(buffer, shard.first_line, shard.skipped, rules)
 
 
-def _states(call: Call, shard: Shard) -> dict[int, RecordKind]:
-    """Tell how those lines of a shard ended that have."""
-    found: dict[int, RecordKind] = {}
+def _states(call: Call, shard: Shard, jobs: Mapping[int, Job] | None) -> dict[int, State]:
+    """Tell how those lines of a shard ended that have, and of jobs how they stand."""
+    if jobs is not None:
+        return {number: _OF_JOBS[job.status] for number, job in jobs.items()}
+    found: dict[int, State] = {}
     for extent in call.scope.extents_of(shard.batch_id, [shard.task_id]):
         for each in read_records(call.parts.blobs, segment_of(extent), extent.byte_start, extent.byte_end):
             if isinstance(each, Record):
-                found[each.line_number] = each.kind
+                found[each.line_number] = "succeeded" if each.kind is RecordKind.SUCCEEDED else "failed"
     return found
 
 
-def _metadata(batch: Batch, line: RequestLine, kind: RecordKind | None) -> XaiRequestMetadata:
-    state: State = _ENDED.get(batch.status, "pending")
-    if kind is not None:
-        state = "succeeded" if kind is RecordKind.SUCCEEDED else "failed"
+def _metadata(batch: Batch, line: RequestLine, state: State) -> XaiRequestMetadata:
     return XaiRequestMetadata(
         batch_request_id=line.custom_id,
         endpoint=line.url,

@@ -16,18 +16,20 @@ from msgspec import Meta
 from batchrunner.api.batches import batch_of
 from batchrunner.api.envelope import Refusal
 from batchrunner.api.http import Answer, Call, json_answer
+from batchrunner.api.job_lines import jobs_of, request_id, shown_lines
 from batchrunner.api.results import break_off
 from batchrunner.api.sealed import is_not_run, sealed_files
 from batchrunner.api.xai_words import XaiResult, result_of
 from batchrunner.choosing import lines_of, read_error_line
 from batchrunner.errors import InputChanged, NotFound
 from batchrunner.frames import Record, read_payload
-from batchrunner.lifecycle import TERMINAL
+from batchrunner.lifecycle import TERMINAL, JobStatus
 from batchrunner.lines import iter_lines
-from batchrunner.models import Batch, File
+from batchrunner.models import Batch, File, LineCode
 from batchrunner.pipeline import read_blob
 from batchrunner.ports import Blobs
 from batchrunner.reading import Reader
+from batchrunner.results import ResultLines
 from batchrunner.settings import MIB
 from batchrunner.validation import line_rules
 
@@ -130,6 +132,9 @@ def _walk(call: Call, batch: Batch, place: _Place) -> Iterator[_Found]:
         if batch.status not in TERMINAL:
             return
         phase, position = _NOT_RUN, 0
+    if batch.has_jobs:
+        yield from _canceled(call, batch, position)
+        return
     files = sealed_files(call.scope, batch)
     if phase == _OUTPUT:
         yield from _lines(call.parts.blobs, files.output, _OUTPUT, position)
@@ -141,8 +146,20 @@ def _answered(call: Call, batch: Batch, after: int) -> Iterator[_Found]:
     if batch.journal_ended_at is not None and after < batch.next_sequence - 1:
         raise Refusal("These results now stand in the batch's files; read on from the first page.", status=410)
     on_damage = break_off if batch.status in TERMINAL else None
-    for sequence, record in Reader(call.parts.blobs, call.scope, batch.id, after=after, on_damage=on_damage).fresh():
+    lines = shown_lines(call.scope, batch)
+    reader = Reader(call.parts.blobs, call.scope, batch.id, after=after, on_damage=on_damage, lines=lines)
+    for sequence, record in reader.fresh():
         yield _Found(_Place(_JOURNAL, sequence), record.payload_length, record=record)
+
+
+def _canceled(call: Call, batch: Batch, position: int) -> Iterator[_Found]:
+    """Give the jobs from a place on that were canceled, as the lines that a file would have of them."""
+    result_lines = ResultLines(batch.id)
+    for place, job in enumerate(jobs_of(call.scope, batch)):
+        if place >= position and job.status is JobStatus.CANCELED:
+            code, message = LineCode.BATCH_CANCELLED, "This request was canceled."
+            line = result_lines.failed(job.line_number, request_id(place), code=code, message=message)
+            yield _Found(_Place(_NOT_RUN, place + 1), len(line), line=line)
 
 
 def _lines(blobs: Blobs, file: File | None, phase: str, position: int) -> Iterator[_Found]:
