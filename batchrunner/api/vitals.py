@@ -19,12 +19,13 @@ class Vitals:
     """Of one event loop. `is_local` means that the server listens on loopback only.
 
     `closing` is set when the server is asked to end: whoever streams without an end of its own has to stop then. `busy`
-    are the connections with a request under way.
+    are the connections with a request under way. `ticked_at_s` is when a worker of this server was last heard of.
     """
 
     is_local: bool = True
     pulse: Pulse = field(default_factory=Pulse)
     pulsed_at_s: float = -math.inf
+    ticked_at_s: float = -math.inf
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     answered: Counter[int] = field(default_factory=Counter)
     latencies: Latencies = field(default_factory=Latencies)
@@ -62,3 +63,5 @@ class Vitals:
         """Take in what the parent said."""
         self.pulse = pulse
         self.pulsed_at_s = now_s
+        if pulse.ticking_count:
+            self.ticked_at_s = now_s
