@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Protocol
@@ -10,7 +10,7 @@ from typing import Protocol
 import msgspec
 
 from batchrunner.holdings import NO_LIMITS, KeyLimits, Replay
-from batchrunner.models import BatchId, Extent, Shard, ShardCut, TaskId
+from batchrunner.models import BatchId, Extent, Shard, ShardCut, TaskId, TaskKind, TaskState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,3 +86,8 @@ class TenantLines(Protocol):
 
     def extents_of(self, batch_id: BatchId, task_ids: Collection[TaskId]) -> list[Extent]:
         """The registered extents of these shards, in sequence order."""
+
+    def task_counts(self, batch_id: BatchId) -> Mapping[TaskKind, Mapping[TaskState, int]]:
+        """Count the batch's tasks by kind and state; what there is none of is left out. No shards are left once the
+        batch's journal has ended.
+        """

@@ -21,7 +21,7 @@ from aiohttp import web
 
 from batchrunner.api.door import CONNECTIONS_MAX, Door
 from batchrunner.api.http import ApiParts
-from batchrunner.api.routes import build_app, make_runner
+from batchrunner.api.routes import ROUTES, build_app, make_runner
 from batchrunner.api.vitals import Vitals
 from batchrunner.app import Adapters, open_adapters
 from batchrunner.child import run_child
@@ -32,6 +32,7 @@ from batchrunner.housekeeping import clear, drop_unfinished
 from batchrunner.live import Live
 from batchrunner.orders import LISTENING, READY, Greeting, Pulse, Using, encode_order
 from batchrunner.ports import Clock
+from batchrunner.queue_pages import queue_routes
 from batchrunner.settings import Settings, has_upstream, targets_of
 from batchrunner.tuning import allow_open_files, freeze_start_up
 from batchrunner.upstream_live import AiohttpLiveSender
@@ -126,7 +127,8 @@ class ApiProcess:
             self.stop(grace_s=pulse.stop_grace_s)
 
     async def _serve(self, courier: Courier, parts: ApiParts, *, connections_max: int) -> None:
-        runner = make_runner(build_app(parts), shutdown_s=_CUT_S)
+        table = (*ROUTES, *queue_routes(parts.rng.token_hex(32).encode()))
+        runner = make_runner(build_app(parts, table), shutdown_s=_CUT_S)
         await runner.setup()
         assert runner.server is not None
         door = Door(runner.server, self.vitals.busy, connections_max=connections_max)

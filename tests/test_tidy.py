@@ -27,7 +27,7 @@ REAL_TIME = re.compile(r"batchrunner\.(clock|simulate)(\..*)?")
 ENTRY_POINTS = re.compile(r"batchrunner(\.__main__|\.cli|\.store\.migrations\..*)?")
 EDGES = re.compile(
     r"(clock|tuning|durable|session_locks|simulate|store|blobs|upstream\w*|poster|client|processes|child|supervisor|app"
-    r"|hosting|serving|working|api|delivering|webhook_client|dashboard|cli)?|__main__"
+    r"|hosting|serving|working|queue_pages|api|delivering|webhook_client|dashboard|cli)?|__main__"
 )
 
 TIME_AND_CHANCE = re.compile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import math
@@ -46,6 +47,18 @@ def bearer_of(headers: Mapping[str, str]) -> str | None:
     if kind.lower() == "bearer" and token.strip():
         return token.strip()
     return headers.get("api-key", "").strip() or None
+
+
+def password_of(headers: Mapping[str, str]) -> str | None:
+    """Give the secret that a browser carries, as the password of HTTP Basic under any user name; None without one."""
+    kind, _, told = headers.get("Authorization", "").strip().partition(" ")
+    if kind.lower() != "basic":
+        return None
+    try:
+        _, _, secret = base64.b64decode(told.strip(), validate=True).decode("utf-8").partition(":")
+    except ValueError:
+        return None
+    return secret or None
 
 
 def digest_of(secret: str) -> str:

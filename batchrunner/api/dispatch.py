@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from urllib.parse import unquote_to_bytes
 
@@ -156,14 +156,14 @@ class Dispatcher:
         try:
             answer = await self._answer(turn)
         except Refusal as refusal:
-            answer = _refused(refusal, turn.error)
+            answer = turn.refused(refusal)
         except BatchrunnerError as error:
-            answer = _refused(refusal_of(error), turn.error)
+            answer = turn.refused(refusal_of(error))
             if answer.status >= 500:
                 logger.exception("request %s failed", turn.request_id, extra=turn.known(answer.status))
         except Exception:
             logger.exception("request %s failed", turn.request_id, extra=turn.known(500))
-            answer = _refused(server_fault(), turn.error)
+            answer = turn.refused(server_fault())
         return await turn.send(answer)
 
     async def _answer(self, turn: _Turn) -> Answer:
@@ -218,6 +218,8 @@ class Dispatcher:
             auth.check_open_door(turn.request)
             return auth.OPEN_CALLER
         secret = auth.bearer_of(turn.request.headers)
+        if secret is None and route.refuse is not None:
+            secret = auth.password_of(turn.request.headers)
         if secret is None:
             raise auth.no_key()
         digest = auth.digest_of(secret)
@@ -240,6 +242,7 @@ class _Turn:
         self.request = request
         self.template = "-"
         self.error: type[ErrorBody] = ErrorEnvelope
+        self.refuse: Callable[[Refusal], Answer] | None = None
         self.key_id = "-"
         self.limit_headers: Mapping[str, str] = {}
         self._clock = parts.clock
@@ -252,7 +255,13 @@ class _Turn:
 
     def speak(self, route: Route) -> None:
         """Go on in the name and the dialect of a route."""
-        self.template, self.error = route.path, route.error
+        self.template, self.error, self.refuse = route.path, route.error, route.refuse
+
+    def refused(self, refusal: Refusal) -> Answer:
+        """Give the answer that is an error."""
+        if self.refuse is not None:
+            return self.refuse(refusal)
+        return Answer(body=refusal.body(self.error), status=refusal.status, headers=refusal.headers())
 
     def known(self, status: int) -> dict[str, object]:
         """What a log line tells: never a body, never an id of a tenant's object."""
@@ -366,10 +375,6 @@ async def _chosen(call: Call, routes: Sequence[Route], asked: str | None) -> Rou
         if each.recognizes is not None and await each.recognizes(call):
             return each
     return routes[0]
-
-
-def _refused(refusal: Refusal, error: type[ErrorBody]) -> Answer:
-    return Answer(body=refusal.body(error), status=refusal.status, headers=refusal.headers())
 
 
 async def _until(closing: asyncio.Event, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

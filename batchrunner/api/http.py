@@ -185,6 +185,8 @@ class Route:
     `scope` is what a key must have, None asks for no key. A route that creates has `present`, which answers with the
     object of that id, and takes an Idempotency-Key. `request`, `query` and `answer` describe; handlers read by them.
     `accepted` describes what comes with 202: instead of 200 where there is no `answer`.
+
+    A page for people has `refuse`, which shows a refusal as another page; its key may be the password of HTTP Basic.
     """
 
     method: str
@@ -207,6 +209,7 @@ class Route:
     dialect: str | None = None
     recognizes: Recognizer | None = None
     error: type[ErrorBody] = ErrorEnvelope
+    refuse: Callable[[Refusal], Answer] | None = None
 
     @property
     def name(self) -> str:

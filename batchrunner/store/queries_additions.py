@@ -10,7 +10,7 @@ from batchrunner.additions import NewAddition
 from batchrunner.errors import TransitionRefused
 from batchrunner.holdings import KeyLimits
 from batchrunner.lifecycle import BatchEvent, BatchStatus
-from batchrunner.models import CLUB, BatchId, ShardCut, TaskId, TaskKind, TenantId
+from batchrunner.models import CLUB, BatchId, ShardCut, TaskId, TaskKind, TaskState, TenantId
 from batchrunner.store.moments import Moment
 from batchrunner.store.queries_batches import batch_of_tenant, lock_batch, move, require_lines
 from batchrunner.store.queries_blobs import drop_blobs, need_blob
@@ -114,3 +114,12 @@ def extents_of(conn: Connection, batch_id: BatchId, task_ids: Collection[TaskId]
     """List the extents of these shards; guards that they are the batch's."""
     mine = (extents.c.task_id.in_(task_ids), extents.c.batch_id == batch_id)
     return conn.execute(select(extents).where(*mine).order_by(extents.c.sequence_from)).mappings().all()
+
+
+def task_counts(conn: Connection, batch_id: BatchId) -> dict[TaskKind, dict[TaskState, int]]:
+    """Count a batch's tasks by kind and state."""
+    query = select(tasks.c.kind, tasks.c.state, func.count()).where(tasks.c.batch_id == batch_id)
+    counts: dict[TaskKind, dict[TaskState, int]] = {}
+    for kind, state, count in conn.execute(query.group_by(tasks.c.kind, tasks.c.state)):
+        counts.setdefault(kind, {})[state] = count
+    return counts

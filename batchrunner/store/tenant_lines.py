@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from batchrunner.additions import Addition, NewAddition
 from batchrunner.holdings import NO_LIMITS, KeyLimits, Replay
-from batchrunner.models import BatchId, Extent, Shard, TaskId
+from batchrunner.models import BatchId, Extent, Shard, TaskId, TaskKind, TaskState
 from batchrunner.store import queries_additions, queries_blobs
 from batchrunner.store.queries_batches import batch_of_tenant
 from batchrunner.store.rows import addition_of, extent_of, shard_of
@@ -64,3 +64,9 @@ class SqlTenantLines(SqlTenantOutbox):
         with self._store.reading() as conn:
             batch_of_tenant(conn, self._tenant, batch_id)
             return [extent_of(row) for row in queries_additions.extents_of(conn, batch_id, task_ids)]
+
+    def task_counts(self, batch_id: BatchId) -> Mapping[TaskKind, Mapping[TaskState, int]]:
+        """See TenantLines."""
+        with self._store.reading() as conn:
+            batch_of_tenant(conn, self._tenant, batch_id)
+            return queries_additions.task_counts(conn, batch_id)

@@ -12,9 +12,9 @@ from batchrunner.additions import NewAddition
 from batchrunner.errors import NotFound, QuotaExceeded, TransitionRefused
 from batchrunner.holdings import KeyLimits, Replay
 from batchrunner.lifecycle import BatchEvent, BatchStatus
-from batchrunner.models import Batch, BatchId, ShardCut, TaskKind
+from batchrunner.models import Batch, BatchId, ShardCut, TaskKind, TaskState
 from batchrunner.outcomes import Publication
-from tests.contract.worlds import BEN, NOTHING, STEPS, TWO, World, bring_to, progress, shard_in
+from tests.contract.worlds import BEN, NOTHING, STEPS, TWO, World, accepted, bring_to, progress, shard_in
 
 B1 = BatchId("b1")
 HOUR = timedelta(hours=1)
@@ -144,6 +144,7 @@ def test_another_tenants_batch_is_not_there(world: World) -> None:
         lambda: stranger.shards_from(B1, 1, limit=1),
         lambda: stranger.shards_of(B1, []),
         lambda: stranger.extents_of(B1, []),
+        lambda: stranger.task_counts(B1),
     ):
         with pytest.raises(NotFound):
             ask()
@@ -281,6 +282,22 @@ def test_shards_and_extents_are_found_by_line_and_by_shard(world: World) -> None
     assert [each.sequence_from for each in world.scope.extents_of(B1, wanted[:1])] == [11]
 
 
+def test_tasks_are_counted_by_kind_and_state(world: World) -> None:
+    world.created()
+    assert world.scope.task_counts(B1) == {TaskKind.VALIDATE: {TaskState.QUEUED: 1}}
+    world.store.accept_input(world.claim(kinds=(TaskKind.VALIDATE,)).ref, accepted(shards=4))
+    world.created("b2")
+
+    settled, parked = world.claim(), world.claim()
+    world.store.settle(settled.ref, progress(settled, 0, 100, succeeded=10))
+    world.store.fail_task(parked.ref, "no", progressed=False, is_hopeless=True)
+    claimed = world.claim()
+
+    mine = {TaskState.SETTLED: 1, TaskState.PARKED: 1, TaskState.LEASED: 1, TaskState.QUEUED: 1}
+    assert claimed.batch.id == B1
+    assert world.scope.task_counts(B1) == {TaskKind.VALIDATE: {TaskState.SETTLED: 1}, TaskKind.SHARD: mine}
+
+
 def test_sources_go_with_the_journal(world: World) -> None:
     open_batch(world)
     world.store.register_blob("add-1", owner="api")
@@ -298,4 +315,5 @@ def test_sources_go_with_the_journal(world: World) -> None:
     world.store.expire()
 
     assert world.scope.additions(B1) == []
+    assert world.scope.task_counts(B1) == {TaskKind.SEAL: {TaskState.SETTLED: 1}}
     assert "add-1" in world.store.freeable_blobs(limit=10)

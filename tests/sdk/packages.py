@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,9 @@ NODE = "7.57.0"
 OLD_NODE = "6.49.0"
 # The newest whose requirements can all be had.
 LITELLM = "1.106.2"
+# The last browser that says its package unpacks on Node 20, and what drives it.
+CHROMIUM = "147.0.2"
+PLAYWRIGHT = "1.65.1"
 FETCH_S = 240
 
 
@@ -63,12 +67,23 @@ def litellm() -> Path:
 
 def node(package_version: str) -> Path:
     """Give a folder in which Node finds that version of the package openai."""
+    return _kept(f"node-{package_version}", lambda folder: _npm_install(folder, f"openai@{package_version}"))
+
+
+def browser() -> Path:
+    """Give a folder with `chromium`, a browser without a window, in which Node finds playwright-core to drive it."""
 
     def fetch(folder: Path) -> None:
-        flags = ("--no-audit", "--no-fund", "--ignore-scripts", "--no-save", "--loglevel=error")
-        _run("npm", "install", *flags, "--prefix", str(folder), f"openai@{package_version}")
+        _npm_install(folder, f"playwright-core@{PLAYWRIGHT}", f"@sparticuz/chromium@{CHROMIUM}")
+        # It unpacks into the folder for what is temporary.
+        _run("node", "-e", "require('@sparticuz/chromium').executablePath()", inside=folder)
 
-    return _kept(f"node-{package_version}", fetch)
+    return _kept(f"browser-{CHROMIUM}-{PLAYWRIGHT}", fetch)
+
+
+def _npm_install(folder: Path, *packages: str) -> None:
+    flags = ("--no-audit", "--no-fund", "--ignore-scripts", "--no-save", "--loglevel=error")
+    _run("npm", "install", *flags, "--prefix", str(folder), *packages)
 
 
 def _kept(name: str, fetch: Callable[[Path], None]) -> Path:
@@ -90,7 +105,11 @@ def _pip(command: str, *arguments: str) -> None:
     _run(sys.executable, "-m", "pip", command, "--quiet", *arguments)
 
 
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_S, check=False)
+def _run(*command: str, inside: Path | None = None) -> None:
+    """Run a command, and inside a folder keep all that it writes there."""
+    environment = None if inside is None else dict(os.environ) | {"TMPDIR": str(inside)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=FETCH_S, check=False, cwd=inside, env=environment
+    )
     if done.returncode:
         raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
