@@ -1,0 +1,242 @@
+"""Whatever comes between answers, failures, cancels, retries and the end of jobs: counters sum up at every instant,
+nothing goes backwards but by a retry, and every view has the same results.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from batchrunner.errors import Fenced
+from batchrunner.models import NO_USAGE, LineCode, Progress, RecordKind, RequestLine, TaskKind
+from batchrunner.shards import ShardRun
+from tests.api.serving import Served, serving
+from tests.api.xai import metadata, results
+from tests.pipeline.hands import Hand, Place
+
+ACTIVE = ("QUEUED", "PROCESSING")
+RANK = {"QUEUED": 0, "PROCESSING": 1, "PROCESSED": 2, "FAILED": 2, "CANCELED": 2}
+# A job by its place, or how many lines at a time.
+STEPS = st.one_of(
+    st.tuples(st.sampled_from(["answer", "fail"]), st.integers(1, 4)),
+    st.tuples(st.sampled_from(["cancel", "retry"]), st.integers(0, 5)),
+    st.sampled_from([("leave", 0), ("cancel_all", 0), ("retry_all", 0)]),
+)
+WALKS = st.tuples(st.integers(1, 6), st.lists(STEPS, max_size=14), st.booleans())
+
+
+@dataclass(slots=True)
+class Walker:
+    """A batch of jobs, the hand that works on it, and what was seen of it so far."""
+
+    served: Served
+    place: Place
+    hand: Hand
+    batch_id: str
+    run: ShardRun | None = None
+    seen: list[str] = field(default_factory=list)
+    retried: set[int] = field(default_factory=set)
+    is_over: bool = False
+
+    async def step(self, verb: str, count: int) -> None:
+        self.retried.clear()
+        match verb:
+            case "answer" | "fail":
+                self.work(count, is_well=verb == "answer")
+            case "leave":
+                self.leave()
+            case "cancel_all":
+                await self.served.call("POST", f"/v1/batches/{self.batch_id}/cancel")
+            case "cancel":
+                await self.cancel(count)
+            case "retry":
+                await self.retry(count)
+            case "retry_all":
+                for place in range(len(self.seen)):
+                    await self.retry(place)
+            case "expire":
+                self.expire()
+
+    async def cancel(self, place: int) -> None:
+        number = (await self.jobs())[place % len(self.seen)]["id"]
+        was = self.seen[place % len(self.seen)]
+        reply = await self.served.call("POST", f"/v1/jobs/{number}/cancel")
+        assert reply.status == 200
+        expected = "CANCELED" if was in ACTIVE else was
+        assert reply.json == {"id": number, "status": expected, "canceled": was in ACTIVE}
+
+    async def retry(self, place: int) -> None:
+        place %= len(self.seen)
+        number = (await self.jobs())[place]["id"]
+        reply = await self.served.call("POST", f"/v1/jobs/{number}/retry")
+        if self.seen[place] in ("FAILED", "CANCELED") and not self.is_over:
+            assert (reply.status, reply.json["id"], reply.json["status"]) == (202, number, "QUEUED")
+            self.retried.add(place)
+        else:
+            assert (reply.status, reply.json["error"]["type"]) == (409, "conflict")
+
+    async def jobs(self) -> list[dict[str, Any]]:
+        shown = await self.served.call("GET", f"/v1/batches/{self.batch_id}")
+        return list(shown.json["jobs"])
+
+    def work(self, count: int, *, is_well: bool) -> None:
+        """Take lines as a worker does, which hears what was canceled before it sends any."""
+        if self.run is None:
+            claim = self.hand.find(TaskKind.SHARD)
+            if claim is None:
+                return
+            self.run = self.hand.pipeline.load_shard(claim)
+        run = self.run
+        try:
+            self.listen(run)
+            for _ in range(count):
+                line = self.hand.next_line(run)
+                if line is None:
+                    break
+                if not run.drops(line):
+                    self.end(run, line, is_well=is_well)
+            run.journal.flush()
+            if run.is_finished:
+                self.hand.settle(run)
+                self.run = None
+            else:
+                self.hand.register(run)
+        except Fenced:
+            self.run = None
+
+    def listen(self, run: ShardRun) -> None:
+        for held in self.hand.store.watch(self.hand.session).held:
+            if held.task_id == run.shard.task_id:
+                run.follow(held)
+
+    def end(self, run: ShardRun, line: RequestLine, *, is_well: bool) -> None:
+        if is_well:
+            self.hand.record(run, line)
+            return
+        payload = run.results.failed(
+            line.line_number, line.custom_id, code=LineCode.CONNECTION_ERROR, message="Nobody was there."
+        )
+        run.record(line.line_number, RecordKind.FAILED, payload, NO_USAGE)
+
+    def leave(self) -> None:
+        """Give the shard back, as a holder does whose process stops."""
+        if self.run is not None:
+            with suppress(Fenced):
+                self.hand.store.give_back(self.run.claim.ref, Progress(extents=self.hand.extents(self.run)))
+            self.run = None
+
+    def expire(self) -> None:
+        """Let the time of the batch run out, and end it."""
+        self.place.clock.advance(15 * 86_400)
+        # A clock that jumps so far is believed the second time.
+        for _ in range(2):
+            self.hand.store.sweep()
+        self.leave()
+        self.hand.seal()
+        self.is_over = True
+
+    async def look(self) -> None:
+        """Compare all that is shown now with itself and with what was shown before."""
+        shown = (await self.served.call("GET", f"/v1/batches/{self.batch_id}")).json
+        statuses = [each["status"] for each in shown["jobs"]]
+        for word in ("queued", "processing", "processed", "failed", "canceled"):
+            assert shown[word] == statuses.count(word.upper())
+        assert shown["total"] == len(statuses)
+        assert (shown["status"] == "DONE") == (not set(statuses) & set(ACTIVE))
+        assert (shown["status"] == "PENDING") == (set(statuses) == {"QUEUED"})
+        for place, (before, now) in enumerate(zip(self.seen, statuses, strict=False)):
+            assert RANK[now] > RANK[before] or now == before or place in self.retried, (place, before, now)
+        self.seen = statuses
+        await self.compare(shown)
+
+    async def compare(self, shown: dict[str, Any]) -> None:
+        """All views have the same results."""
+        superset = (await self.served.call("GET", f"/openai/v1/batches/{self.batch_id}")).json
+        counts = superset["request_counts"]
+        assert (counts["total"], counts["completed"]) == (shown["total"], shown["processed"])
+        state = (await self.served.call("GET", f"/xai/v1/batches/{self.batch_id}")).json["state"]
+        assert state == {
+            "num_requests": shown["total"],
+            "num_pending": shown["queued"] + shown["processing"],
+            "num_success": shown["processed"],
+            "num_error": shown["failed"],
+            "num_cancelled": shown["canceled"],
+        }
+        pages = {_place(each["batch_request_id"]): each for each in await results(self.served, self.batch_id, limit=3)}
+        requests = await metadata(self.served, self.batch_id, limit=4)
+        states = {_place(each["batch_request_id"]): each["state"] for each in requests}
+        words = {"PROCESSED": "succeeded", "FAILED": "failed", "CANCELED": "cancelled"}
+        assert states == {place: words.get(each, "pending") for place, each in enumerate(self.seen)}
+        answered = {place for place, each in enumerate(self.seen) if each == "PROCESSED"}
+        assert {place for place, each in pages.items() if "response" in each["batch_result"]} == answered
+        lines = await self.served.call("GET", f"/openai/v1/batches/{self.batch_id}/results?after=0")
+        given = [orjson.loads(line) for line in lines.body.splitlines()]
+        places = [_place(each["custom_id"]) for each in given]
+        assert len(places) == len(set(places))
+        assert {place for place, each in zip(places, given, strict=True) if each["response"]} == answered
+        for place in answered:
+            job = (await self.served.call("GET", f"/v1/jobs/{shown['jobs'][place]['id']}")).json
+            body = next(each for each in given if _place(each["custom_id"]) == place)["response"]["body"]
+            assert job["result"] == body
+            assert f"item {place}" in orjson.dumps(body).decode()
+
+
+def _place(custom_id: str) -> int:
+    found = re.fullmatch(r"requests\[(\d+)\]", custom_id)
+    assert found is not None
+    return int(found[1])
+
+
+async def walk(folder: Path, count: int, steps: list[tuple[str, int]], *, expires: bool) -> None:
+    place = Place(folder)
+    async with serving(folder, clock=place.clock) as served:
+        hand = place.hand("worker")
+        try:
+            walker = Walker(served, place, hand, await _batch_of(served, count))
+            await walker.look()
+            for verb, number in steps:
+                await walker.step(verb, number)
+                await walker.look()
+            if expires:
+                await walker.step("expire", 0)
+                await walker.look()
+                await walker.step("retry_all", 0)
+                return
+            while hand.store.has_work(hand.session, kinds=[TaskKind.SHARD]) or walker.run is not None:
+                walker.work(100, is_well=True)
+            await walker.look()
+            assert not set(walker.seen) & set(ACTIVE)
+        finally:
+            hand.store.close()
+
+
+async def _batch_of(served: Served, count: int) -> str:
+    requests = [
+        {
+            "endpoint": "/v1/chat/completions",
+            "body": {"model": "m", "messages": [{"role": "user", "content": f"item {number}"}]},
+        }
+        for number in range(count)
+    ]
+    reply = await served.call("POST", "/v1/batches", json={"label": "walk", "requests": requests})
+    assert reply.status == 202, reply.body
+    return str(reply.json["id"])
+
+
+@pytest.mark.slow
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(WALKS)
+def test_every_view_of_jobs_agrees_at_every_instant(drawn: tuple[int, list[tuple[str, int]], bool]) -> None:
+    count, steps, expires = drawn
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(walk(Path(folder), count, steps, expires=expires))
