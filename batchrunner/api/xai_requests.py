@@ -159,11 +159,9 @@ def _page(call: Call, wanted: XaiPage) -> Answer:
         )
     first_line = place_in(wanted.pagination_token, _PLACE)[1] if wanted.pagination_token else 1
     limit = min(wanted.limit, LIMIT_MAX)
-    # A shard has a line at least, so that one more than lines are wanted tells whether there are more.
-    shards = call.scope.shards_from(batch.id, first_line, limit=limit + 1)
     shown: list[XaiRequestMetadata] = []
     jobs = jobs_by_line(call.scope, batch)
-    for shard in shards:
+    for shard in _shards(call, batch, first_line, at_once=limit + 1):
         states = _states(call, shard, jobs) if len(shown) <= limit else {}
         for line in _lines(call, batch, shard):
             if line.line_number < first_line or (jobs is not None and line.line_number not in jobs):
@@ -172,6 +170,21 @@ def _page(call: Call, wanted: XaiPage) -> Answer:
                 return json_answer(XaiRequestPage(shown, token_of(_LINE, line.line_number)))
             shown.append(_metadata(batch, line, states.get(line.line_number, _ENDED.get(batch.status, "pending"))))
     return json_answer(XaiRequestPage(shown, None))
+
+
+def _shards(call: Call, batch: Batch, first_line: int, *, at_once: int) -> Iterator[Shard]:
+    """Give the shards from a line on. Each has a line at least, so that a page needs no second look, unless a retry of
+    jobs has left lines behind that stand for nobody.
+    """
+    seen = 0
+    while True:
+        found = call.scope.shards_from(batch.id, first_line, limit=at_once)
+        shards = [each for each in found if each.first_line > seen]
+        if not shards:
+            return
+        yield from shards
+        seen = shards[-1].first_line
+        first_line = seen + 1
 
 
 def _lines(call: Call, batch: Batch, shard: Shard) -> Iterator[RequestLine]:

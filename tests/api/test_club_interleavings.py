@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from batchrunner.errors import Fenced
@@ -236,6 +236,7 @@ async def _batch_of(served: Served, count: int) -> str:
 @pytest.mark.slow
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(WALKS)
+@example((5, [("cancel_all", 0), ("retry_all", 0)], False))
 def test_every_view_of_jobs_agrees_at_every_instant(drawn: tuple[int, list[tuple[str, int]], bool]) -> None:
     count, steps, expires = drawn
     with tempfile.TemporaryDirectory() as folder:
