@@ -57,6 +57,7 @@ def lay(root: str) -> dict[str, list[str]]:
     for each in ended:
         while get(root, f"/v1/batches/{each}")["status"] not in {"completed", "failed"}:
             pass
+    jobs = jobs_of(root)
     announced = {"bytes": 0, "filename": "a.txt", "mime_type": "text/plain", "purpose": "user_data"}
     uploads = [post(root, "/v1/uploads", **announced)["id"] for _ in range(6)]
     done = post(root, f"/v1/uploads/{uploads[0]}/complete", part_ids=[])
@@ -68,7 +69,22 @@ def lay(root: str) -> dict[str, list[str]]:
         "ended_batch_id": ended,
         "file_id": [each for each in files if each] + [done["file"]["id"]],
         "upload_id": uploads,
+        "job_id": jobs,
+        "asset_id": jobs,
     }
+
+
+def jobs_of(root: str) -> list[str]:
+    """Have jobs that are done, failed and canceled."""
+    asked = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+    bodies = [("chat/completions", asked), ("chat/completions", asked | {"simulate": FAILS})]
+    bodies.append(("images/generations", {"prompt": "x", "response_format": "b64_json"}))
+    made = [post(root, f"/v1/{url}", **body, **{"async": True})["id"] for url, body in bodies]
+    while get(root, "/api/inference/queue/summary")["active"]:
+        pass
+    canceled = post(root, "/v1/chat/completions", **asked, **{"async": True})["id"]
+    post(root, f"/v1/jobs/{canceled}/cancel")
+    return [*made, canceled]
 
 
 def fuzz(root: str, folder: Path, *flags: str) -> str:
