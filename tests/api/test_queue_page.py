@@ -14,11 +14,12 @@ import pytest
 
 from batchrunner.api.http import Route
 from batchrunner.api.routes import ROUTES
+from batchrunner.api.vitals import STALLED_S
 from batchrunner.dashboard.guard import FormTokens
 from batchrunner.holdings import KeyLimits, KeyScope
 from batchrunner.models import BatchId, TenantId
 from batchrunner.orders import Pulse
-from batchrunner.queue_pages import STALLED_S, queue_routes
+from batchrunner.queue_pages import queue_routes
 from batchrunner.settings import Settings
 from tests.api.batching import chat_lines, ended, make_batch, working
 from tests.api.club import chat, created, show
