@@ -66,9 +66,9 @@ class _QueuePages:
 
     async def show_queue(self, call: Call) -> Answer:
         parts, look = call.parts, self._look(call)
-        is_ticking = not parts.vitals.is_stalled(parts.clock.monotonic_s())
+        is_silent = parts.vitals.is_stalled(parts.clock.monotonic_s())
         return await _drawn(
-            call, lambda: queue_page(queue_of(call.scope, parts.clock.now(), is_ticking=is_ticking), look)
+            call, lambda: queue_page(queue_of(call.scope, parts.clock.now(), is_silent=is_silent), look)
         )
 
     async def show_batch(self, call: Call) -> Answer:

@@ -102,8 +102,8 @@ class BatchPage:
     jobs: tuple[JobRow, ...]
 
 
-def queue_of(scope: TenantScope, now: datetime, *, is_ticking: bool) -> Queue:
-    """Look up what the queue page shows; `is_ticking` says that a worker was heard of lately."""
+def queue_of(scope: TenantScope, now: datetime, *, is_silent: bool) -> Queue:
+    """Look up what the queue page shows; `is_silent` says that no worker was heard of for long."""
     found = scope.batches(limit=SHOWN_MAX)
     counts = scope.job_counts()
     active_count = sum(counts[each] for each in ACTIVE_JOBS)
@@ -114,7 +114,7 @@ def queue_of(scope: TenantScope, now: datetime, *, is_ticking: bool) -> Queue:
             f"{counts[JobStatus.FAILED]:,} failed",
             f"{counts[JobStatus.CANCELED]:,} canceled",
         ),
-        is_stalled=not is_ticking and (active_count > 0 or any(map(_needs_worker, found))),
+        is_stalled=is_silent and (active_count > 0 or any(map(_needs_worker, found))),
         jobs=_job_rows(scope.jobs(limit=SHOWN_MAX), now),
         batches=tuple(_row(each, now) for each in found),
     )

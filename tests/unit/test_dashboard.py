@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from html import unescape
 from html.parser import HTMLParser
 from itertools import combinations
 from types import MappingProxyType
 from xml.etree import ElementTree as ET
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from batchrunner.dashboard.graph import WIDTH, Box, graph_of
 from batchrunner.dashboard.guard import FormTokens, is_own_page
@@ -293,6 +296,16 @@ def test_a_strangers_text_is_shown_and_is_nothing_else(page: bytes) -> None:
         for text in outline.texts
     )
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u202e]", page.decode())
+
+
+@given(st.text(min_size=1))
+def test_any_name_is_a_heading_and_no_markup(name: str) -> None:
+    page = batch_page(replace(PAGE, row=replace(ROW, name=name)), LOOK).decode()
+
+    (heading,) = re.findall(r"<h1>(.*)</h1>", page)
+
+    assert not set("<>\"'") & set(heading)
+    assert not name.isprintable() or unescape(heading) == name
 
 
 def test_the_page_of_a_batch_draws_its_steps_as_a_graph_that_can_be_read_aloud() -> None:
