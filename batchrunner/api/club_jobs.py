@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -57,7 +58,7 @@ LIMIT, LIMIT_MAX = 50, 200
 _NAME, _ESCAPE = b'"async"', b"\\u"
 # The one scope of keys for all endpoints. Source: a repeat gives the job that is there, whatever it asks for.
 _KEY_ROUTE = "POST /club/v1/jobs"
-_NUMBER_CHARS_MAX = 18
+_NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 _READ_BYTES_MAX = 256 * KIB
 _WITH_RESULT = frozenset({JobStatus.PROCESSED, JobStatus.FAILED})
 
@@ -214,7 +215,7 @@ def _job_of(call: Call) -> Job:
     """Look up the job that the path names. Blocks. Raises: Refusal."""
     job_id = call.path_params["job_id"]
     try:
-        if not (job_id.isascii() and job_id.isdecimal() and len(job_id) <= _NUMBER_CHARS_MAX):
+        if _NUMBER.fullmatch(job_id) is None:
             raise NotFound(job_id)
         return call.scope.job(int(job_id))
     except NotFound:

@@ -13,7 +13,7 @@ from batchrunner.adding import judge
 from batchrunner.api.envelope import Refusal, invalid_value, missing_parameter
 from batchrunner.api.file_object import BATCH, ExpiresAfter
 from batchrunner.api.files import BlobSink, new_file
-from batchrunner.api.http import Call
+from batchrunner.api.http import LONG_BODY_BYTES, Call
 from batchrunner.api.webhooks import Url, check_url
 from batchrunner.errors import NotFound, UsageError
 from batchrunner.models import (
@@ -86,8 +86,13 @@ class BatchRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 async def keys_of(call: Call) -> frozenset[str]:
     """Give the keys of a body, which tell its dialect; none where it is no object. Raises: Refusal."""
+    raw = await call.body()
+    return await call.blocking(_keys, raw) if len(raw) > LONG_BODY_BYTES else _keys(raw)
+
+
+def _keys(raw: bytes) -> frozenset[str]:
     try:
-        return frozenset(msgspec.json.decode(await call.body(), type=dict[str, Raw]))
+        return frozenset(msgspec.json.decode(raw, type=dict[str, Raw]))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return frozenset()
 

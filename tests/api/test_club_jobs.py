@@ -391,6 +391,12 @@ async def test_a_job_that_is_not_there_is_not_found(api: Served, job_id: str) ->
         assert error_of(await api.call(method, f"/v1/jobs/{job_id}{end}")) == (404, "not_found")
 
 
+async def test_a_job_has_one_name(api: Served) -> None:
+    job_id = await submitted(api)
+
+    assert error_of(await api.call("GET", f"/v1/jobs/0{job_id}")) == (404, "not_found")
+
+
 async def test_jobs_of_others_are_not_there(keyed: Served) -> None:
     job_id = await submitted(keyed)
     other = keyed.add_key("other")
