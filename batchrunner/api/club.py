@@ -62,6 +62,16 @@ class ClubBatchRequest(msgspec.Struct, frozen=True, kw_only=True):
     requests: Annotated[list[ClubRequest], Meta(min_length=1)]
 
 
+class _MessageRequest(msgspec.Struct):
+    """What tells a request of Anthropic's message batches, which come in a body that looks the same."""
+
+    params: Raw
+
+
+class _MessageBatch(msgspec.Struct):
+    requests: Annotated[list[_MessageRequest], Meta(min_length=1)]
+
+
 class ClubBatchList(msgspec.Struct, frozen=True):
     """The newest batches, newest first."""
 
@@ -71,6 +81,12 @@ class ClubBatchList(msgspec.Struct, frozen=True):
 async def create_batch(call: Call) -> Answer:
     """Make a batch and its jobs; all are kept, and begin to run, before this answers."""
     require_async(call.parts.settings)
+    if _is_of_messages(await call.body()):
+        message = (
+            "These are requests of a message batch, and /v1/messages/batches is not served. Send each of them as "
+            '{"endpoint": "/v1/messages", "body": {...}}, with its `params` as the body.'
+        )
+        raise Refusal(message, param="requests")
     wanted = await call.json(ClubBatchRequest)
     return json_answer(await call.blocking(lambda: _shown(call, _create(call, wanted))), status=202)
 
@@ -115,6 +131,16 @@ async def is_clubs(call: Call) -> bool:
     """Tell whether a batch is inference.club's: no other has a number for its id."""
     batch_id = call.path_params["batch_id"]
     return batch_id.isascii() and batch_id.isdecimal()
+
+
+def _is_of_messages(body: bytes) -> bool:
+    if b'"params"' not in body:
+        return False
+    try:
+        msgspec.json.decode(body, type=_MessageBatch)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return True
 
 
 def _create(call: Call, wanted: ClubBatchRequest) -> Batch:
@@ -179,9 +205,14 @@ def _new_batch(call: Call, wanted: ClubBatchRequest) -> NewBatch:
     )
 
 
+def _has_rows(batch: Batch) -> bool:
+    """Whether its jobs are there to be counted; with its journal they go, and its own counts stay."""
+    return batch.has_jobs and batch.journal_ended_at is None
+
+
 def _shown(call: Call, batch: Batch) -> ClubBatch:
     """Show a batch. Blocks."""
-    if batch.has_jobs:
+    if _has_rows(batch):
         return club_batch(batch, call.scope.job_counts(batch.id))
     try:
         shares = call.scope.live(batch.id) if batch.status not in TERMINAL else []
@@ -193,7 +224,7 @@ def _shown(call: Call, batch: Batch) -> ClubBatch:
 
 def _details(call: Call, batch: Batch) -> ClubBatchDetails:
     """Show a batch with its jobs, all as they stood at one instant. Blocks."""
-    if not batch.has_jobs:
+    if not _has_rows(batch):
         return ClubBatchDetails(**msgspec.structs.asdict(_shown(call, batch)), jobs=())
     jobs = jobs_of(call.scope, batch)
     counts = dict.fromkeys(JobStatus, 0) | Counter(job.status for job in jobs)

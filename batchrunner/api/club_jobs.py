@@ -245,14 +245,15 @@ def _retried(call: Call) -> Job:
     job = _job_of(call)
     if job.status not in RETRYABLE_JOBS:
         raise _not_retryable(job)
-    try:
+    with contextlib.suppress(NotFound, TransitionRefused):
         cut, source = _line_of(call, job)
         return call.scope.retry_job(job.number, cut, source)
-    except NotFound:
-        message = f"What job '{job.number}' asked for is not kept any more."
-        raise Refusal(message, status=409, code=CONFLICT) from None
-    except TransitionRefused:
-        raise _not_retryable(_job_of(call)) from None
+    job = _job_of(call)
+    if job.status not in RETRYABLE_JOBS:
+        # Somebody else was first.
+        raise _not_retryable(job)
+    message = f"Job '{job.number}' is too old to be retried: what it asked for is not kept any more."
+    raise Refusal(message, status=409, code=CONFLICT)
 
 
 def _not_retryable(job: Job) -> Refusal:

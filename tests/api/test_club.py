@@ -13,6 +13,7 @@ from batchrunner.settings import Settings
 from tests.api.batching import chat_lines, ended, make_batch, working
 from tests.api.club import CHAT, IMAGES, chat, create, created, error_of, message_of, show, until_done
 from tests.api.serving import Served, serving
+from tests.pipeline.hands import Place
 
 LAMP = {"endpoint": IMAGES, "body": {"model": "flux-dev", "prompt": "a minimalist desk lamp"}}
 BATCH_KEYS = (
@@ -378,3 +379,37 @@ async def test_without_async_there_are_no_batches(tmp_path: Path) -> None:
 
     assert [error_of(each) for each in refused] == [(503, "async_disabled")] * 5
     assert others.status == 200
+
+
+async def test_requests_of_a_message_batch_are_told_where_they_go(api: Served) -> None:
+    body = {"requests": [{"custom_id": "a", "params": {"model": "m", "messages": []}}]}
+
+    reply = await api.call("POST", "/v1/batches", json=body)
+
+    assert (reply.status, reply.json["error"]["type"]) == (400, "invalid_request")
+    assert '"endpoint": "/v1/messages"' in reply.json["error"]["message"]
+
+
+async def test_counts_of_a_batch_stay_when_its_jobs_are_gone(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    async with serving(tmp_path, clock=place.clock) as served:
+        batch_id = await created(served, LAMP, chat("hello"))
+        hand = place.hand("one")
+        hand.run_all()
+        before = (await served.call("GET", f"/v1/batches/{batch_id}")).json
+        place.clock.advance(15 * 86_400)
+        # A clock that jumps so far is believed the second time.
+        for _ in range(2):
+            hand.store.sweep()
+        hand.seal()
+        place.clock.advance(2 * 86_400)
+        for _ in range(2):
+            hand.store.expire()
+        hand.store.close()
+
+        after = (await served.call("GET", f"/v1/batches/{batch_id}")).json
+        job = await served.call("GET", f"/v1/jobs/{before['jobs'][0]['id']}")
+
+    assert (before["status"], before["processed"]) == ("DONE", before["total"])
+    assert after == before | {"jobs": []}
+    assert job.status == 404
