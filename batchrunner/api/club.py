@@ -13,6 +13,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Raw
 
+from batchrunner import crash
 from batchrunner.additions import NewAddition
 from batchrunner.api import club_jobs
 from batchrunner.api.batches import batch_of, cancelled
@@ -157,16 +158,19 @@ def _create(call: Call, wanted: ClubBatchRequest) -> Batch:
     try:
         sink.feed(content)
         sink.finish()
+        crash.point("job.stored")
         new = _new_batch(call, wanted)
         lines = NewAddition(first_line=1, source=sink.name, id_hashes=b"", shards=found.shards, model=found.model)
         jobs = [
             NewJob(url=each.endpoint, inference_type=inference_type_of(each.endpoint), model=model)
             for each, (model, _, _) in zip(wanted.requests, asked, strict=True)
         ]
-        return call.scope.create_job_batch(new, lines, jobs, replay=call.replay, limits=call.limits)
+        made = call.scope.create_job_batch(new, lines, jobs, replay=call.replay, limits=call.limits)
+        crash.point("job.joined")
     except BaseException:
         sink.abort()
         raise
+    return made
 
 
 def endpoints_of(settings: Settings) -> tuple[str, ...]:

@@ -24,7 +24,11 @@ def document(routes: Sequence[Route]) -> Schema:
     paths: dict[str, Schema] = {}
     for route in sorted(routes, key=lambda each: (each.path, each.method)):
         shadows = [each for each in routes if each.recognizes and (each.root_path, each.method) == _place(route)]
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, shadows)
+        operation = _operation(route, shadows)
+        paths.setdefault(route.path, {})[route.method.lower()] = operation
+        if _is_alone_beside(route, routes):
+            beside = paths.setdefault(route.root_path, {})
+            beside[route.method.lower()] = operation | {"operationId": route.handler.__name__}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -36,7 +40,7 @@ def document(routes: Sequence[Route]) -> Schema:
             "inference.club; both are at /v1 too where a request can be told to be theirs.",
         },
         "servers": [{"url": "/"}],
-        "paths": paths,
+        "paths": dict(sorted(paths.items())),
         "components": {
             "schemas": dict(sorted(components.items())),
             "securitySchemes": {
@@ -80,6 +84,12 @@ def _body_kinds(routes: Sequence[Route]) -> Iterator[type[msgspec.Struct]]:
         if route.request is not None and route.request_media == JSON:
             yield route.request
         yield from (kind for kind in (route.answer, route.accepted) if kind is not None)
+
+
+def _is_alone_beside(route: Route, routes: Sequence[Route]) -> bool:
+    """Tell whether a dialect's route stands at the root at a path that others describe, with a method of its own."""
+    methods = {each.method for each in routes if each.path == route.root_path}
+    return route.path != route.root_path and bool(methods) and route.method not in methods
 
 
 def _place(route: Route) -> tuple[str, str]:

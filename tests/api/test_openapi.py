@@ -53,6 +53,14 @@ def test_document_says_where_another_dialect_may_answer() -> None:
     assert [each["$ref"].rpartition("/")[2] for each in refused] == ["ErrorEnvelope", "XaiError"]
 
 
+async def test_what_a_described_path_says_it_takes_is_described(api: Served) -> None:
+    for path, operations in orjson.loads(openapi())["paths"].items():
+        allowed = (await api.call("OPTIONS", path.replace("{", "").replace("}", ""))).headers["Allow"]
+
+        described = {method.upper() for method in operations} | ({"HEAD"} if "get" in operations else set())
+        assert set(allowed.split(", ")) == described | {"OPTIONS"}, path
+
+
 async def test_answers_fit_their_schemas(api: Served) -> None:
     document = (await api.call("GET", "/openapi.json")).json
     file = (await api.upload()).json

@@ -152,6 +152,40 @@ async def test_jobs_that_come_alone_outlive_kills_and_each_key_makes_one(tmp_pat
         assert (await place.server.stop()).code == 0
 
 
+@pytest.mark.parametrize("point", ["job.stored", "job.joined"])
+async def test_an_api_that_dies_while_jobs_are_made_loses_and_doubles_none(tmp_path: Path, point: str) -> None:
+    bodies = [body_of(number) for number in range(20)]
+    batch = {"requests": [{"endpoint": CHAT, "body": body} for body in bodies]}
+    # What died before it was made is not under way for long, but for longer than a test should wait.
+    key = {"Idempotency-Key": "k"} if point == "job.joined" else {}
+    summary: dict[str, Any] = {}
+    async with site(tmp_path, latency="1ms") as here:
+        port = "0"
+        for path, body, headers in (
+            ("/v1/batches", batch, key),
+            (CHAT, bodies[0] | {"async": True}, {"Idempotency-Key": "j"}),
+        ):
+            armed = await here.serve(*FLAGS, "--port", port, BATCHRUNNER_CRASH_AT=f"{point}:1")
+            place = Place(armed)
+            port = armed.base_url.rpartition(":")[2].removesuffix("/v1")
+            asking = asyncio.create_task(ask(place, "POST", path, body, **headers))
+            await armed.said("ended with code -9")
+            await armed.kill_all()
+            await place.move(await here.serve(*FLAGS, "--port", port))
+            status, made = await asking
+            assert status == 202, made
+            if path == CHAT:
+                assert_own_answer(await ended_job(place, made["id"]), bodies[0])
+            else:
+                await done_batch(place.server, made["id"])
+                await check_batch(here, place.server, made["id"], bodies)
+            _, summary = await ask(place, "GET", "/api/inference/queue/summary")
+            assert (await place.server.stop()).code == 0
+
+    assert summary["jobs"]["PROCESSED"] == sum(summary["jobs"].values()) == 21
+    assert summary["runs"] == {"PENDING": 0, "PROCESSING": 0, "DONE": 1}
+
+
 async def test_a_worker_of_the_server_is_heard_of(tmp_path: Path) -> None:
     async with site(tmp_path, latency="1ms") as here:
         server = await here.serve("--workers", "1", upstream=False)
