@@ -11,6 +11,7 @@ from msgspec import Meta
 from batchrunner.api.creating import INLINE_BYTES_MAX, BatchRequest, create, read_request
 from batchrunner.api.envelope import Refusal, no_such_batch
 from batchrunner.api.http import Answer, Call, Route, json_answer
+from batchrunner.api.job_lines import job_counts_of
 from batchrunner.api.paging import Page, next_token, page_of
 from batchrunner.api.retrying import RetryRequest, read_retry, retry
 from batchrunner.batch_object import BatchObject, strict_object
@@ -64,7 +65,7 @@ def shown(call: Call, batch: Batch) -> SharedBatch:
     except NotFound:
         # It has ended and was deleted since it was read.
         shares = []
-    counts = call.scope.job_counts(batch.id) if batch.has_jobs else None
+    counts = job_counts_of(call.scope, batch) if batch.has_jobs else None
     return shared_object(batch, shares, call.parts.clock.now(), prices=call.parts.prices, job_counts=counts)
 
 

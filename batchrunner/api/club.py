@@ -32,7 +32,7 @@ from batchrunner.api.creating import INLINE_BYTES_MAX, InlineRequest, keys_of, s
 from batchrunner.api.envelope import Refusal, invalid_value, wrong_method
 from batchrunner.api.files import BlobSink
 from batchrunner.api.http import Answer, Call, Route, json_answer
-from batchrunner.api.job_lines import JOBS_MAX, jobs_of, request_id
+from batchrunner.api.job_lines import JOBS_MAX, job_counts_of, jobs_of, request_id
 from batchrunner.api.live import FORM_URLS
 from batchrunner.errors import NotFound
 from batchrunner.holdings import KeyScope
@@ -209,15 +209,10 @@ def _new_batch(call: Call, wanted: ClubBatchRequest) -> NewBatch:
     )
 
 
-def _has_rows(batch: Batch) -> bool:
-    """Whether its jobs are there to be counted; with its journal they go, and its own counts stay."""
-    return batch.has_jobs and batch.journal_ended_at is None
-
-
 def _shown(call: Call, batch: Batch) -> ClubBatch:
     """Show a batch. Blocks."""
-    if _has_rows(batch):
-        return club_batch(batch, call.scope.job_counts(batch.id))
+    if batch.has_jobs:
+        return club_batch(batch, job_counts_of(call.scope, batch))
     try:
         shares = call.scope.live(batch.id) if batch.status not in TERMINAL else []
     except NotFound:
@@ -228,7 +223,8 @@ def _shown(call: Call, batch: Batch) -> ClubBatch:
 
 def _details(call: Call, batch: Batch) -> ClubBatchDetails:
     """Show a batch with its jobs, all as they stood at one instant. Blocks."""
-    if not _has_rows(batch):
+    if not batch.has_jobs or batch.journal_ended_at is not None:
+        # Jobs go with the journal of their batch; its counts stay.
         return ClubBatchDetails(**msgspec.structs.asdict(_shown(call, batch)), jobs=())
     jobs = jobs_of(call.scope, batch)
     counts = dict.fromkeys(JobStatus, 0) | Counter(job.status for job in jobs)

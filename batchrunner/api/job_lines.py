@@ -25,6 +25,19 @@ def jobs_of(scope: TenantScope, batch: Batch) -> list[Job]:
     return scope.jobs(limit=JOBS_MAX, batch_id=batch.id)[::-1]
 
 
+def job_counts_of(scope: TenantScope, batch: Batch) -> Mapping[JobStatus, int]:
+    """Count the jobs of a batch by status, also when they are no longer kept. Blocks."""
+    if batch.pending_count:
+        return scope.job_counts(batch.id)
+    return {
+        JobStatus.QUEUED: 0,
+        JobStatus.PROCESSING: 0,
+        JobStatus.PROCESSED: batch.succeeded_count,
+        JobStatus.FAILED: batch.failed_count,
+        JobStatus.CANCELED: batch.cancelled_count,
+    }
+
+
 def jobs_by_line(scope: TenantScope, batch: Batch) -> Mapping[int, Job] | None:
     """Give the jobs of a batch by the numbers of their lines; None where lines are no jobs. Blocks."""
     return {each.line_number: each for each in jobs_of(scope, batch)} if batch.has_jobs else None

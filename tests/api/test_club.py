@@ -408,8 +408,10 @@ async def test_counts_of_a_batch_stay_when_its_jobs_are_gone(tmp_path: Path) -> 
         hand.store.close()
 
         after = (await served.call("GET", f"/v1/batches/{batch_id}")).json
+        (row,) = (await served.call("GET", "/v1/batches")).json["data"]
         job = await served.call("GET", f"/v1/jobs/{before['jobs'][0]['id']}")
 
     assert (before["status"], before["processed"]) == ("DONE", before["total"])
     assert after == before | {"jobs": []}
+    assert (row["total"], row["processed"], row["queued"]) == (2, 2, 0)
     assert job.status == 404
