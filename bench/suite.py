@@ -9,6 +9,7 @@ from bench import (
     end_to_end,
     fairness,
     found_window,
+    jobs,
     kills,
     live,
     memory,
@@ -86,6 +87,10 @@ def _webhooks(is_quick: bool) -> list[Figure]:  # noqa: FBT001
     return notified.measure(batches=100, slow_s=1.0) if is_quick else notified.measure()
 
 
+def _jobs(is_quick: bool) -> list[Figure]:  # noqa: FBT001
+    return jobs.measure(seconds=3.0) if is_quick else jobs.measure()
+
+
 BENCHES: Mapping[str, Bench] = MappingProxyType(
     {
         "end_to_end": _end_to_end,
@@ -98,6 +103,7 @@ BENCHES: Mapping[str, Bench] = MappingProxyType(
         "fairness": _fairness,
         "webhooks": _webhooks,
         "live": _live,
+        "jobs": _jobs,
     }
 )
 # Counts of lines and requests, which no noise of the machine changes.

@@ -29,7 +29,7 @@ from batchrunner.api.typed import StructT, read_json, read_parameters
 from batchrunner.api.vitals import Vitals
 from batchrunner.api.watching import Watching
 from batchrunner.holdings import NO_LIMITS, ApiKey, KeyLimits, KeyScope, Replay
-from batchrunner.live import Live
+from batchrunner.live import Asked, Live
 from batchrunner.models import TenantId
 from batchrunner.outbox import Poster
 from batchrunner.ports import Blobs, Clock, Rng, Store, TenantScope
@@ -253,6 +253,8 @@ class Call:
     key: ApiKey | None = None
     replay: Replay | None = None
     replayed: Replay | None = None
+    # What the body asks for, once somebody has looked.
+    asked: Asked | None = None
     _body: bytes | None = None
     _held_bytes: int = 0
 
@@ -311,7 +313,7 @@ class Call:
 
     def let_go(self) -> None:
         """Say that the body is not needed any more: an answer may take long."""
-        self._body = None
+        self._body = self.asked = None
         self.parts.held.give_back(self._held_bytes)
         self._held_bytes = 0
 

@@ -137,8 +137,10 @@ def is_form(call: Call) -> bool:
 
 async def asked_of(call: Call) -> Asked:
     """Read a JSON body. Raises: Refusal."""
-    raw = await call.body(call.parts.settings.line_bytes_max)
-    return await _taken_apart(call, raw, read_asked, raw)
+    if call.asked is None:
+        raw = await call.body(call.parts.settings.line_bytes_max)
+        call.asked = await _taken_apart(call, raw, read_asked, raw)
+    return call.asked
 
 
 async def _taken_apart(call: Call, body: bytes, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

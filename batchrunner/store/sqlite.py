@@ -23,6 +23,9 @@ from batchrunner.store.sql import SqlStore
 logger = logging.getLogger(__name__)
 
 _BUSY_TIMEOUT_S = 30.0
+# SQLite waits for a lock by looking at longer and longer intervals, in the end of a tenth of a second, in which others
+# take it again and again. So a writer begins to wait anew after each of these.
+_LOOK_S = 0.005
 _WRITER_WAIT_S = 60.0
 _MOUNTS = Path("/proc/mounts")
 _NETWORK = frozenset(
@@ -106,7 +109,11 @@ def require_local_disk(path: Path, *, mounts: Path = _MOUNTS) -> None:
 
 def _connect(path: Path, *, is_reader: bool) -> sqlite3.Connection:
     connection = sqlite3.connect(
-        path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, cached_statements=256
+        path,
+        timeout=_BUSY_TIMEOUT_S if is_reader else _LOOK_S,
+        isolation_level=None,
+        check_same_thread=False,
+        cached_statements=256,
     )
     try:
         connection.execute("PRAGMA foreign_keys=ON")
@@ -120,7 +127,20 @@ def _connect(path: Path, *, is_reader: bool) -> sqlite3.Connection:
 
 
 def _begin_immediate(conn: Connection) -> None:
-    # A transaction that begins by reading and writes later fails at once when another process wrote in between.
+    """Begin with the writer's lock, after which nothing in the transaction waits. One that begins by reading and writes
+    later fails at once when another process wrote in between.
+    """
+    connection = conn.connection.driver_connection
+    assert isinstance(connection, sqlite3.Connection)
+    for _ in range(round(_BUSY_TIMEOUT_S / _LOOK_S)):
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                break
+        else:
+            return
+    # What is wrong is for those to tell who translate it.
     conn.exec_driver_sql("BEGIN IMMEDIATE")
 
 

@@ -10,6 +10,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,6 +71,8 @@ def test_new_file_is_stamped_and_logs_ahead_with_full_sync(path: Path) -> None:
     with store.writing() as conn:
         assert schema.version_of(conn) == schema.VERSION
         pragmas = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        assert [conn.exec_driver_sql(f"PRAGMA {name}").scalar() for name in pragmas] == ["wal", 2, 1, 5]
+    with store.reading() as conn:
         assert [conn.exec_driver_sql(f"PRAGMA {name}").scalar() for name in pragmas] == ["wal", 2, 1, 30_000]
     store.close()
 
@@ -233,6 +236,33 @@ def test_writer_that_stays_locked_out_is_unavailable_and_recovers(path: Path, mo
     assert make_batch(store).status is BatchStatus.VALIDATING
     other.close()
     store.close()
+
+
+class Relenting(sqlite3.Connection):
+    """Has another connection let go of its lock before the third look."""
+
+    other: sqlite3.Connection
+    looks = 0
+
+    def execute(self, statement: str, *parameters: Any) -> sqlite3.Cursor:
+        self.looks += 1
+        if self.looks == 3:
+            self.other.execute("ROLLBACK")
+        return super().execute(statement, *parameters)
+
+
+def test_writer_that_waited_in_vain_waits_anew_and_begins_when_it_may(tmp_path: Path) -> None:
+    other = sqlite3.connect(tmp_path / "some.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    mine = sqlite3.connect(tmp_path / "some.db", isolation_level=None, timeout=0.001, factory=Relenting)
+    mine.other = other
+
+    sqlite._begin_immediate(SimpleNamespace(connection=SimpleNamespace(driver_connection=mine)))  # type: ignore[arg-type]
+
+    assert mine.in_transaction
+    assert mine.looks == 3
+    mine.close()
+    other.close()
 
 
 def test_full_disk_has_no_effect_and_ends_with_it(path: Path) -> None:
