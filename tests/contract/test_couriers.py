@@ -228,7 +228,7 @@ async def test_two_couriers_make_one_attempt_at_a_time(world: World) -> None:
         async with asyncio.TaskGroup() as group:
             for each in couriers:
                 group.create_task(turn(each))
-        world.clock.advance(1)
+        world.clock.advance(5)
 
     assert set(poster.most.values()) == {1}
     assert world.store.delivery_counts()[DeliveryState.DELIVERED] == 60

@@ -126,7 +126,7 @@ async def kill_run_that_sends_once(folder: Path, scale: Scale, *, workers: int, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
 async def test_run_killed_as_a_whole_three_times_ends_whole(tmp_path: Path, workers: int) -> None:
     await kill_whole_run(tmp_path, QUICK, workers=workers, seed=workers)
 

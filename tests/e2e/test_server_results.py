@@ -16,7 +16,9 @@ WINDOW = 16
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("victim", ["worker", "api", "all"])
+@pytest.mark.parametrize(
+    "victim", [pytest.param("worker", marks=pytest.mark.long), pytest.param("api", marks=pytest.mark.long), "all"]
+)
 async def test_no_line_is_torn_or_given_twice_over_a_kill(tmp_path: Path, victim: str) -> None:
     async with site(tmp_path, latency="100ms") as here:
         server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))

@@ -18,7 +18,15 @@ FLAGS = ("--workers", "1")
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("point", ["webhook.claimed", "webhook.posted", "webhook.recorded", "seal.published"])
+@pytest.mark.parametrize(
+    "point",
+    [
+        pytest.param("webhook.claimed", marks=pytest.mark.long),
+        "webhook.posted",
+        pytest.param("webhook.recorded", marks=pytest.mark.long),
+        "seal.published",
+    ],
+)
 async def test_whoever_dies_the_end_is_told_under_one_id(tmp_path: Path, point: str) -> None:
     async with receiving() as receiver, site(tmp_path, latency="1ms") as here:
         armed = await here.serve(*FLAGS, BATCHRUNNER_CRASH_AT=point)

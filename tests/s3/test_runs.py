@@ -111,7 +111,7 @@ class Failures:
                 await self._told.get()
 
 
-@pytest.mark.parametrize("fault", [Fault.BUSY, Fault.CUT, Fault.HELD])
+@pytest.mark.parametrize("fault", [pytest.param(Fault.BUSY, marks=pytest.mark.long), Fault.CUT, Fault.HELD])
 async def test_service_that_fails_for_a_while_stops_the_sending_and_the_run_goes_on(
     tmp_path: Path, proxy: Proxy, fault: Fault
 ) -> None:
@@ -217,7 +217,7 @@ class Scale:
     window: int
 
 
-QUICK = Scale(lines=3_000, kills=3, latency="20ms", window=16)
+QUICK = Scale(lines=1_500, kills=3, latency="20ms", window=16)
 FULL = Scale(lines=50_000, kills=20, latency="20ms", window=32)
 
 
