@@ -36,7 +36,9 @@ from batchrunner.errors import (
 )
 from batchrunner.ports import Clock, Rng
 
-ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
+SEALED = frozenset({"completed", "failed", "expired", "cancelled"})
+# How a batch of jobs ends, which inference.club's clients made: without files.
+ENDED = SEALED | {"DONE"}
 # A server that never answered is most likely not there; one that did restarts, or its disk is being cleared.
 FIRST_CONTACT_S = 10.0
 OUTAGE_S = 600.0
@@ -106,6 +108,11 @@ class RemoteBatch(msgspec.Struct, frozen=True):
     def has_ended(self) -> bool:
         """Whether nothing about it will change any more."""
         return self.status in ENDED
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether its files have all its lines."""
+        return self.status in SEALED
 
 
 class FailedSample(msgspec.Struct, frozen=True):

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from batchrunner.api.envelope import UNPARSEABLE_JSON, ErrorBody, Refusal
+from batchrunner.batch_object import RequestCounts
 from batchrunner.grouping import read_failure
 from batchrunner.jobs import InferenceType, Job
 from batchrunner.lifecycle import ACTIVE_JOBS, TERMINAL, BatchStatus, JobStatus
@@ -109,6 +110,7 @@ class ClubBatch(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     canceled: int
     created_at: int
+    request_counts: RequestCounts
     object: Literal["batch"] = "batch"
 
 
@@ -203,6 +205,7 @@ def club_batch(batch: Batch, counts: Mapping[JobStatus, int]) -> ClubBatch:
         created=seconds_of(batch.created_at),
         canceled=counts[JobStatus.CANCELED],
         created_at=seconds_of(batch.created_at),
+        request_counts=RequestCounts(sum(counts.values()), counts[JobStatus.PROCESSED], counts[JobStatus.FAILED]),
     )
 
 

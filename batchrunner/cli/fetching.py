@@ -89,7 +89,7 @@ async def _stream(
 ) -> ExitCode:
     shown = await client.batch(batch_id)
     sink, count = sys.stdout.buffer, 0
-    if shown.batch.has_ended:
+    if shown.batch.is_sealed:
         for each in _OUTCOMES if outcome is None else (outcome,):
             file_id = _file_of(shown.batch, each)
             if file_id is not None:
@@ -100,7 +100,7 @@ async def _stream(
     after = "0"
     while True:
         # Asked before the last look: what was finished up to then is in it.
-        is_last = not follow or (await client.batch(batch_id)).batch.has_ended
+        is_over = (await client.batch(batch_id)).batch.has_ended
         while True:
             page = await _page(client, server, batch_id, after, outcome)
             with page.content:
@@ -109,10 +109,10 @@ async def _stream(
             if not page.line_count:
                 break
         sink.flush()
-        if is_last:
+        if is_over or not follow:
             break
         await clock.sleep(_LOOK_S)
-    say(f"{counted(count, 'line')}{' so far; the batch goes on' if not follow else '; the batch has ended'}")
+    say(f"{counted(count, 'line')}{'; the batch has ended' if is_over else ' so far; the batch goes on'}")
     return ExitCode.OK
 
 
@@ -134,12 +134,15 @@ async def _write(
 ) -> ExitCode:
     while True:
         batch = (await client.batch(batch_id)).batch
-        if batch.has_ended:
+        if batch.is_sealed:
             paths = [str(each.path) for each in targets if await _complete(client, batch, each)]
             tell_end(server, batch, is_fetched=True)
             say(f"  written: {', '.join(paths) or 'nothing, it has no lines'}")
             return ExitCode.OK
         counts = [await _append(client, server, batch_id, each) for each in targets]
+        if batch.has_ended:
+            tell_end(server, batch, is_fetched=True)
+            return ExitCode.OK
         if not follow:
             break
         await clock.sleep(_LOOK_S)

@@ -130,8 +130,8 @@ def _end_text(earliest_at: int | None, latest_at: int, now: datetime) -> str:
 def exit_code_of_batch(batch: RemoteBatch) -> ExitCode:
     """The exit code that the end of a batch stands for, the same as that of a run."""
     match batch.status:
-        case "completed":
-            return ExitCode.SOME_FAILED if batch.counts.failed else ExitCode.OK
+        case "completed" | "DONE":
+            return ExitCode.OK if batch.counts.completed == batch.counts.total else ExitCode.SOME_FAILED
         case "expired":
             return ExitCode.DEADLINE
         case "cancelled":

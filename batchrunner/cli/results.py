@@ -44,7 +44,7 @@ _LOOK_S = 0.5
 @click.option("--follow", is_flag=True, help="Go on with new lines until the run or batch ends.")
 @server_option
 def results(*, run: Path, output: Path | None, which: str | None, follow: bool, server_address: str | None) -> None:
-    """Give the finished lines of a run, OUTPUT.run, or of a batch on a server, an ID that begins with batch_.
+    """Give the finished lines of a run, OUTPUT.run, or of a batch on a server, an ID such as batch_1f2e or 7.
 
     A run may be going on, stopped or killed: its lines come in the order in which they were finished. Lines that were
     refused, or that a deadline left unfinished, are in the run's own errors file only.

@@ -46,4 +46,5 @@ def server_of(address: str | None) -> Server:
 
 def is_batch_id(text: Path | str) -> bool:
     """Tell the id of a batch on a server from a path."""
-    return str(text).startswith("batch_") and not Path(text).exists()
+    name = str(text)
+    return (name.startswith("batch_") or (name.isascii() and name.isdecimal())) and not Path(name).exists()

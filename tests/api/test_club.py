@@ -28,6 +28,7 @@ BATCH_KEYS = (
     "created",
     "canceled",
     "created_at",
+    "request_counts",
     "object",
 )
 COUNTS = ("queued", "processing", "processed", "failed", "canceled")

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -312,3 +313,26 @@ def test_status_line_tells_what_holds_a_batch() -> None:
     assert status_text(batch, now=now) == (
         "batch_1 in_progress: 12 of 1,000 lines done, 2 failed, 16 in flight, 20 lines/s, paused: authentication"
     )
+
+
+def test_a_batch_of_jobs_is_followed_to_its_end(server: str) -> None:
+    def made(*prompts: str, **more: Any) -> str:
+        requests = [
+            {
+                "endpoint": "/v1/chat/completions",
+                "body": {"model": "m", "messages": [{"role": "user", "content": each}], **more},
+            }
+            for each in prompts
+        ]
+        asked = Request(f"{server}/batches", json.dumps({"requests": requests}).encode())
+        with urlopen(asked) as answer:
+            return str(json.load(answer)["id"])
+
+    good, bad = made("one", "two"), made("three", simulate=["400"] * 20)
+
+    followed = call("status", good, "--wait")
+    assert (followed.code, "DONE: 2 lines, 2 succeeded" in followed.err) == (0, True), followed.err
+    assert call("status", bad, "--wait").code == 3
+    lines = call("results", good)
+    assert (lines.code, lines.err) == (0, "2 lines; the batch has ended\n")
+    assert [json.loads(line)["custom_id"] for line in lines.out.splitlines()] == ["requests[0]", "requests[1]"]
