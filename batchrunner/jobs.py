@@ -86,17 +86,27 @@ class TenantJobs(Protocol):
         """
 
     def add_jobs(
+        self, intake: NewBatch, lines: NewAddition, jobs: Sequence[NewJob], *, limits: KeyLimits = NO_LIMITS
+    ) -> list[Job]:
+        """Let jobs that come alone join the tenant's present intake batch, or one made of `intake`, in one transaction.
+
+        Raises:
+            QuotaExceeded.
+        """
+
+    def add_keyed_jobs(
         self,
         intake: NewBatch,
         lines: NewAddition,
         jobs: Sequence[NewJob],
+        replays: Sequence[Replay],
         *,
-        replay: Replay | None = None,
         limits: KeyLimits = NO_LIMITS,
-    ) -> list[Job]:
-        """Let jobs that come alone join the tenant's present intake batch, or one made of `intake`, in one transaction.
+    ) -> list[Job | None]:
+        """Do as `add_jobs`, for jobs that are noted under keys, no two of them the same.
 
-        With `replay` there is one job only; where one was made under the same key before, it comes back.
+        Where jobs were made under some of the keys before, these come back in their places, and None in all others:
+        then nothing is made, and the blob of `lines` is given up.
 
         Raises:
             QuotaExceeded.

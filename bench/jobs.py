@@ -43,6 +43,7 @@ _READERS = 16
 class Load:
     """What clients sent, and what of it was accepted: the body of each job by its number."""
 
+    has_keys: bool = False
     numbers: Iterator[int] = field(default_factory=itertools.count)
     accepted: dict[str, bytes] = field(default_factory=dict)
     took_ms: list[float] = field(default_factory=list)
@@ -52,11 +53,13 @@ class Load:
     async def send(self, client: Client, end_s: float) -> None:
         """Send one job after the other, as one client does."""
         while time.perf_counter() < end_s:
-            body = _BODY % next(self.numbers)
+            number = next(self.numbers)
+            body = _BODY % number
+            headers = _HEADERS | ({"Idempotency-Key": f"key-{number}"} if self.has_keys else {})
             began_s = time.perf_counter()
             try:
                 async with client.session.post(
-                    f"{client.base_url}/chat/completions", data=body, headers=_HEADERS
+                    f"{client.base_url}/chat/completions", data=body, headers=headers
                 ) as answer:
                     found = await answer.json(content_type=None)
             except (aiohttp.ClientError, OSError):
@@ -106,28 +109,45 @@ async def _ended(client: Client, load: Load) -> Ends:
     return Ends(found["lost"], found["failed"], found["swapped"], waited_s)
 
 
+async def _submitted(served: Served, client: Client, load: Load, clients: int, seconds: float) -> tuple[float, float]:
+    """Have clients submit for so long; gives how many a second were accepted, and the CPU of the API for each."""
+    await load.send(client, time.perf_counter() + 0.5)  # Opens what opens once.
+    load.took_ms.clear()
+    before = len(load.accepted)
+    cpu_s, began_s = served.cpu_s(API), time.perf_counter()
+    await asyncio.gather(*(load.send(client, began_s + seconds) for _ in range(clients)))
+    count = len(load.accepted) - before
+    return count / (time.perf_counter() - began_s), (served.cpu_s(API) - cpu_s) / count * 1e6
+
+
 async def _calm(served: Served, upstream: Upstream, clients: int, seconds: float) -> list[Figure]:
     load = Load()
     async with client_of(served.base_url) as client:
-        await load.send(client, time.perf_counter() + 0.5)  # Opens what opens once.
-        load.took_ms.clear()
-        before = len(load.accepted)
-        cpu_s, began_s = served.cpu_s(API), time.perf_counter()
-        await asyncio.gather(*(load.send(client, began_s + seconds) for _ in range(clients)))
-        took_s = time.perf_counter() - began_s
-        cpu_s = served.cpu_s(API) - cpu_s
+        rate, cpu_us = await _submitted(served, client, load, clients, seconds)
         ends = await _ended(client, load)
-    count = len(load.accepted) - before
     what = f"{clients} clients at once for {seconds:g} s, {_WORKERS} workers running what comes"
     return [
-        Figure("jobs.accepted", count / took_s, "jobs/s", f"durable and answered 202; {what}", ">= 500"),
+        Figure("jobs.accepted", rate, "jobs/s", f"durable and answered 202; {what}", ">= 500"),
         Figure("jobs.answer_ms", median(load.took_ms), "ms", "until the 202, median"),
         Figure("jobs.answer_p99_ms", p99(load.took_ms), "ms", "until the 202, the 99th of a hundred", "< 250"),
-        Figure("jobs.api_cpu_us", cpu_s / count * 1e6, "us/job", "CPU of the API process, while they run too"),
+        Figure("jobs.api_cpu_us", cpu_us, "us/job", "CPU of the API process, while they run too"),
         Figure("jobs.refused", load.refused.total() + load.broken, "requests", "that got anything but a 202", "= 0"),
         Figure("jobs.behind", ends.waited_s, "s", "from the last 202 until the last job has ended"),
         Figure("jobs.bad", ends.lost + ends.failed + ends.swapped, "jobs", "lost, failed or swapped", "= 0"),
         Figure("jobs.sent_twice", upstream.stats()["repeats"], "requests", "to the upstream, for nothing", "= 0"),
+    ]
+
+
+async def _keyed(served: Served, upstream: Upstream, clients: int, seconds: float) -> list[Figure]:
+    load = Load(has_keys=True)
+    async with client_of(served.base_url) as client:
+        rate, _ = await _submitted(served, client, load, clients, seconds)
+        ends = await _ended(client, load)
+    bad = ends.lost + ends.failed + ends.swapped + abs(upstream.stats()["unique"] - len(load.accepted))
+    return [
+        Figure("jobs.keyed.accepted", rate, "jobs/s", "the same, each with an Idempotency-Key of its own", ">= 500"),
+        Figure("jobs.keyed.answer_p99_ms", p99(load.took_ms), "ms", "until the 202, the 99th of a hundred", "< 250"),
+        Figure("jobs.keyed.bad", bad, "jobs", "lost, failed, swapped or doubled", "= 0"),
     ]
 
 
@@ -160,7 +180,7 @@ def measure(*, clients: int = 64, seconds: float = 10.0) -> list[Figure]:
     """Both, each on a server of its own."""
     figures: list[Figure] = []
     options = ("--workers", str(_WORKERS))
-    for run in (_calm, _killed):
+    for run in (_calm, _keyed, _killed):
         with scratch() as folder, simulator() as upstream, serving(Path(folder), upstream, *options) as served:
             figures += asyncio.run(run(served, upstream, clients, seconds))
     return figures

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from batchrunner.errors import BatchrunnerError
+from batchrunner.holdings import Replay
 from batchrunner.jobs import Job, NewJob
 from batchrunner.ports import Clock
 from batchrunner.settings import MIB
@@ -27,10 +28,11 @@ GATHER_S = 0.010
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobLine:
-    """A job, and the line that is to run for it, with its 0x0A."""
+    """A job, the line that is to run for it, with its 0x0A, and the key that it is noted under, if there is one."""
 
     new: NewJob
     content: bytes
+    replay: Replay | None = None
 
 
 # Makes a group durable; gives for each line, in order, its job or why it is refused.

@@ -5,10 +5,11 @@ at the same time, and durable before anybody is told its number.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import TypeVar
 from zlib import crc32
 
 from msgspec import Raw
@@ -25,7 +26,10 @@ from batchrunner.holdings import KeyId, KeyLimits, Replay
 from batchrunner.jobs import InferenceType, Job, NewJob
 from batchrunner.lines import parse_line
 from batchrunner.models import CLUB, BatchId, LineProblem, NewBatch, ShardCut, TenantId
+from batchrunner.ports import TenantScope
 from batchrunner.validation import line_rules
+
+T = TypeVar("T")
 
 # Settings do not change, and to make their rules costs as much as to judge a short line by them.
 _rules = lru_cache(maxsize=1)(line_rules)
@@ -48,15 +52,41 @@ class _Intake:
         room = len(lines)
         if self.limits.queued_lines_max is not None and room > 1:
             # The Store would refuse the group as a whole.
-            held = self.parts.store.scope(self.tenant).open_counts().lines
+            held = self._scope.open_counts().lines
             room = min(room, max(self.limits.queued_lines_max - held, 1))
-        jobs = self.commit(lines[:room])
+        jobs = self._keyed(lines[:room]) if lines[0].replay is not None else self._unkeyed(lines[:room])
         left = len(lines) - room
         too_many = QuotaExceeded(f"{left} lines more than are allowed would wait for their results")
         return [*jobs, *[too_many] * left]
 
-    def commit(self, lines: Sequence[JobLine], replay: Replay | None = None) -> Sequence[Job]:
-        """Write lines as one shard, and let their jobs join the tenant's intake in one transaction. Blocks."""
+    def _keyed(self, lines: Sequence[JobLine]) -> list[Job]:
+        """Have each key make a job, unless it has made one before; those that come together under one key get one."""
+        first: dict[Replay | None, JobLine] = {}
+        for each in lines:
+            first.setdefault(each.replay, each)
+        made: dict[Replay | None, Job] = {}
+        while rest := [line for replay, line in first.items() if replay not in made]:
+            found = self._written(rest, partial(self._join_keyed, rest))
+            made |= {line.replay: job for line, job in zip(rest, found, strict=True) if job is not None}
+        return [made[each.replay] for each in lines]
+
+    def _join_keyed(self, lines: Sequence[JobLine], addition: NewAddition) -> list[Job | None]:
+        replays = [each.replay for each in lines if each.replay is not None]
+        asked = [each.new for each in lines]
+        return self._scope.add_keyed_jobs(self._batch(), addition, asked, replays, limits=self.limits)
+
+    def _unkeyed(self, lines: Sequence[JobLine]) -> list[Job]:
+        return self._written(lines, partial(self._join_unkeyed, lines))
+
+    def _join_unkeyed(self, lines: Sequence[JobLine], addition: NewAddition) -> list[Job]:
+        return self._scope.add_jobs(self._batch(), addition, [each.new for each in lines], limits=self.limits)
+
+    @property
+    def _scope(self) -> TenantScope:
+        return self.parts.store.scope(self.tenant)
+
+    def _written(self, lines: Sequence[JobLine], join: Callable[[NewAddition], T]) -> T:
+        """Write lines as one shard, and have them join the tenant's intake by `join`, in one transaction."""
         parts = self.parts
         content = b"".join(each.content for each in lines)
         cut = ShardCut(0, len(content), 1, 0, len(lines), crc32(content))
@@ -68,14 +98,12 @@ class _Intake:
             sink.finish()
             crash.point("job.stored")
             addition = NewAddition(first_line=1, source=sink.name, id_hashes=b"", shards=(cut,), model=model)
-            asked = [each.new for each in lines]
-            scope = parts.store.scope(self.tenant)
-            jobs = scope.add_jobs(self._batch(), addition, asked, replay=replay, limits=self.limits)
+            joined = join(addition)
             crash.point("job.joined")
         except BaseException:
             sink.abort()
             raise
-        return jobs
+        return joined
 
     def _batch(self) -> NewBatch:
         """Make what jobs join where the tenant has nothing that they could: an open batch that nobody is shown."""
@@ -104,24 +132,20 @@ async def submit(call: Call, url: str, body: bytes, model: str | None, inference
     """
     new = NewJob(url=url, inference_type=inference_type, model=model)
     if len(body) > LONG_BODY_BYTES:
-        line = await call.blocking(_judged, call.parts, new, body)
+        line = await call.blocking(_judged, call.parts, new, body, call.replay)
     else:
-        line = _judged(call.parts, new, body)
+        line = _judged(call.parts, new, body, call.replay)
     key_id = call.key.id if call.key is not None else None
     intake = _Intake(parts=call.parts, tenant=call.tenant, key_id=key_id, limits=call.limits)
-    if call.replay is not None:
-        # What its key has made already is looked up in the transaction that would make it.
-        (job,) = await call.blocking(intake.commit, [line], call.replay)
-        return job
-    lane = (call.tenant, key_id, call.limits)
+    lane = (call.tenant, key_id, call.limits, call.replay is not None)
     return await call.parts.job_groups.join(lane, line, call.parts.clock, intake.committed)
 
 
-def _judged(parts: ApiParts, new: NewJob, body: bytes) -> JobLine:
+def _judged(parts: ApiParts, new: NewJob, body: bytes, replay: Replay | None) -> JobLine:
     """Write a line that somebody else would have written, and look at it as validation would. Raises: Refusal."""
     request = InlineRequest(custom_id=f"job-{parts.rng.token_hex(12)}", url=new.url, body=Raw(body))
     content = line_of(request)
     found = parse_line(content[:-1], 1, _rules(parts.settings))
     if isinstance(found, LineProblem):
         raise Refusal(found.message, param=found.param, code=found.code)
-    return JobLine(new=new, content=content)
+    return JobLine(new=new, content=content, replay=replay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, and_, delete, func, insert, select, update
@@ -94,7 +95,7 @@ def note_made(conn: Connection, tenant: TenantId, replay: Replay, object_id: str
     Guards that a request that lost its lease and the one that took it over do not both make something.
     """
     row = _row(conn, tenant, replay.route, replay.key, moment)
-    values = {"state": IdempotencyState.DONE, "status": replay.status, "object_id": object_id, "lease_until": None}
+    values = _made(replay, object_id)
     if row is None:
         _insert_done(conn, tenant, replay, moment, values)
         return None
@@ -109,10 +110,38 @@ def note_made(conn: Connection, tenant: TenantId, replay: Replay, object_id: str
     return None
 
 
+def note_all_made(
+    conn: Connection, tenant: TenantId, made: Sequence[tuple[Replay, str]], moment: Moment
+) -> list[str | None]:
+    """Do as `note_made` for many keys, no two of them the same; nearly always none was there before."""
+    keys = [replay.key for replay, _ in made]
+    named = select(idempotency.c.route, idempotency.c.key)
+    found = conn.execute(named.where(idempotency.c.tenant == tenant, idempotency.c.key.in_(keys)))
+    known = {(row.route, row.key) for row in found}
+    fresh = [
+        _done(tenant, replay, moment, _made(replay, object_id))
+        for replay, object_id in made
+        if (replay.route, replay.key) not in known
+    ]
+    if fresh:
+        conn.execute(insert(idempotency), fresh)
+    return [
+        note_made(conn, tenant, replay, object_id, moment) if (replay.route, replay.key) in known else None
+        for replay, object_id in made
+    ]
+
+
+def _made(replay: Replay, object_id: str) -> dict[str, object]:
+    return {"state": IdempotencyState.DONE, "status": replay.status, "object_id": object_id, "lease_until": None}
+
+
 def _insert_done(conn: Connection, tenant: TenantId, replay: Replay, moment: Moment, values: dict[str, object]) -> None:
+    conn.execute(insert(idempotency).values(_done(tenant, replay, moment, values)))
+
+
+def _done(tenant: TenantId, replay: Replay, moment: Moment, values: dict[str, object]) -> dict[str, object]:
     whose = {"tenant": tenant, "route": replay.route, "key": replay.key, "fingerprint": replay.fingerprint}
-    when = {"created_at": moment.wall, "boot_id": moment.boot_id}
-    conn.execute(insert(idempotency).values(whose | when | values))
+    return whose | {"created_at": moment.wall, "boot_id": moment.boot_id} | values
 
 
 def drop(conn: Connection, tenant: TenantId, route: str, key: str) -> None:

@@ -14,7 +14,7 @@ from batchrunner.holdings import NO_LIMITS, KeyLimits, Replay
 from batchrunner.jobs import Job, JobBatchCounts, NewJob
 from batchrunner.lifecycle import BatchStatus, JobStatus
 from batchrunner.models import Batch, BatchId, NewBatch, ShardCut
-from batchrunner.store import queries_blobs, queries_jobs
+from batchrunner.store import queries_blobs, queries_idempotency, queries_jobs
 from batchrunner.store.moments import Moment
 from batchrunner.store.queries_additions import append, append_shards
 from batchrunner.store.queries_batches import batch_of_tenant, create_batch, require_lines
@@ -24,11 +24,11 @@ from batchrunner.store.tenant_lines import SqlTenantLines
 
 
 class _MadeBefore(Exception):
-    """The same key has made a job already: nothing of the transaction may stay."""
+    """Keys have made jobs already, whose numbers these are by their places: nothing of the transaction may stay."""
 
-    def __init__(self, number: str) -> None:
-        super().__init__(number)
-        self.number = number
+    def __init__(self, numbers: Mapping[int, int]) -> None:
+        super().__init__(numbers)
+        self.numbers = numbers
 
 
 class SqlTenantJobs(SqlTenantLines):
@@ -56,31 +56,61 @@ class SqlTenantJobs(SqlTenantLines):
             return self._told(conn, row["id"])
 
     def add_jobs(
+        self, intake: NewBatch, lines: NewAddition, jobs: Sequence[NewJob], *, limits: KeyLimits = NO_LIMITS
+    ) -> list[Job]:
+        """See TenantJobs."""
+        self._require_own(intake.tenant, intake.id)
+        with self._store.writing() as conn:
+            return self._add_jobs(conn, intake, lines, jobs, moment=self._store.moment(), limits=limits)
+
+    def add_keyed_jobs(
         self,
         intake: NewBatch,
         lines: NewAddition,
         jobs: Sequence[NewJob],
+        replays: Sequence[Replay],
         *,
-        replay: Replay | None = None,
         limits: KeyLimits = NO_LIMITS,
-    ) -> list[Job]:
+    ) -> list[Job | None]:
         """See TenantJobs."""
         self._require_own(intake.tenant, intake.id)
         try:
             with self._store.writing() as conn:
                 moment = self._store.moment()
-                row = queries_jobs.intake_of_tenant(conn, self._tenant, moment)
-                if row is None:
-                    row = create_batch(conn, intake, moment, replay=None, limits=NO_LIMITS)
-                added = self._let_in(conn, row, lines, jobs, moment=moment, limits=limits)
-                number = str(added[0].number)
-                if (made := self._made(conn, replay, number, moment)) != number:
-                    raise _MadeBefore(made)
-                return added
+                added = self._add_jobs(conn, intake, lines, jobs, moment=moment, limits=limits)
+                self._note_keys(conn, added, replays, moment)
+                return [*added]
         except _MadeBefore as before:
             with self._store.writing() as conn:
                 queries_blobs.abandon_blob(conn, lines.source)
-                return [job_of(queries_jobs.job_of_tenant(conn, self._tenant, int(before.number)))]
+                known = {
+                    place: job_of(queries_jobs.job_of_tenant(conn, self._tenant, number))
+                    for place, number in before.numbers.items()
+                }
+            return [known.get(place) for place in range(len(jobs))]
+
+    def _add_jobs(
+        self,
+        conn: Connection,
+        intake: NewBatch,
+        lines: NewAddition,
+        jobs: Sequence[NewJob],
+        *,
+        moment: Moment,
+        limits: KeyLimits,
+    ) -> list[Job]:
+        row = queries_jobs.intake_of_tenant(conn, self._tenant, moment)
+        if row is None:
+            row = create_batch(conn, intake, moment, replay=None, limits=NO_LIMITS)
+        return self._let_in(conn, row, lines, jobs, moment=moment, limits=limits)
+
+    def _note_keys(self, conn: Connection, added: Sequence[Job], replays: Sequence[Replay], moment: Moment) -> None:
+        """Note which job belongs to which key. Raises: _MadeBefore when some belong to others."""
+        numbered = [(replay, str(job.number)) for job, replay in zip(added, replays, strict=True)]
+        made = queries_idempotency.note_all_made(conn, self._tenant, numbered, moment)
+        others = {place: int(number) for place, number in enumerate(made) if number is not None}
+        if others:
+            raise _MadeBefore(others)
 
     def _let_in(
         self,

@@ -174,6 +174,25 @@ async def test_the_same_idempotency_key_makes_one_job_however_often_it_comes(tmp
         assert api.scope.job_counts()[JobStatus.QUEUED] == 1
 
 
+async def test_keys_new_and_known_go_together_and_each_gets_its_own_job(tmp_path: Path) -> None:
+    async with serving(tmp_path, routes=TABLE) as api:
+
+        async def send(number: int) -> tuple[int, dict[str, Any]]:
+            reply = await post(api, chat(str(number)), headers={"Idempotency-Key": f"key-{number}"})
+            assert reply.status == 202
+            return number, reply.json
+
+        first = dict(await asyncio.gather(*(send(number) for number in range(0, 40, 2))))
+        both = await asyncio.gather(*(send(number % 40) for number in range(80)))
+
+        assert {number: made for number, made in both if number in first} == first
+        assert len({made["number"] for _, made in both}) == 40
+        assert api.scope.job_counts()[JobStatus.QUEUED] == 40
+        for number, made in both:
+            assert body_of(api.scope, api, made) == chat(str(number))
+        assert len(api.scope.shards_from(both[0][1]["batch_id"], 1, limit=100)) < 20
+
+
 async def test_callers_that_hang_up_leave_their_neighbours_alone(tmp_path: Path):
     async with serving(tmp_path, routes=TABLE) as api:
         calls = [asyncio.create_task(post(api, chat(str(n)))) for n in range(40)]

@@ -273,18 +273,33 @@ def test_tenants_have_intakes_of_their_own(world: World) -> None:
 
 def test_key_makes_one_job_and_one_batch(world: World) -> None:
     job_key, batch_key = (Replay(route=route, key="k", fingerprint=None) for route in ("job", "batch"))
-    (job,) = world.scope.add_jobs(intake(world), lines(1), asked(1), replay=job_key)
+    (job,) = world.scope.add_keyed_jobs(intake(world), lines(1), asked(1), [job_key])
     batch = world.scope.create_job_batch(new_batch(world), lines(1, source="add-2"), asked(1), replay=batch_key)
     world.store.register_blob("add-3", owner="me")
     world.store.register_blob("add-4", owner="me")
 
-    again = world.scope.add_jobs(intake(world), lines(1, source="add-3"), asked(1), replay=job_key)
+    again = world.scope.add_keyed_jobs(intake(world), lines(1, source="add-3"), asked(1), [job_key])
     same = world.scope.create_job_batch(new_batch(world), lines(1, source="add-4"), asked(1), replay=batch_key)
 
     assert again == [job]
     assert same.id == batch.id
     assert len(world.scope.jobs(limit=10)) == 2
     assert set(world.store.freeable_blobs(limit=10, in_use=())) == {"add-3", "add-4"}
+
+
+def test_keys_that_made_jobs_before_give_them_and_the_others_of_the_group_make_none(world: World) -> None:
+    known, fresh, other = (Replay(route="job", key=key, fingerprint=None) for key in ("k", "f", "o"))
+    (job,) = world.scope.add_keyed_jobs(intake(world), lines(1), asked(1), [known])
+    world.store.register_blob("add-2", owner="me")
+
+    found = world.scope.add_keyed_jobs(intake(world), lines(3, source="add-2"), asked(3), [fresh, known, other])
+
+    assert found == [None, job, None]
+    assert world.scope.jobs(limit=10) == [job]
+    assert set(world.store.freeable_blobs(limit=10, in_use=())) == {"add-2"}
+
+    made = world.scope.add_keyed_jobs(intake(world), lines(2, source="add-3"), asked(2), [fresh, other])
+    assert [each and each.line_number for each in made] == [2, 3]
 
 
 def test_waiting_lines_of_a_key_are_limited(world: World) -> None:
