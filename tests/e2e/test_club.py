@@ -152,7 +152,7 @@ async def test_jobs_that_come_alone_outlive_kills_and_each_key_makes_one(tmp_pat
         assert (await place.server.stop()).code == 0
 
 
-@pytest.mark.parametrize("point", ["job.stored", "job.joined"])
+@pytest.mark.parametrize("point", [pytest.param("job.stored", marks=pytest.mark.long), "job.joined"])
 async def test_an_api_that_dies_while_jobs_are_made_loses_and_doubles_none(tmp_path: Path, point: str) -> None:
     bodies = [body_of(number) for number in range(20)]
     batch = {"requests": [{"endpoint": CHAT, "body": body} for body in bodies]}

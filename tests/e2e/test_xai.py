@@ -124,7 +124,7 @@ async def test_requests_that_join_between_kills_are_answered_once_each(tmp_path:
         assert (await place.server.stop()).code == 0
 
 
-@pytest.mark.parametrize("point", ["add.stored", "add.joined"])
+@pytest.mark.parametrize("point", [pytest.param("add.stored", marks=pytest.mark.long), "add.joined"])
 async def test_an_api_that_dies_while_requests_join_loses_and_doubles_none(tmp_path: Path, point: str) -> None:
     lines = 60
     async with site(tmp_path, latency="1ms") as here:

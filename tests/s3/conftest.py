@@ -21,22 +21,13 @@ def environment_of(url: str, **settings: str) -> dict[str, str]:
     }
 
 
-# What a process of a server does whatever its blobs lie on is asked of a folder in every run, of a bucket in long ones.
-_OF_PROCESSES = frozenset(
+# What was proven in a folder is asked of a bucket once for each way of dying; the rest is for the long lane.
+_IN_EVERY_RUN = frozenset(
     {
-        "test_first_key_closes_an_open_server",
-        "test_first_lines_are_the_base_url_and_a_curl_line_that_works",
-        "test_followed_batch_does_not_hold_up_the_end",
-        "test_others_are_served_only_with_keys",
-        "test_progress_tells_what_the_workers_do",
-        "test_readiness_tells_that_no_worker_reports",
-        "test_request_under_way_is_answered_before_the_end",
-        "test_second_server_on_the_folder_is_refused_with_the_pid_of_the_first",
-        "test_second_signal_ends_at_once",
-        "test_server_may_be_started_while_the_children_of_a_killed_one_still_end",
-        "test_server_without_upstream_says_so_validates_and_waits",
-        "test_signal_to_all_processes_is_a_clean_end",
-        "test_taken_port_is_said_and_exits_1",
+        "test_killed_server_is_started_again_and_the_batch_completes",
+        "test_no_line_is_torn_or_given_twice_over_a_kill[all]",
+        "test_run_killed_as_a_whole_three_times_ends_whole[2]",
+        "test_worker_dies_at_point_and_then_all_and_the_batch_completes[seal.files_committed]",
     }
 )
 
@@ -45,7 +36,7 @@ _OF_PROCESSES = frozenset(
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the lane of every run short."""
     for item in items:
-        if item.path.name == "test_as_in_a_folder.py" and getattr(item, "originalname", None) in _OF_PROCESSES:
+        if item.path.name == "test_as_in_a_folder.py" and item.name not in _IN_EVERY_RUN:
             item.add_marker(pytest.mark.long)
 
 

@@ -166,6 +166,7 @@ async def test_service_killed_in_mid_run_is_waited_for_and_the_run_goes_on(tmp_p
 
 
 @needs_root
+@pytest.mark.long
 async def test_service_whose_disk_is_full_is_waited_for_and_the_run_goes_on(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "96m") as disk:
         folder, ballast = disk / "weed", disk / "ballast"

@@ -141,6 +141,16 @@ def test_every_status_has_a_word(status):
     assert batch_object(replace(BATCH, status=status), [], NOW).status == STATUSES[status] == str(status)
 
 
+@pytest.mark.parametrize("created_us", [0, 400, 999_999])
+def test_a_window_is_as_long_as_was_asked_for_wherever_the_second_turns(created_us: int) -> None:
+    created_at = START + timedelta(microseconds=created_us)
+    batch = replace(BATCH, created_at=created_at, deadline_at=created_at + timedelta(hours=24, microseconds=-600))
+
+    shown = batch_object(batch, [], NOW)
+
+    assert shown.expires_at == shown.created_at + 86_400
+
+
 def test_only_a_failed_batch_has_errors():
     problem = LineProblem("invalid_json_line", "No.", None, 3, "a")
     with_problem = replace(BATCH, problems=(problem,), problem_count=1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchrunner.holdings import LiveUse, UpstreamLive
@@ -185,6 +185,7 @@ JSON = st.recursive(
 )
 
 
+@settings(max_examples=30)
 @given(
     st.dictionaries(st.sampled_from(["async", "model", "a,b", 'c"{}', "[é]"]) | st.text(), JSON),
     st.sampled_from([None, 1]),
