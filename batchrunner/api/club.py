@@ -30,7 +30,7 @@ from batchrunner.api.club_words import (
 )
 from batchrunner.api.creating import INLINE_BYTES_MAX, InlineRequest, keys_of, sound_lines
 from batchrunner.api.envelope import Refusal, invalid_value, wrong_method
-from batchrunner.api.files import BlobSink
+from batchrunner.api.files import kept_blob
 from batchrunner.api.http import Answer, Call, Route, json_answer
 from batchrunner.api.job_lines import JOBS_MAX, job_counts_of, jobs_of, request_id
 from batchrunner.api.live import FORM_URLS
@@ -154,22 +154,17 @@ def _create(call: Call, wanted: ClubBatchRequest) -> Batch:
         for number, (each, (_, _, body)) in enumerate(zip(wanted.requests, asked, strict=True))
     ]
     content, found = sound_lines(call, requests, param="requests")
-    sink = BlobSink(call.parts, f"jobs/{call.parts.rng.token_hex(16)}", size_bytes_max=INLINE_BYTES_MAX * 2)
-    try:
-        sink.feed(content)
-        sink.finish()
+    name = f"jobs/{call.parts.rng.token_hex(16)}"
+    lines = NewAddition(first_line=1, source=name, id_hashes=b"", shards=found.shards, model=found.model)
+    jobs = [
+        NewJob(url=each.endpoint, inference_type=inference_type_of(each.endpoint), model=model)
+        for each, (model, _, _) in zip(wanted.requests, asked, strict=True)
+    ]
+    new = _new_batch(call, wanted)
+    with kept_blob(call.parts, name, content):
         crash.point("job.stored")
-        new = _new_batch(call, wanted)
-        lines = NewAddition(first_line=1, source=sink.name, id_hashes=b"", shards=found.shards, model=found.model)
-        jobs = [
-            NewJob(url=each.endpoint, inference_type=inference_type_of(each.endpoint), model=model)
-            for each, (model, _, _) in zip(wanted.requests, asked, strict=True)
-        ]
         made = call.scope.create_job_batch(new, lines, jobs, replay=call.replay, limits=call.limits)
         crash.point("job.joined")
-    except BaseException:
-        sink.abort()
-        raise
     return made
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Annotated, Literal
@@ -124,6 +125,19 @@ class BlobSink:
         """Leave nothing behind: neither bytes nor, in the end, the name."""
         self._intake.abort()
         give_up(self._store, self.name)
+
+
+@contextmanager
+def kept_blob(parts: ApiParts, name: str, content: bytes) -> Iterator[None]:
+    """Make bytes durable as a blob, for a row that the block makes; nothing is left of it where that fails. Blocks."""
+    sink = BlobSink(parts, name, size_bytes_max=len(content))
+    try:
+        sink.feed(content)
+        sink.finish()
+        yield
+    except BaseException:
+        sink.abort()
+        raise
 
 
 def expiry_s(parts: ApiParts, purpose: str, expires_after_s: int | None) -> float | None:

@@ -18,7 +18,7 @@ from batchrunner import crash
 from batchrunner.additions import NewAddition
 from batchrunner.api.creating import InlineRequest, line_of
 from batchrunner.api.envelope import Refusal
-from batchrunner.api.files import BlobSink
+from batchrunner.api.files import kept_blob
 from batchrunner.api.http import LONG_BODY_BYTES, ApiParts, Call
 from batchrunner.api.job_groups import JobLine
 from batchrunner.errors import QuotaExceeded
@@ -92,17 +92,11 @@ class _Intake:
         cut = ShardCut(0, len(content), 1, 0, len(lines), crc32(content))
         models = {each.new.model for each in lines}
         model = models.pop() if len(models) == 1 else None
-        sink = BlobSink(parts, f"jobs/{parts.rng.token_hex(16)}", size_bytes_max=len(content))
-        try:
-            sink.feed(content)
-            sink.finish()
+        name = f"jobs/{parts.rng.token_hex(16)}"
+        with kept_blob(parts, name, content):
             crash.point("job.stored")
-            addition = NewAddition(first_line=1, source=sink.name, id_hashes=b"", shards=(cut,), model=model)
-            joined = join(addition)
+            joined = join(NewAddition(first_line=1, source=name, id_hashes=b"", shards=(cut,), model=model))
             crash.point("job.joined")
-        except BaseException:
-            sink.abort()
-            raise
         return joined
 
     def _batch(self) -> NewBatch:

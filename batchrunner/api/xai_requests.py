@@ -17,7 +17,7 @@ from batchrunner.adding import Lines, join
 from batchrunner.api.batches import batch_of
 from batchrunner.api.creating import InlineRequest, sound_lines
 from batchrunner.api.envelope import Refusal
-from batchrunner.api.files import BlobSink
+from batchrunner.api.files import kept_blob
 from batchrunner.api.http import Answer, Call, json_answer
 from batchrunner.api.job_lines import jobs_by_line
 from batchrunner.api.xai_results import LIMIT_MAX, XaiPage, place_in, token_of
@@ -92,16 +92,11 @@ def _add(call: Call, wanted: AddRequests) -> None:
         raise _closed(batch)
     requests = [_inline(call, number, each) for number, each in enumerate(wanted.batch_requests)]
     content, found = sound_lines(call, requests, param="batch_requests")
-    sink = BlobSink(call.parts, f"added/{batch.id}/{call.parts.rng.token_hex(8)}", size_bytes_max=ADD_BYTES_MAX * 2)
-    try:
-        sink.feed(content)
-        sink.finish()
+    name = f"added/{batch.id}/{call.parts.rng.token_hex(8)}"
+    ids = [each.custom_id for each in requests]
+    with kept_blob(call.parts, name, content):
         crash.point("add.stored")
-        ids = [each.custom_id for each in requests]
-        _join(call, batch, Lines(custom_ids=ids, source=sink.name, shards=found.shards, model=found.model))
-    except BaseException:
-        sink.abort()
-        raise
+        _join(call, batch, Lines(custom_ids=ids, source=name, shards=found.shards, model=found.model))
 
 
 def _join(call: Call, batch: Batch, lines: Lines) -> None:
