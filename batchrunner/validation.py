@@ -11,6 +11,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 
 import msgspec
 
@@ -375,9 +376,13 @@ def repeated_hashes(hashes: Sequence[array[int]]) -> array[int]:
     return repeated
 
 
+# To make rules costs as much as to judge a short line by them; settings with tables cannot be hashed, their parts can.
+_rules = lru_cache(maxsize=32)(LineRules)
+
+
 def line_rules(settings: Settings, *, endpoint: str | None = None) -> LineRules:
     """What lines must keep to by the settings alone, those without a `url` of their own going to `endpoint`."""
-    return LineRules(
+    return _rules(
         endpoint=endpoint,
         endpoints=settings.endpoints,
         custom_id_chars_max=settings.custom_id_chars_max,

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
 from typing import TypeVar
 from zlib import crc32
 
@@ -30,9 +30,6 @@ from batchrunner.ports import TenantScope
 from batchrunner.validation import line_rules
 
 T = TypeVar("T")
-
-# Settings do not change, and to make their rules costs as much as to judge a short line by them.
-_rules = lru_cache(maxsize=1)(line_rules)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +136,7 @@ def _judged(parts: ApiParts, new: NewJob, body: bytes, replay: Replay | None) ->
     """Write a line that somebody else would have written, and look at it as validation would. Raises: Refusal."""
     request = InlineRequest(custom_id=f"job-{parts.rng.token_hex(12)}", url=new.url, body=Raw(body))
     content = line_of(request)
-    found = parse_line(content[:-1], 1, _rules(parts.settings))
+    found = parse_line(content[:-1], 1, line_rules(parts.settings))
     if isinstance(found, LineProblem):
         raise Refusal(found.message, param=found.param, code=found.code)
     return JobLine(new=new, content=content, replay=replay)

@@ -12,11 +12,13 @@ from batchrunner.api import club_jobs
 from batchrunner.holdings import KeyLimits, KeyScope
 from batchrunner.settings import ENDPOINTS, Settings
 from batchrunner.simulate import Simulator, SimulatorSettings
+from batchrunner.targets import Target
 from tests.api.batching import working
 from tests.api.club import (
     CHAT,
     IMAGES,
     chat,
+    create,
     created,
     error_of,
     job,
@@ -80,6 +82,15 @@ async def test_an_endpoint_that_the_operator_added_takes_jobs(tmp_path: Path) ->
 
     assert own.status == 202
     assert error_of(other) == (404, "not_found")
+
+
+async def test_a_server_with_several_upstreams_takes_jobs(tmp_path: Path) -> None:
+    tables = (Target(name="one", base_url="http://127.0.0.1:9/v1", models=("m",), aliases={"n": "m"}),)
+    async with serving(tmp_path, settings=Settings(upstream=tables)) as served:
+        single = await submit(served, CHAT, model="m", messages=MESSAGES)
+        batch = await create(served, chat("a"))
+
+    assert (single.status, batch.status) == (202, 202)
 
 
 async def test_the_upstream_never_sees_the_word_async(api: Served, tmp_path: Path) -> None:
