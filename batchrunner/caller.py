@@ -33,7 +33,7 @@ class Caller:
             work.is_excused = self._outage.note_knock(is_answered=is_sign_of_life(answer))
             if not is_sign_of_life(answer):
                 return nobody_there(answer)
-        key = f"{work.run.batch.id}-{line.line_number}-{work.generation}"
+        key = f"{work.run.key_stem}-{line.line_number}-{work.generation}"
         body = renamed(line.body, self._aliases) if work.model in self._aliases else line.body
         attempt = await self._upstream.send(
             line.url, body, idempotency_key=key, is_at_most_once=work.run.is_at_most_once, owner=work

@@ -71,6 +71,8 @@ class ShardRun:
         self.shard = claim.shard
         self.journal = journal
         self.results = ResultLines(claim.batch.id)
+        # What Idempotency-Keys of its lines begin with. Batches of jobs have but a number, which every server gives.
+        self.key_stem = claim.shard.source or claim.batch.id
         self.is_at_most_once = claim.batch.on_unknown is OnUnknown.FAIL
         self.is_quarantined = claim.shard.is_quarantined
         self.intent_mark: int | None = None
@@ -109,8 +111,7 @@ class ShardRun:
         self._line_number = claim.shard.first_line - 1
         self._index = claim.shard.first_index
         self._left_count = claim.shard.line_count - len(done)
-        self._begun_count = self._left_count
-        self._untouched_count = self._left_count
+        self._begun_count = self._untouched_count = self._left_count
         self._hold_at = claim.batch.hold_at
         self._early_mark = _NEVER  # Behind it the next mark is asked for, so that hand-out need not wait.
         self._begin_marks()

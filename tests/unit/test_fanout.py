@@ -224,6 +224,16 @@ async def test_generation_of_the_key_follows_complete_answers_only() -> None:
     assert keys == ["batch_1-1-0", "batch_1-1-0", "batch_1-1-1", "batch_1-1-1", "batch_1-1-1"]
 
 
+async def test_key_of_a_line_with_a_blob_of_its_own_begins_with_the_blob() -> None:
+    """Batches of jobs have numbers, which two servers on one upstream both give."""
+    run = shard_of([3], batch=batch_of("1"), source="jobs/5f")
+    async with scene(always(OK)) as told:
+        told.add(run)
+        await told.finish(run)
+
+        assert [sent.key for sent in told.upstream.sent] == ["jobs/5f-3-0"]
+
+
 async def test_answer_that_is_no_json_ends_without_a_response() -> None:
     run = shard_of([1])
     async with scene(always(answered(200, b"<html>")), settings=Settings(max_tries=2)) as told:
