@@ -112,6 +112,9 @@ class TenantJobs(Protocol):
             QuotaExceeded.
         """
 
+    def job_made(self, replay: Replay) -> Job | None:
+        """Give the job that was made under a key, None where none was or it is not kept any more."""
+
     def job(self, number: int) -> Job:
         """Look one up."""
 

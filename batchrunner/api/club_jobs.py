@@ -44,12 +44,13 @@ from batchrunner.api.live import (
     is_form,
 )
 from batchrunner.choosing import lines_of
-from batchrunner.errors import NotFound, TransitionRefused
+from batchrunner.errors import BatchrunnerError, NotFound, TransitionRefused
 from batchrunner.frames import read_payload
 from batchrunner.holdings import KeyScope, Replay
 from batchrunner.job_results import JobResult, LinkedMedium, media_of, record_of, result_of
 from batchrunner.jobs import InferenceType, Job
 from batchrunner.lifecycle import ACTIVE_JOBS, RETRYABLE_JOBS, JobStatus
+from batchrunner.live import Asked
 from batchrunner.models import CLUB, ShardCut
 from batchrunner.settings import ENDPOINTS, KIB
 
@@ -108,15 +109,25 @@ class Submission:
         """Make a job and answer with it, or pass the request on. Raises: Refusal."""
         if is_form(call) or not (asked := await asked_of(call)).is_async:
             return await self._answer_at_once(call)
+        require_async(call.parts.settings)
+        call.replay = _replay(call)
+        try:
+            job = await self._submitted(call, asked)
+        except (Refusal, BatchrunnerError):
+            # Whatever stands in the way of a new job, a repeat asks for the one that is there.
+            made = await call.blocking(call.scope.job_made, call.replay) if call.replay is not None else None
+            if made is None:
+                raise
+            job = made
+        return json_answer(club_job(job), status=202)
+
+    async def _submitted(self, call: Call, asked: Asked) -> Job:
         if self._url in FORM_URLS:
             message = "This endpoint is synchronous only: send it without `async`."
             raise Refusal(message, param="async", code="invalid_value")
         if self._url not in call.parts.settings.endpoints:
             raise no_such_route(call.request.method, call.path)
-        require_async(call.parts.settings)
-        call.replay = _replay(call)
-        job = await job_intake.submit(call, self._url, asked.body, asked.model, inference_type_of(self._url))
-        return json_answer(club_job(job), status=202)
+        return await job_intake.submit(call, self._url, asked.body, asked.model, inference_type_of(self._url))
 
 
 async def asks_for_job(call: Call) -> bool:

@@ -110,6 +110,12 @@ def note_made(conn: Connection, tenant: TenantId, replay: Replay, object_id: str
     return None
 
 
+def made_before(conn: Connection, tenant: TenantId, replay: Replay, moment: Moment) -> str | None:
+    """Read the id of what was made under a key that is not over its time."""
+    mine = (_is_row(tenant, replay.route, replay.key), idempotency.c.created_at > moment.wall - KEPT_FOR)
+    return conn.execute(select(idempotency.c.object_id).where(*mine)).scalar_one_or_none()
+
+
 def note_all_made(
     conn: Connection, tenant: TenantId, made: Sequence[tuple[Replay, str]], moment: Moment
 ) -> list[str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -126,6 +127,16 @@ class SqlTenantJobs(SqlTenantLines):
         joining = lines.joining_at(row["total_count"] + 1)
         append(conn, row, joining, moment)
         return [job_of(each) for each in queries_jobs.add_jobs(conn, row, joining, asked, moment)]
+
+    def job_made(self, replay: Replay) -> Job | None:
+        """See TenantJobs."""
+        with self._store.reading() as conn:
+            number = queries_idempotency.made_before(conn, self._tenant, replay, self._store.moment())
+            if number is None:
+                return None
+            with contextlib.suppress(NotFound):
+                return job_of(queries_jobs.job_of_tenant(conn, self._tenant, int(number)))
+        return None
 
     def job(self, number: int) -> Job:
         """See TenantJobs."""

@@ -181,6 +181,40 @@ async def test_a_key_makes_one_job_whatever_it_is_asked_for(api: Served) -> None
     assert len((await api.call("GET", "/v1/jobs")).json["data"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("url", "body"),
+    [
+        (CHAT, {"model": "m", "messages": MESSAGES}),
+        (CHAT, {"model": "m"}),
+        (CHAT, {"messages": [], "stream": True}),
+        ("/v1/images/edits", {}),
+        ("/v1/embeddings", {}),
+    ],
+)
+async def test_a_repeat_gives_the_job_whatever_stands_in_the_way_of_a_new_one(
+    tmp_path: Path, url: str, body: dict[str, Any]
+) -> None:
+    async with serving(tmp_path, is_open=False, settings=Settings(endpoints=(CHAT, "/v1/images/edits"))) as served:
+        served.secret = served.add_key("acme", limits=KeyLimits(queued_lines_max=1))
+        first = await submit(served, CHAT, model="m", messages=MESSAGES, KEY="k")
+
+        refused = await submit(served, url, **body, KEY="other")
+        again = await asyncio.gather(*(submit(served, url, **body, KEY="k") for _ in range(3)))
+
+    assert refused.status in (400, 404, 429)
+    assert [each.status for each in again] == [202] * 3
+    assert all(each.json == first.json for each in again)
+
+
+async def test_many_at_once_with_one_key_make_one_job_where_there_is_room_for_one(keyed: Served) -> None:
+    keyed.secret = keyed.add_key("acme", limits=KeyLimits(queued_lines_max=1))
+
+    replies = await asyncio.gather(*(submit(keyed, CHAT, model="m", messages=MESSAGES, KEY="k") for _ in range(8)))
+
+    assert {each.status for each in replies} == {202}
+    assert len({each.json["id"] for each in replies}) == 1
+
+
 async def test_many_at_once_with_one_key_make_one_job(api: Served) -> None:
     replies = await asyncio.gather(
         *(submit(api, CHAT, model="m", messages=MESSAGES, KEY="k") for _ in range(8)),

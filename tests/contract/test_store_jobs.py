@@ -302,6 +302,19 @@ def test_keys_that_made_jobs_before_give_them_and_the_others_of_the_group_make_n
     assert [each and each.line_number for each in made] == [2, 3]
 
 
+def test_job_is_found_by_its_key_as_long_as_the_key_is_kept(world: World) -> None:
+    key, other = (Replay(route="job", key=each, fingerprint=None) for each in ("k", "o"))
+    (job,) = world.scope.add_keyed_jobs(intake(world), lines(1), asked(1), [key])
+
+    assert world.scope.job_made(key) == job
+    assert world.scope.job_made(other) is None
+    assert world.scope.job_made(replace(key, route="batch")) is None
+    assert world.store.scope(BEN).job_made(key) is None
+
+    world.clock.advance(24 * 3600)
+    assert world.scope.job_made(key) is None
+
+
 def test_waiting_lines_of_a_key_are_limited(world: World) -> None:
     limits = KeyLimits(queued_lines_max=3)
     world.scope.add_jobs(intake(world), lines(2), asked(2), limits=limits)
