@@ -27,6 +27,8 @@ _PACE_S = 0.1
 _REPEAT_S = 1.0
 # A worker that is slow to report is waited for so many rounds.
 _ROUNDS_MAX = 3
+# Where there are fewer places than busy workers, those that have one keep it so long.
+_TURN_S = 5.0
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
@@ -190,6 +192,27 @@ class _Child(ChildProcess):
             logger.warning("%s keeps its leases for now: %s", self.name, error, extra={"action": "burial_failed"})
 
 
+class _Turns:
+    """Whose turn it is at an upstream with fewer places than busy workers."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._first = 0
+        self._since_s = clock.monotonic_s()
+
+    def of(self, busy: Sequence[_Child], *, places: int) -> list[_Child]:
+        """Give those that may use a place now."""
+        if self._clock.monotonic_s() - self._since_s >= _TURN_S:
+            self._first += places
+            self.begin()
+        self._first %= len(busy)
+        return [busy[(self._first + number) % len(busy)] for number in range(places)]
+
+    def begin(self) -> None:
+        """Have the present turn begin now: somebody has to wait for a place whose last exchange is still under way."""
+        self._since_s = self._clock.monotonic_s()
+
+
 class Supervisor:
     """A crew of worker processes. `run` returns when all have ended after `stop`.
 
@@ -222,6 +245,7 @@ class Supervisor:
         self._grace = Grace(clock)
         self._uses = (_UNUSED,) * len(self._targets)
         self._refused = [0] * len(self._targets)
+        self._turns = [_Turns(clock) for _ in self._targets]
 
     @property
     def pids(self) -> list[int]:
@@ -344,24 +368,23 @@ class Supervisor:
             child.tell(Share(parts=tuple(each[number] for each in parts), stop_grace_s=self._grace.given_s))
 
     def _parts(self, place: int, running: Sequence[_Child]) -> list[Part]:
-        """Split one upstream's window over the workers, an idle one keeping a place to begin with.
+        """Split one upstream's window over the workers.
 
         A share grows only by what the others have let go of, so that all together never exceed the window.
         """
         whole = self._left(place)
-        idle = [child for child in running if not child.is_active(place)]
-        active = [child for child in running if child.is_active(place)] or running
-        left = whole if active is running else max(len(active), whole - len(idle))
-        wanted = dict.fromkeys(running, 1)
-        for number, child in enumerate(active):
-            wanted[child] = left // len(active) + (1 if number < left % len(active) else 0)
+        busy = [child for child in running if child.is_active(place)] or list(running)
+        sharing = busy if len(busy) <= whole else self._turns[place].of(busy, places=whole)
+        wanted = _wanted(whole, running, busy, sharing)
         parts = []
         for child in running:
             taken = sum(max(wanted[other], other.may_use(place)) for other in running if other is not child)
             window = max(0, min(wanted[child], whole - taken))
             child.grants[place] = (child.grants.get(place, (0, 0))[1], window)
+            if child in sharing and not window:
+                self._turns[place].begin()
             # An idle worker needs no rate before it has said that it found work.
-            parts.append(self._part(place, window=window, part=1 / len(active) if child in active else 0.0))
+            parts.append(self._part(place, window=window, part=1 / len(sharing) if child in sharing else 0.0))
         return parts
 
     def _part(self, place: int, *, window: int, part: float) -> Part:
@@ -377,6 +400,20 @@ class Supervisor:
         """Kill what has not drained long after its grace."""
         for child in self._children if self._grace.is_long_over else ():
             child.kill()
+
+
+def _wanted(
+    whole: int, running: Sequence[_Child], busy: Sequence[_Child], sharing: Sequence[_Child]
+) -> dict[_Child, int]:
+    """Divide a window evenly among those that share it, the idle keeping a place each to begin with where it has more
+    places than the busy need.
+    """
+    idle = [child for child in running if child not in busy][: max(0, whole - len(busy))]
+    left = whole - len(idle)
+    wanted = dict.fromkeys(running, 0) | dict.fromkeys(idle, 1)
+    for number, child in enumerate(sharing):
+        wanted[child] = left // len(sharing) + (1 if number < left % len(sharing) else 0)
+    return wanted
 
 
 def windows_of(settings: Settings) -> list[Window]:

@@ -74,6 +74,19 @@ async def test_workers_let_the_api_go_first(tmp_path: Path) -> None:
         assert (await server.stop()).code == 0
 
 
+async def test_workers_take_turns_at_an_upstream_that_takes_one_request_at_a_time(tmp_path: Path) -> None:
+    async with site(tmp_path, latency="10ms") as here:
+        server = await here.serve("--workers", "2", "--concurrency", "1")
+        batch_id = await server.submit(here.write_input(100))
+
+        batch = await server.ended_batch(batch_id)
+
+        assert batch["status"] == "completed", batch
+        assert here.simulator.stats().peak_in_flight == 1
+        await here.check(server, batch, repeats_max=0)
+        assert (await server.stop()).code == 0
+
+
 async def test_killed_api_comes_back_on_its_port_and_the_batch_goes_on(tmp_path: Path) -> None:
     async with in_mid_batch(tmp_path) as (here, server, batch_id):
         old, worker = server.api(), server.worker()

@@ -76,6 +76,22 @@ def check(folder: Path, **aliases: str) -> None:
     check_run(folder / "in.jsonl", folder / "out.jsonl", folder / "out.errors.jsonl", aliases=aliases)
 
 
+async def test_workers_take_turns_where_each_upstream_takes_one_request_at_a_time(tmp_path: Path) -> None:
+    write_input(tmp_path, "llama", "fast", count=100)
+    async with peers(tmp_path, ["--latency", "10ms"], ["--latency", "10ms"]) as (box, cloud):
+        write_tables(
+            tmp_path,
+            {"name": "box", "base_url": box.url, "models": ["llama"], "window": 1},
+            {"name": "cloud", "base_url": cloud.url, "models": ["fast"], "window": 1},
+        )
+        command = await start(["run", "in.jsonl", "-o", "out.jsonl", "--workers", "2"], tmp_path, {})
+        ended = await command.ended()
+
+        assert ended.code == 0, ended.stderr
+        assert max(peer.stats()["peak_in_flight"] for peer in (box, cloud)) == 1
+        check(tmp_path)
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 async def test_each_line_is_answered_by_the_upstream_of_its_model(tmp_path: Path, workers: str) -> None:
     write_input(tmp_path, "llama", "fast", "nobody-has-it")

@@ -206,6 +206,79 @@ def test_all_together_never_exceed_the_window_whatever_they_report(seed: int) ->
         assert sum(told(child).window for child in children) <= 24
 
 
+def in_rounds(made: Supervisor, children: list[Any], clock: VirtualClock, *, over_s: float) -> list[list[int]]:
+    """Pace for a time, in which each child ends at once what it began; gives the shares of each round."""
+    rounds = []
+    for _ in range(round(over_s * 10)):
+        for child in children:
+            child.report = report(waiting=50)
+        made._hand_out()
+        rounds.append([told(child).window for child in children])
+        clock.now_s += 0.1
+    return rounds
+
+
+@pytest.mark.parametrize(("count", "window"), [(2, 1), (3, 2), (18, 16), (5, 1)])
+def test_busy_workers_take_turns_at_a_window_smaller_than_the_crew(count: int, window: int) -> None:
+    clock = VirtualClock()
+    made, children = supervisor_of(count, clock=clock, concurrency=window)
+
+    rounds = in_rounds(made, children, clock, over_s=6.0 * count)
+
+    assert {sum(shares) for shares in rounds} <= set(range(window + 1))
+    # The place that changes hands is empty for the rounds in which its last holder may not have heard of it.
+    assert sum(sum(shares) for shares in rounds) >= 0.9 * window * len(rounds)
+    used = [sum(shares) for shares in zip(*rounds, strict=True)]
+    assert min(used) >= 40
+    assert len({tuple(shares) for shares in rounds if sum(shares) == window}) >= count // window
+
+
+def test_a_place_that_one_worker_needs_is_not_kept_for_idle_ones() -> None:
+    made, children = supervisor_of(3, concurrency=1)
+    children[0].report, children[1].report, children[2].report = report(), report(waiting=5), report()
+    for _ in range(3):
+        made._hand_out()
+
+    assert [told(child).window for child in children] == [0, 1, 0]
+
+
+def test_crew_that_was_found_no_work_for_yet_shares_a_small_window() -> None:
+    made, children = supervisor_of(4, concurrency=2)
+    for _ in range(3):
+        made._hand_out()
+
+    assert sorted(told(child).window for child in children) == [0, 0, 1, 1]
+
+
+def test_a_turn_begins_when_the_last_exchange_of_the_one_before_has_ended() -> None:
+    """Or exchanges as long as a round of turns would keep the place with the same worker for good."""
+    clock = VirtualClock()
+    made, (first, second) = supervisor_of(2, clock=clock, concurrency=1)
+    first.report, second.report = report(in_flight=1, waiting=5), report(waiting=5)
+    for _ in range(120):
+        made._hand_out()
+        clock.now_s += 0.1
+    assert (told(first).window, told(second).window) == (0, 0)
+
+    first.report = report(waiting=5)
+    for _ in range(45):
+        made._hand_out()
+        clock.now_s += 0.1
+
+    assert (told(first).window, told(second).window) == (0, 1)
+
+
+def test_rate_goes_to_those_whose_turn_it_is() -> None:
+    made, children = supervisor_of(3, concurrency=1, rpm=60)
+    for child in children:
+        child.report = report(waiting=5)
+    for _ in range(3):
+        made._hand_out()
+
+    assert sorted(told(child).rpm or 0.0 for child in children) == [0.0, 0.0, 60.0]
+    assert [bool(told(child).window) for child in children] == [bool(told(child).rpm) for child in children]
+
+
 def test_rates_are_shared_out_and_never_more_than_the_limit() -> None:
     made, children = supervisor_of(3, rpm=600, tpm=90_000)
     children[0].report = report(in_flight=5)
