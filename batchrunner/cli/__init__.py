@@ -7,14 +7,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from batchrunner import __version__
-from batchrunner.cli.exits import ExitCode, exit_code_of
-from batchrunner.errors import BatchrunnerError, UsageError
+from batchrunner.cli.ending import Ending
+from batchrunner.cli.exits import ExitCode
+from batchrunner.errors import BatchrunnerError
 
 # Name -> (module, one line of help). The help stands here so that listing the commands imports none of them.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -86,42 +86,27 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line and end the process with the exit code of the reference page."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    ending = Ending(list(sys.argv[1:] if arguments is None else arguments))
     try:
-        code = cli.main(args=list(arguments), prog_name="batchrunner", standalone_mode=False)
+        code = cli.main(args=list(ending.arguments), prog_name="batchrunner", standalone_mode=False, obj=ending)
     except click.exceptions.Exit as end:
         code = end.exit_code
     except click.ClickException as error:
-        error.show()
-        is_usage = isinstance(error, click.UsageError)
-        code = ExitCode.USAGE if is_usage else ExitCode.TROUBLE
-        kind = UsageError if is_usage else BatchrunnerError
-        _print_failure(arguments, code, error_code=kind.code, message=error.format_message(), hint=kind.hint)
+        code = ending.misused(error)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        code = ExitCode.INTERRUPTED
-        hint = "Run the same command again."
-        _print_failure(arguments, code, error_code="interrupted", message="interrupted", hint=hint)
+        code = ending.interrupted()
     except BrokenPipeError:
         # The reader of stdout has left, as `head` does; there is nobody to tell.
         sys.stdout = None
         code = ExitCode.TROUBLE
     except BatchrunnerError as error:
-        code = _end_with(arguments, error)
+        code = ending.failed(error)
     except BaseExceptionGroup as group:
         first = _first_error(group)
         if first is None:
             raise
-        code = _end_with(arguments, first)
+        code = ending.failed(first)
     sys.exit(int(code or 0))
-
-
-def _end_with(arguments: Sequence[str], error: BatchrunnerError) -> ExitCode:
-    click.echo(f"error: {error.message}", err=True)
-    click.echo(f"hint: {error.advice}", err=True)
-    code = exit_code_of(error)
-    _print_failure(arguments, code, error_code=error.code, message=error.message, hint=error.advice)
-    return code
 
 
 def _first_error(group: BaseExceptionGroup[BaseException]) -> BatchrunnerError | None:
@@ -129,12 +114,3 @@ def _first_error(group: BaseExceptionGroup[BaseException]) -> BatchrunnerError |
     leaves = [_first_error(each) if isinstance(each, BaseExceptionGroup) else each for each in group.exceptions]
     own = [each for each in leaves if isinstance(each, BatchrunnerError)]
     return own[0] if len(own) == len(leaves) else None
-
-
-def _print_failure(arguments: Sequence[str], code: ExitCode, *, error_code: str, message: str, hint: str) -> None:
-    """Keep the promise of `run --json`: one object, also when there is nothing else to tell."""
-    if arguments[:1] != ["run"] or "--json" not in arguments:
-        return
-    from batchrunner.cli.summary import failure_summary, print_json
-
-    print_json(failure_summary(code, error_code=error_code, message=message, hint=hint))

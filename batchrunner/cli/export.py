@@ -7,7 +7,6 @@ import hashlib
 import os
 import shlex
 import shutil
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -257,7 +256,7 @@ def _summary(
         errors=prepared.places.shown(errors) if errors is not None else None,
         manifest=str(prepared.folder.path / "manifest.json") if has_files else None,
         error={"code": error.code, "message": error.message, "hint": error.advice} if error is not None else None,
-        next_command=_next_command(prepared, batch, code),
+        next_command=_next_command(request, prepared, batch, code),
     )
 
 
@@ -278,27 +277,17 @@ def _top_errors(errors: Path | None, outcome: Outcome) -> list[ErrorGroup]:
     return [ErrorGroup(code, count, samples[code]) for code, count in counts.most_common(_TOP)]
 
 
-def _next_command(prepared: Prepared, batch: Batch, code: ExitCode) -> str | None:
+def _next_command(request: RunRequest, prepared: Prepared, batch: Batch, code: ExitCode) -> str | None:
     """What to type next, None when there is nothing to do."""
-    same = shlex.join(["batchrunner", *_without_limit(sys.argv[1:])])
     match code:
         case ExitCode.OK | ExitCode.USAGE:
             return None
         case ExitCode.SOME_FAILED | ExitCode.DEADLINE:
             # Refused lines would be refused again, and who has just retried wants to know why it failed once more.
-            if "--retry-failed" in same or batch.refused_count == batch.total_count - batch.succeeded_count:
+            if request.retry_failed is not None or batch.refused_count == batch.total_count - batch.succeeded_count:
                 return f"batchrunner errors {shlex.quote(str(prepared.folder.path))}"
-            return f"{same} --retry-failed"
+            return f"{request.same_command} --retry-failed"
         case ExitCode.INPUT_INVALID if batch.status in TERMINAL:
             return f"batchrunner validate {shlex.quote(prepared.record.input)}"
         case _:
-            return same
-
-
-def _without_limit(arguments: list[str]) -> list[str]:
-    """The same command, going on beyond the lines that --limit let run."""
-    kept = [word for word in arguments if not word.startswith("--limit=")]
-    if "--limit" in kept:
-        place = kept.index("--limit")
-        del kept[place : place + 2]
-    return kept
+            return request.same_command

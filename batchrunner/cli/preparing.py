@@ -47,6 +47,7 @@ class RunRequest:
     limit: int | None
     is_fresh: bool
     is_json: bool
+    same_command: str
 
     @property
     def is_streaming(self) -> bool:
@@ -84,7 +85,7 @@ def prepare(request: RunRequest, settings: Settings) -> Prepared:
         AlreadyRunning, RunDiffers, OutputExists, UsageError: as their names say.
     """
     _require_input(request)
-    folder = RunFolder(_state_path(request))
+    folder = RunFolder(state_path(request))
     folder.lock()
     try:
         if request.is_fresh:
@@ -164,7 +165,12 @@ def _same_or_new(folder: RunFolder, settings: Settings, old: RunRecord | None, n
     return old
 
 
-def _state_path(request: RunRequest) -> Path:
+def state_path(request: RunRequest) -> Path:
+    """Give the place of the run folder.
+
+    Raises:
+        UsageError: it has none.
+    """
     if request.state_path is not None:
         return request.state_path
     if not request.is_streaming:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import click
 
 from batchrunner.blobs.s3_address import S3Address
 from batchrunner.cli.configuring import check_upstreams, check_webhook_url, load_settings, read_api_keys
+from batchrunner.cli.ending import Ending
 from batchrunner.cli.exits import ExitCode
 from batchrunner.cli.inputs import PACKED
 from batchrunner.cli.places import Place, Places
@@ -103,7 +103,8 @@ from batchrunner.settings import Settings, has_upstream, parse_window
 @click.option(
     "--json", "is_json", is_flag=True, help="Print one JSON object at the end instead of a panel and a summary."
 )
-def run(input_place: Path | S3Address, output_place: Path | S3Address, **options: object) -> None:
+@click.make_pass_decorator(Ending, ensure=True)
+def run(ending: Ending, /, input_place: Path | S3Address, output_place: Path | S3Address, **options: object) -> None:
     """Run INPUT, a file of requests (OpenAI Batch JSONL, .gz and .zst too, - for stdin), and write OUTPUT. Either may
     be an object, s3://BUCKET/KEY.
 
@@ -148,6 +149,7 @@ def run(input_place: Path | S3Address, output_place: Path | S3Address, **options
         limit=options["limit"] if isinstance(options["limit"], int) else None,
         is_fresh=bool(options["fresh"]),
         is_json=bool(options["is_json"]),
+        same_command=ending.same_command,
     )
     if not has_upstream(settings):
         raise UsageError(
@@ -156,10 +158,7 @@ def run(input_place: Path | S3Address, output_place: Path | S3Address, **options
         )
     check_upstreams(settings)
     _check_webhook(settings)
-    from batchrunner.tuning import tune_process
-
-    with asyncio.Runner(loop_factory=tune_process()) as loop:
-        code = loop.run(run_to_end(request, settings, read_api_keys(settings)))
+    code = run_to_end(request, settings, read_api_keys(settings), ending)
     sys.exit(int(code or ExitCode.OK))
 
 

@@ -6,10 +6,12 @@ import asyncio
 import os
 import shlex
 import signal
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -19,9 +21,11 @@ from batchrunner.child import arm_crash_point
 from batchrunner.cli import export
 from batchrunner.cli.choosing import choose_failed
 from batchrunner.cli.console import counted, say
+from batchrunner.cli.ending import Ending
 from batchrunner.cli.exits import MEANINGS, ExitCode
 from batchrunner.cli.panel import Panel
-from batchrunner.cli.preparing import Prepared, RunRequest, prepare
+from batchrunner.cli.preparing import Prepared, RunRequest, prepare, state_path
+from batchrunner.cli.run_folder import RunFolder
 from batchrunner.cli.streaming import LineStream
 from batchrunner.cli.summary import Outcome, given_up_because, report
 from batchrunner.errors import BatchrunnerError, NotFound, TaskParked, UpstreamUnreachable
@@ -30,30 +34,52 @@ from batchrunner.models import LOCAL_TENANT, Batch, BatchId, NewBatch, OnInvalid
 from batchrunner.ports import TenantScope
 from batchrunner.settings import Settings, parse_duration, targets_of
 from batchrunner.supervisor import Live
+from batchrunner.tuning import tune_process
 
 _LOOK_S = 0.2
 _AUTO_LINES = 10_000
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-async def run_to_end(request: RunRequest, settings: Settings, api_keys: Mapping[str, str]) -> ExitCode:
+def run_to_end(request: RunRequest, settings: Settings, api_keys: Mapping[str, str], ending: Ending) -> ExitCode:
     """Do everything that one invocation of `run` does; gives its exit code.
 
     Raises:
         BatchrunnerError: whatever keeps the run from starting or going on; its state is kept.
+        KeyboardInterrupt: it was interrupted where nothing was in flight; `ending` knows how to go on, if it had begun.
     """
     arm_crash_point()
-    prepared = await asyncio.to_thread(prepare, request, settings)
+    if not request.is_fresh and RunFolder(state_path(request)).record_path.is_file():
+        ending.next_command = request.same_command
+    prepared = prepare(request, settings)
+    ending.next_command = request.same_command
     try:
-        if prepared.record.finished_exit_code is not None and request.retry_failed is None:
-            is_untouched = export.is_untouched(prepared)
-            if is_untouched and not request.is_streaming:
-                await _tell(prepared, BatchId(prepared.record.batches[-1]), settings)
-                return _already_done(request, prepared)
-            if not is_untouched:
-                say("the files of this finished run are missing or changed; writing them again")
-        return await _Run(request, prepared, settings, api_keys).run()
+        with asyncio.Runner(loop_factory=tune_process()) as loop:
+            return loop.run(_end_of(request, prepared, settings, api_keys, ending))
     finally:
         prepared.folder.unlock()
+
+
+async def _end_of(
+    request: RunRequest, prepared: Prepared, settings: Settings, api_keys: Mapping[str, str], ending: Ending
+) -> ExitCode:
+    """Run what is left of a run, or answer that nothing is."""
+    if prepared.record.finished_exit_code is not None and request.retry_failed is None:
+        is_untouched = export.is_untouched(prepared)
+        if is_untouched and not request.is_streaming:
+            await _tell(prepared, BatchId(prepared.record.batches[-1]), settings)
+            return _already_done(request, prepared)
+        if not is_untouched:
+            say("the files of this finished run are missing or changed; writing them again")
+    run = _Run(request, prepared, settings, api_keys, ending)
+    loop = asyncio.get_running_loop()
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, run.interrupt, number)
+    try:
+        return await run.run()
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
 
 
 @dataclass(slots=True)
@@ -69,7 +95,12 @@ class _Run:
     """One invocation that has work to do."""
 
     def __init__(
-        self, request: RunRequest, prepared: Prepared, settings: Settings, api_keys: Mapping[str, str]
+        self,
+        request: RunRequest,
+        prepared: Prepared,
+        settings: Settings,
+        api_keys: Mapping[str, str],
+        ending: Ending,
     ) -> None:
         self._request = request
         self._prepared = prepared
@@ -78,7 +109,9 @@ class _Run:
         self._stop = _Stop()
         self._interrupts = 0
         self._panel = Panel(is_json=request.is_json)
+        self._ending = ending
         self._crew: Crew | None = None
+        self._is_crew_working = False
 
     async def run(self) -> ExitCode:
         """Start or resume the batch, watch it to an end, write its files, sum up."""
@@ -92,7 +125,7 @@ class _Run:
             began_s = runner.adapters.clock.monotonic_s()
             say(self._opening(batch))
             done_before = batch.done_count
-            if batch.status not in TERMINAL:
+            if batch.status not in TERMINAL and self._stop.code is None:
                 with self._panel as panel:
                     batch = await self._watch(scope, batch.id, panel, stream)
             if stream is not None:
@@ -111,7 +144,7 @@ class _Run:
             summary = await asyncio.to_thread(export.finish, self._request, self._prepared, runner, scope, outcome)
         if batch.status in TERMINAL:
             await _tell(self._prepared, batch.id, self._settings)
-        report(summary, batch=batch, reason=self._stop.reason, is_json=self._request.is_json)
+        report(summary, batch=batch, reason=outcome.reason, is_json=self._request.is_json)
         if self._stop.error is not None and summary.exit_code == self._stop.code and not self._request.is_json:
             raise self._stop.error
         return ExitCode(summary.exit_code)
@@ -190,9 +223,7 @@ class _Run:
     async def _watch(self, scope: TenantScope, batch_id: BatchId, panel: Panel, stream: LineStream | None) -> Batch:
         """Follow the batch until it has ended or the run has to stop; then drain the crew."""
         assert self._crew is not None
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._interrupt, number)
+        self._is_crew_working = True
         working = asyncio.create_task(self._crew.run())
         try:
             while not working.done():
@@ -207,25 +238,34 @@ class _Run:
             await working
         finally:
             working.cancel()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
+            self._is_crew_working = False
         batch = await asyncio.to_thread(scope.batch, batch_id)
         panel.show(batch, self._crew.live())
         return batch
 
-    def _interrupt(self, number: int) -> None:
-        assert self._crew is not None
+    def interrupt(self, number: int) -> None:
+        """Take in SIGINT or SIGTERM: drain and sum up, or at the second one end at once."""
         self._interrupts += 1
         self._stop = _Stop(ExitCode.INTERRUPTED, "interrupted")
-        live = self._crew.live()
-        if self._interrupts == 1:
-            grace_s = self._settings.drain_grace_s
-            word = signal.Signals(number).name
-            count = counted(live.in_flight, "request")
+        is_first, word = self._interrupts == 1, signal.Signals(number).name
+        if self._crew is None or not self._is_crew_working:
+            if not is_first:
+                self._leave()
+            self._panel.say(f"{word}: ending with what is being read or written now; again to stop at once")
+            return
+        grace_s = self._settings.drain_grace_s if is_first else 0.0
+        if is_first:
+            count = counted(self._crew.live().in_flight, "request")
             self._panel.say(f"{word}: waiting up to {grace_s:.0f} s for {count} in flight; again to stop at once")
-            self._crew.stop(grace_s=grace_s)
-        else:
-            self._crew.stop(grace_s=0.0)
+        self._crew.stop(grace_s=grace_s)
+
+    def _leave(self) -> NoReturn:
+        """End this process now. A thread of it may have much to read or write yet, and nothing can stop that; of what
+        it writes nothing counts that is not renamed, as at a kill.
+        """
+        code = self._ending.interrupted()
+        sys.stdout.flush()
+        os._exit(code)
 
     def _stops_now(self, batch: Batch, live: Live) -> bool:
         """Whether the run has to end although its batch has not."""

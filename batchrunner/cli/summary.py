@@ -54,7 +54,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     next_command: str | None
 
 
-def failure_summary(code: ExitCode, *, error_code: str, message: str, hint: str) -> Summary:
+def failure_summary(code: ExitCode, *, error_code: str, message: str, hint: str, next_command: str | None) -> Summary:
     """Give the object for a command that ended before it had a batch to tell of."""
     return Summary(
         status=BatchStatus.FAILED.value,
@@ -71,7 +71,7 @@ def failure_summary(code: ExitCode, *, error_code: str, message: str, hint: str)
         errors=None,
         manifest=None,
         error={"code": error_code, "message": message, "hint": hint},
-        next_command=None,
+        next_command=next_command,
     )
 
 
