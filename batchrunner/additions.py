@@ -84,8 +84,8 @@ class TenantLines(Protocol):
     def shards_of(self, batch_id: BatchId, task_ids: Collection[TaskId]) -> list[Shard]:
         """These shards, by first_line."""
 
-    def extents_of(self, batch_id: BatchId, task_ids: Collection[TaskId]) -> list[Extent]:
-        """The registered extents of these shards, in sequence order."""
+    def extents_at(self, batch_id: BatchId, line_number: int) -> list[Extent]:
+        """The registered extents of the shard that holds a line, in sequence order: one at most has its result."""
 
     def task_counts(self, batch_id: BatchId) -> Mapping[TaskKind, Mapping[TaskState, int]]:
         """Count the batch's tasks by kind and state; what there is none of is left out. No shards are left once the

@@ -114,11 +114,10 @@ _decode = msgspec.json.Decoder(_Line).decode
 
 def record_of(scope: TenantScope, blobs: Blobs, job: Job) -> Record | None:
     """Find the result of a job's present line, None while there is none. Blocks."""
-    for shard in scope.shards_from(job.batch_id, job.line_number, limit=1):
-        for extent in scope.extents_of(job.batch_id, [shard.task_id]):
-            found = find_record(blobs, segment_of(extent), extent.byte_start, extent.byte_end, job.line_number)
-            if found is not None:
-                return found
+    for extent in scope.extents_at(job.batch_id, job.line_number):
+        found = find_record(blobs, segment_of(extent), extent.byte_start, extent.byte_end, job.line_number)
+        if found is not None:
+            return found
     return None
 
 

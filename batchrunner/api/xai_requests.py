@@ -199,7 +199,7 @@ def _states(call: Call, shard: Shard, jobs: Mapping[int, Job] | None) -> dict[in
     if jobs is not None:
         return {number: _OF_JOBS[job.status] for number, job in jobs.items()}
     found: dict[int, State] = {}
-    for extent in call.scope.extents_of(shard.batch_id, [shard.task_id]):
+    for extent in call.scope.extents_at(shard.batch_id, shard.first_line):
         for each in read_records(call.parts.blobs, segment_of(extent), extent.byte_start, extent.byte_end):
             if isinstance(each, Record):
                 found[each.line_number] = "succeeded" if each.kind is RecordKind.SUCCEEDED else "failed"

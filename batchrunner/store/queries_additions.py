@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from sqlalchemy import Connection, RowMapping, delete, func, insert, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, delete, func, insert, select, update
 
 from batchrunner.additions import NewAddition
-from batchrunner.errors import TransitionRefused
+from batchrunner.errors import NotFound, TransitionRefused
 from batchrunner.holdings import KeyLimits
 from batchrunner.lifecycle import BatchEvent, BatchStatus
 from batchrunner.models import CLUB, BatchId, ShardCut, TaskId, TaskKind, TaskState, TenantId
@@ -16,6 +16,24 @@ from batchrunner.store.queries_batches import batch_of_tenant, lock_batch, move,
 from batchrunner.store.queries_blobs import drop_blobs, need_blob
 from batchrunner.store.queries_progress import add_shards
 from batchrunner.store.tables import additions, batches, extents, tasks
+
+# The shard leads to its extents by their index; their own key would lead through all of the batch.
+_HOLDING = (
+    select(tasks.c.id)
+    .where(
+        tasks.c.batch_id == bindparam("b_id"),
+        tasks.c.kind == TaskKind.SHARD,
+        tasks.c.first_line <= bindparam("b_line"),
+    )
+    .order_by(tasks.c.first_line.desc())
+    .limit(1)
+)
+_EXTENTS_AT = (
+    select(extents)
+    .select_from(batches.outerjoin(extents, extents.c.task_id == _HOLDING.scalar_subquery()))
+    .where(batches.c.id == bindparam("b_id"), batches.c.tenant == bindparam("b_tenant"), batches.c.deleted_at.is_(None))
+    .order_by(extents.c.sequence_from)
+)
 
 
 def add_lines(
@@ -110,10 +128,14 @@ def shards_of(conn: Connection, batch_id: BatchId, task_ids: Collection[TaskId])
     return conn.execute(select(tasks).where(*mine).order_by(tasks.c.first_line)).mappings().all()
 
 
-def extents_of(conn: Connection, batch_id: BatchId, task_ids: Collection[TaskId]) -> Sequence[RowMapping]:
-    """List the extents of these shards; guards that they are the batch's."""
-    mine = (extents.c.task_id.in_(task_ids), extents.c.batch_id == batch_id)
-    return conn.execute(select(extents).where(*mine).order_by(extents.c.sequence_from)).mappings().all()
+def extents_at(conn: Connection, tenant: TenantId, batch_id: BatchId, line_number: int) -> list[RowMapping]:
+    """List the extents of the shard that holds a line; guards as `batch_of_tenant` does."""
+    asked = {"b_id": batch_id, "b_tenant": tenant, "b_line": line_number}
+    found = conn.execute(_EXTENTS_AT, asked).mappings().all()
+    if not found:
+        raise NotFound(f"no batch {batch_id}")
+    # A batch without any has one row, with nothing in it.
+    return [row for row in found if row["task_id"] is not None]
 
 
 def task_counts(conn: Connection, batch_id: BatchId) -> dict[TaskKind, dict[TaskState, int]]:

@@ -33,6 +33,7 @@ from batchrunner.store.tables import batches, jobs, tasks
 _INTAKE_LINES_MAX = 50_000
 _INTAKE_AGE_MAX = timedelta(days=1)
 
+_JOB_OF_TENANT = select(jobs).where(jobs.c.number == bindparam("j_number"), jobs.c.tenant == bindparam("j_tenant"))
 _ENDS = {RecordKind.SUCCEEDED: JobStatus.PROCESSED, RecordKind.FAILED: JobStatus.FAILED}
 
 
@@ -73,8 +74,7 @@ def add_jobs(
 
 def job_of_tenant(conn: Connection, tenant: TenantId, number: int) -> RowMapping:
     """Read a job; guards that another tenant's looks like a missing one."""
-    query = select(jobs).where(jobs.c.number == number, jobs.c.tenant == tenant)
-    row = conn.execute(query).mappings().one_or_none()
+    row = conn.execute(_JOB_OF_TENANT, {"j_number": number, "j_tenant": tenant}).mappings().one_or_none()
     if row is None:
         raise NotFound(f"no job {number}")
     return row

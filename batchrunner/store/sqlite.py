@@ -27,6 +27,9 @@ _BUSY_TIMEOUT_S = 30.0
 # take it again and again. So a writer begins to wait anew after each of these.
 _LOOK_S = 0.005
 _WRITER_WAIT_S = 60.0
+# As many as there are threads that ask at once; to open a file anew takes longer than most questions. What SQLite keeps
+# for each by itself would be 2 MiB.
+_READERS, _READER_CACHE_KIB = 16, 512
 _MOUNTS = Path("/proc/mounts")
 _NETWORK = frozenset(
     {
@@ -120,6 +123,7 @@ def _connect(path: Path, *, is_reader: bool) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous=FULL")
         if is_reader:
             connection.execute("PRAGMA query_only=ON")
+            connection.execute(f"PRAGMA cache_size=-{_READER_CACHE_KIB}")
     except BaseException:
         connection.close()
         raise
@@ -234,7 +238,7 @@ class SqliteStore(SqlStore):
         super().__init__(clock)
         self._path = path
         self._writer = Writer(path, self.availability)
-        self._readers = _engine(path, is_reader=True, connections=4)
+        self._readers = _engine(path, is_reader=True, connections=_READERS)
 
     @classmethod
     def open(cls, path: Path, clock: Clock) -> SqliteStore:

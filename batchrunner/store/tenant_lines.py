@@ -59,11 +59,10 @@ class SqlTenantLines(SqlTenantOutbox):
             batch_of_tenant(conn, self._tenant, batch_id)
             return [shard_of(row) for row in queries_additions.shards_of(conn, batch_id, task_ids)]
 
-    def extents_of(self, batch_id: BatchId, task_ids: Collection[TaskId]) -> list[Extent]:
+    def extents_at(self, batch_id: BatchId, line_number: int) -> list[Extent]:
         """See TenantLines."""
         with self._store.reading() as conn:
-            batch_of_tenant(conn, self._tenant, batch_id)
-            return [extent_of(row) for row in queries_additions.extents_of(conn, batch_id, task_ids)]
+            return [extent_of(row) for row in queries_additions.extents_at(conn, self._tenant, batch_id, line_number)]
 
     def task_counts(self, batch_id: BatchId) -> Mapping[TaskKind, Mapping[TaskState, int]]:
         """See TenantLines."""

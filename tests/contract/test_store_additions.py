@@ -143,7 +143,7 @@ def test_another_tenants_batch_is_not_there(world: World) -> None:
         lambda: stranger.close_batch(B1),
         lambda: stranger.shards_from(B1, 1, limit=1),
         lambda: stranger.shards_of(B1, []),
-        lambda: stranger.extents_of(B1, []),
+        lambda: stranger.extents_at(B1, 1),
         lambda: stranger.task_counts(B1),
     ):
         with pytest.raises(NotFound):
@@ -278,8 +278,24 @@ def test_shards_and_extents_are_found_by_line_and_by_shard(world: World) -> None
     assert [each.first_line for each in last] == [21]
     wanted = [first.ref.task_id, second.ref.task_id]
     assert [each.first_line for each in world.scope.shards_of(B1, wanted)] == [1, 11]
-    assert [each.sequence_from for each in world.scope.extents_of(B1, wanted)] == [1, 11]
-    assert [each.sequence_from for each in world.scope.extents_of(B1, wanted[:1])] == [11]
+    of_second = [each.sequence_from for each in world.scope.extents_at(B1, 11)]
+    assert of_second == [each.sequence_from for each in world.scope.extents_at(B1, 20)] == [1]
+    assert [each.sequence_from for each in world.scope.extents_at(B1, 10)] == [11]
+    assert world.scope.extents_at(B1, 25) == []
+
+
+def test_extents_of_a_line_come_in_the_order_in_which_they_were_registered(world: World) -> None:
+    open_batch(world)
+    world.scope.add_lines(B1, lines(world, 1))
+    assert world.scope.extents_at(B1, 1) == []
+    claim = world.claim()
+    world.store.register(claim.ref, progress(claim, 0, 50, succeeded=4))
+    world.store.register(claim.ref, progress(claim, 60, 90, succeeded=6))
+
+    found = world.scope.extents_at(B1, 7)
+
+    assert [(each.sequence_from, each.byte_start) for each in found] == [(1, 0), (5, 60)]
+    assert found == world.scope.extents(B1)
 
 
 def test_tasks_are_counted_by_kind_and_state(world: World) -> None:

@@ -80,6 +80,14 @@ def test_tenants_questions_are_answered_from_an_index(
     assert [step for step in found if step.startswith(("SCAN", "USE TEMP"))] == []
 
 
+def test_a_line_leads_to_the_extents_of_its_shard_and_no_others(store: SqliteStore) -> None:
+    found = plans(store, lambda: store.scope(LOCAL_TENANT).extents_at(BatchId("b1"), 1))
+
+    assert any("tasks_by_batch (batch_id=? AND kind=? AND first_line<?)" in step for step in found), found
+    assert any("extents_by_task (task_id=?)" in step for step in found), found
+    assert [step for step in found if step.startswith("SCAN")] == []
+
+
 @pytest.mark.parametrize(
     ("ask", "indexes"),
     [

@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import create_engine, event, inspect, update
+from sqlalchemy import QueuePool, create_engine, event, inspect, update
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 
 from batchrunner.clock import SystemClock
 from batchrunner.errors import DiskFull, FolderUnsuitable, OwnError, SchemaNewer, StoreUnavailable
 from batchrunner.lifecycle import TRANSITIONS, BatchEvent, BatchStatus
 from batchrunner.models import LOCAL_TENANT, Batch, BatchId, NewBatch, SessionId, TaskKind, TaskState
+from batchrunner.settings import Settings
 from batchrunner.store import migrations, schema, sqlite
 from batchrunner.store.migrations import upgrade
 from batchrunner.store.moments import Moment
@@ -74,6 +75,18 @@ def test_new_file_is_stamped_and_logs_ahead_with_full_sync(path: Path) -> None:
         assert [conn.exec_driver_sql(f"PRAGMA {name}").scalar() for name in pragmas] == ["wal", 2, 1, 5]
     with store.reading() as conn:
         assert [conn.exec_driver_sql(f"PRAGMA {name}").scalar() for name in pragmas] == ["wal", 2, 1, 30_000]
+    store.close()
+
+
+def test_readers_are_kept_for_as_many_threads_as_an_api_has_each_with_little_memory(path: Path) -> None:
+    store = SqliteStore.open(path, SystemClock())
+
+    with contextlib.ExitStack() as held:
+        readers = [held.enter_context(store.reading()) for _ in range(Settings().api_threads)]
+        assert {reader.exec_driver_sql("PRAGMA cache_size").scalar() for reader in readers} == {-512}
+    pool = store._readers.pool
+    assert isinstance(pool, QueuePool)
+    assert pool.checkedin() == Settings().api_threads
     store.close()
 
 
