@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 # By either of these a request to the root names the dialect that it wants.
 DIALECT_HEADER = "Batchrunner-Dialect"
 DIALECT_PARAMETER = "dialect"
+# Where requests of all dialects come.
+_ROOT = "v1"
 # A caller that takes nothing of its answer for so long is given up.
 TAKE_IDLE_S = 60.0
 # So much has to be taken in that time: whoever is slow, but takes, is served.
@@ -67,7 +69,7 @@ class Router:
     """Finds routes by path. A trailing slash makes no difference; each segment is decoded once."""
 
     def __init__(self, routes: Sequence[Route], *, is_openai_only: bool = False) -> None:
-        """`is_openai_only` keeps the root for OpenAI's API alone."""
+        """`is_openai_only` keeps what is under /v1 for OpenAI's API alone."""
         self._is_openai_only = is_openai_only
         self._errors = {route.dialect: route.error for route in routes if route.dialect is not None}
         self._patterns: dict[int, dict[tuple[str, ...], dict[str, list[Route]]]] = {}
@@ -92,12 +94,13 @@ class Router:
         """Find what stands at a path as it came, None if nothing does."""
         asked = next((name for name in self.dialects if raw_path.startswith(f"/{name}/v1/")), None)
         path = raw_path if asked is None else raw_path.removeprefix(f"/{asked}")
-        if asked is None and self._is_openai_only:
-            asked = OPENAI
         try:
             given = tuple(unquote_to_bytes(each).decode() for each in _segments(path))
         except UnicodeDecodeError:
             return None
+        if asked is None and self._is_openai_only and given[0] == _ROOT:
+            # Elsewhere there is nothing of OpenAI's that another dialect could be taken for.
+            asked = OPENAI
         for pattern, methods in self._patterns.get(len(given), {}).items():
             params = _params(pattern, given)
             if params is not None and (routes := _spoken(methods, asked)):

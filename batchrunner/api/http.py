@@ -44,6 +44,8 @@ LONG_BODY_BYTES = 128 * 1024
 BODY_IDLE_S = 60.0
 # All bodies that are held whole at one time. What they are taken apart into is a few times as large.
 HELD_BYTES_MAX = 64 * MIB
+# Where a listing goes on.
+_PLACES = frozenset({"after", "pagination_token"})
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -269,8 +271,11 @@ class Call:
         return self.key.limits if self.key is not None else NO_LIMITS
 
     def parameters(self, kind: type[StructT]) -> StructT:
-        """Read the query string; of a name given twice the last counts. Raises: Refusal."""
-        return read_parameters(dict(self.request.query), kind)
+        """Read the query string; of a name given twice the last counts. Clients write down an empty place in a listing
+        as well, which means its beginning. Raises: Refusal.
+        """
+        given = self.request.query.items()
+        return read_parameters({name: value for name, value in given if value or name not in _PLACES}, kind)
 
     @property
     def has_listener(self) -> bool:

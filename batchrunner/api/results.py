@@ -26,6 +26,8 @@ from batchrunner.ports import Blobs, Clock, TenantScope
 from batchrunner.reading import Numbered, Reader, registered_numbers
 
 JSON_LINES = "application/jsonl"
+# What a caller may name lines of JSON; it gets them under the name that it gave.
+LINES_TYPES = (JSON_LINES, "application/x-ndjson")
 LIMIT_MAX = 10_000
 _PIECE_BYTES = 256 * 1024
 # A thread is held for so long at a time, however few lines are wanted.
@@ -202,7 +204,9 @@ async def read_results(call: Call) -> Answer:
         "x-last-sequence": shelf.last_sequence,
         "cache-control": "no-store",
     }
-    return Answer(content_type=JSON_LINES, headers=headers, chunks=_pieces(call, shelf, lines))
+    accepted = call.request.headers.get("Accept", "")
+    content_type = next((each for each in LINES_TYPES if each in accepted), JSON_LINES)
+    return Answer(content_type=content_type, headers=headers, chunks=_pieces(call, shelf, lines))
 
 
 def _open(call: Call, wanted: ReadResults) -> _Shelf:

@@ -59,7 +59,7 @@ def build_app(parts: ApiParts, routes: Sequence[Route] = ROUTES) -> web.Applicat
     app = web.Application()
     app[RNG] = parts.rng
     added = parts.settings.endpoints
-    table = (*routes, *live.extra_routes(added), *club_jobs.extra_routes(added))
+    table = (*routes, *live.extra_routes(added), *club_jobs.extra_routes(added), *xai.extra_routes(added))
     table = health.opened(table) if parts.vitals.is_local else table
     app.router.add_route("*", r"/{path:[\s\S]*}", Dispatcher(parts, table).handle)
 

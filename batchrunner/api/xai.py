@@ -13,12 +13,12 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from batchrunner.api import files
+from batchrunner.api import files, live
 from batchrunner.api.batches import batch_of, cancelled, found_batches, shown
 from batchrunner.api.creating import INLINE_BYTES_MAX, BatchRequest, Name, create, keys_of
 from batchrunner.api.http import Answer, Call, Route, json_answer
 from batchrunner.api.paging import next_token
-from batchrunner.api.results import JSON_LINES
+from batchrunner.api.results import LINES_TYPES
 from batchrunner.api.xai_requests import (
     ADD_BYTES_MAX,
     Added,
@@ -95,7 +95,7 @@ async def list_batches(call: Call) -> Answer:
     """Give a page of the tenant's batches, newest first."""
     wanted = call.parameters(XaiBatchPage)
     limit = min(wanted.limit, _LIST_MAX)
-    found = await call.blocking(found_batches, call, limit=limit, after=wanted.pagination_token or None)
+    found = await call.blocking(found_batches, call, limit=limit, after=wanted.pagination_token)
     return json_answer(XaiBatchList([xai_object(each) for each in found[:limit]], next_token(found, limit=limit)))
 
 
@@ -112,9 +112,15 @@ async def is_create(call: Call) -> bool:
 
 async def wants_page(call: Call) -> bool:
     """Tell whether results are asked for as xAI gives them: those of its own batches, unless lines are asked for."""
-    if JSON_LINES in call.request.headers.get("Accept", "") or not _OF_LINES.isdisjoint(call.request.query):
+    accepted = call.request.headers.get("Accept", "")
+    if any(each in accepted for each in LINES_TYPES) or any(map(call.request.query.get, _OF_LINES)):
         return False
     return (await call.blocking(batch_of, call)).dialect == XAI
+
+
+def _own(route: Route) -> Route:
+    """Serve under xAI's path what is the same in OpenAI's API."""
+    return replace(route, path=f"/{XAI}{route.path}", dialect=XAI, error=XaiError)
 
 
 _route = partial(Route, dialect=XAI, error=XaiError)
@@ -184,9 +190,11 @@ ROUTES = (
         answer=XaiResultPage,
         recognizes=wants_page,
     ),
-    *(
-        replace(each, path=f"/{XAI}{each.path}", dialect=XAI, error=XaiError)
-        for each in files.ROUTES
-        if not each.path.endswith("/validation")
-    ),
+    *map(_own, (each for each in files.ROUTES if not each.path.endswith("/validation"))),
+    *map(_own, live.ROUTES),
 )
+
+
+def extra_routes(endpoints: tuple[str, ...]) -> tuple[Route, ...]:
+    """Give the routes of endpoints that the operator has added to the usual ones."""
+    return tuple(map(_own, live.extra_routes(endpoints)))

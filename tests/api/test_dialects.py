@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,13 @@ import pytest
 from batchrunner.api.dispatch import Router
 from batchrunner.api.http import Answer, Call, Route
 from batchrunner.settings import Settings
+from batchrunner.simulate.media import png
 from tests.api.batching import chat_lines, make_batch
+from tests.api.jobs import answer, jobs_made
 from tests.api.serving import Served, serving
+from tests.api.xai import open_batch
 
+PICTURE = png("x", b"abc")
 STATE = ("num_requests", "num_pending", "num_success", "num_error", "num_cancelled")
 
 
@@ -123,6 +128,21 @@ async def test_the_setting_makes_the_root_plain(tmp_path: Path) -> None:
     assert (refused.status, refused.json["error"]["code"]) == (400, "missing_required_parameter")
 
 
+async def test_the_setting_leaves_what_is_not_under_v1_where_it_is(tmp_path: Path) -> None:
+    """Results of jobs made earlier, or under /club/v1, are where their `result_url` says."""
+    async with serving(tmp_path, settings=Settings(dialects="openai")) as served:
+        (job,) = jobs_made(served)
+        answer(served, [job], [{"data": [{"b64_json": base64.b64encode(PICTURE).decode()}]}])
+        shown = (await served.call("GET", f"/club/v1/jobs/{job.number}")).json
+        medium = await served.call("GET", shown["result_url"].removeprefix(served.base))
+        summary = await served.call("GET", "/api/inference/queue/summary")
+        jobs = [await served.call("GET", path) for path in ("/v1/jobs", "/%76%31/jobs", "/openai/v1/jobs")]
+
+    assert (medium.status, medium.body) == (200, PICTURE)
+    assert (summary.status, summary.json["jobs"]["PROCESSED"]) == (200, 1)
+    assert [each.status for each in jobs] == [404, 404, 404]
+
+
 async def test_a_dialect_that_nobody_knows_is_refused(api: Served) -> None:
     by_header = await api.call("GET", "/v1/batches", headers={"Batchrunner-Dialect": "klingon"})
     by_query = await api.call("GET", "/v1/batches?dialect=klingon")
@@ -157,3 +177,43 @@ async def test_files_page_by_token(api: Served) -> None:
     assert [each["id"] for each in first["data"] + rest["data"]] == ids
     assert rest["pagination_token"] is None
     assert "pagination_token" not in (await api.call("GET", "/openai/v1/files")).json
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/v1/files?after=", "/xai/v1/files?pagination_token=", "/openai/v1/files?after="),
+        *("/v1/batches?after=", "/v1/batches?pagination_token=", "/xai/v1/batches?pagination_token="),
+        *("/openai/v1/batches?after=", "/v1/batches/{batch}/results?after="),
+        *("/xai/v1/batches/{batch}/results?pagination_token=", "/xai/v1/batches/{batch}/requests?pagination_token="),
+        *("/v1/webhook_endpoints?after=", "/v1/webhook_deliveries?after="),
+    ],
+)
+async def test_an_empty_place_in_a_listing_is_its_beginning(api: Served, path: str) -> None:
+    batch = await make_batch(api, chat_lines(["a"]))
+    path = path.format(batch=batch["id"])
+
+    beginning = await api.call("GET", path.partition("?")[0])
+    empty = await api.call("GET", path)
+
+    assert empty.status == 200
+    assert empty.body == beginning.body
+
+
+async def test_an_empty_place_does_not_make_lines_of_a_page(api: Served) -> None:
+    batch_id = await open_batch(api)
+
+    for query in ("", "?after=", "?pagination_token="):
+        reply = await api.call("GET", f"/v1/batches/{batch_id}/results{query}")
+        assert reply.json == {"results": [], "pagination_token": None}, query
+
+
+@pytest.mark.parametrize("kind", ["application/jsonl", "application/x-ndjson"])
+async def test_lines_come_under_the_name_that_they_are_asked_for_by(api: Served, kind: str) -> None:
+    made = [await open_batch(api), (await make_batch(api, chat_lines(["a"])))["id"]]
+
+    for batch_id in made:
+        reply = await api.call("GET", f"/v1/batches/{batch_id}/results", headers={"Accept": f"{kind}, */*;q=0.1"})
+        assert (reply.status, reply.headers["Content-Type"], reply.body) == (200, kind, b"")
+    page = await api.call("GET", f"/xai/v1/batches/{made[1]}/results", headers={"Accept": kind})
+    assert page.json == {"results": [], "pagination_token": None}
