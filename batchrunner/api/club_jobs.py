@@ -42,6 +42,7 @@ from batchrunner.api.live import (
     extra_urls,
     inference_row,
     is_form,
+    synchronous_only,
 )
 from batchrunner.choosing import lines_of
 from batchrunner.errors import BatchrunnerError, NotFound, TransitionRefused
@@ -123,8 +124,7 @@ class Submission:
 
     async def _submitted(self, call: Call, asked: Asked) -> Job:
         if self._url in FORM_URLS:
-            message = "This endpoint is synchronous only: send it without `async`."
-            raise Refusal(message, param="async", code="invalid_value")
+            raise synchronous_only()
         if self._url not in call.parts.settings.endpoints:
             raise no_such_route(call.request.method, call.path)
         return await job_intake.submit(call, self._url, asked.body, asked.model, inference_type_of(self._url))

@@ -23,11 +23,11 @@ from batchrunner.api.envelope import (
     unparseable_json,
 )
 from batchrunner.api.http import JSON, LONG_BODY_BYTES, Answer, Call, Route
-from batchrunner.api.multipart import MULTIPART
+from batchrunner.api.multipart import MULTIPART, FieldWatch
 from batchrunner.holdings import KeyScope
 from batchrunner.limits import estimate_tokens
 from batchrunner.live import Asked, Body, Failure, Live, LiveAnswer, LivePlace, body_for, may_go_elsewhere, read_asked
-from batchrunner.models import AttemptError
+from batchrunner.models import CLUB, AttemptError
 from batchrunner.settings import ENDPOINTS
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,8 @@ T = TypeVar("T")
 TRANSCRIPTIONS = "/v1/audio/transcriptions"
 # They take files, so that nothing of them can be queued.
 FORM_URLS = frozenset({TRANSCRIPTIONS, "/v1/images/edits"})
+# The word by which a request asks to be queued.
+ASYNC = "async"
 _ECHOED_CHARS_MAX = 200
 _PIECE_BYTES = 256 * 1024
 # Everything else that a caller sends is between it and this server: its key, its cookies, whence it came.
@@ -96,7 +98,7 @@ class InferenceAnswer(msgspec.Struct):
 
 
 class InferenceForm(msgspec.Struct):
-    """What is known of a form; nothing of it is looked at."""
+    """What is known of a form, of which nothing else is looked at than whether it says `async`."""
 
     model: str | None = None
 
@@ -123,11 +125,28 @@ class Inference:
             raise _unable("This server has no upstream: it was started without -u URL.", 503, "no_upstream")
         if is_form(call):
             model = call.parameters(FormQuery).model
-            return await _pass(call, live, model, _Form(self._url, call))
+            return await _pass(call, live, model, _Form(self._url, call, _watch(call)))
         asked = await asked_of(call)
         has_tpm = any(place.target.tpm for place in live.places)
         tokens = await _taken_apart(call, asked.body, estimate_tokens, asked.body) if has_tpm else 0
         return await _pass(call, live, asked.model, _Whole(self._url, call, asked, tokens))
+
+
+def _watch(call: Call) -> FieldWatch | None:
+    """Look for the word `async`, but where a dialect that does not know it is asked for by name."""
+    if call.is_pure and call.route.dialect != CLUB:
+        return None
+    try:
+        return FieldWatch(call.request.headers.get("Content-Type", ""), field=ASYNC)
+    except Refusal:
+        # What it is instead is for the upstream to judge.
+        return None
+
+
+def synchronous_only() -> Refusal:
+    """What takes a file cannot be queued. Source: inference.club's async jobs."""
+    message = f"This endpoint is synchronous only: send it without `{ASYNC}`."
+    return Refusal(message, param=ASYNC, code="invalid_value")
 
 
 def is_form(call: Call) -> bool:
@@ -184,9 +203,10 @@ class _Form:
     # Nobody knows what is in it.
     tokens = 0
 
-    def __init__(self, url: str, call: Call) -> None:
+    def __init__(self, url: str, call: Call, watch: FieldWatch | None) -> None:
         self.url = url
         self.is_repeatable = True
+        self._watch = watch
         self.refusal: Refusal | None = None
         self._call = call
         self._size_bytes = call.request.content_length
@@ -203,10 +223,23 @@ class _Form:
         self.is_repeatable = False
         try:
             async for piece in self._call.incoming(self._size_bytes_max):
+                # Before it goes on: a form that asks for a job does not reach its end.
+                await self._look_at(piece)
                 yield piece
         except Refusal as refusal:
             self.refusal = refusal
             raise
+
+    async def _look_at(self, piece: bytes) -> None:
+        """Raises: Refusal when the form asks for a job."""
+        if self._watch is None:
+            return
+        if len(piece) > LONG_BODY_BYTES:
+            await self._call.blocking(self._watch.feed, piece)
+        else:
+            self._watch.feed(piece)
+        if self._watch.is_yes:
+            raise synchronous_only()
 
 
 async def _pass(call: Call, live: Live, model: str | None, content: _Whole | _Form) -> Answer:

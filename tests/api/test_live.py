@@ -322,6 +322,31 @@ async def test_there_is_a_route_for_every_endpoint(tmp_path: Path) -> None:
             assert (await served.call("GET", path)).status == 405, path
 
 
+@pytest.mark.parametrize("dialect", ["openai", "xai", "club"])
+async def test_every_dialect_has_all_endpoints_under_its_path(tmp_path: Path, dialect: str) -> None:
+    added = (*ENDPOINTS, "/v1/x/y")
+    async with peer_with(obliging) as peer, passing(tmp_path, peer.url, endpoints=added) as served:
+        for path in (*added, TRANSCRIPTIONS):
+            reply = await served.call("POST", f"/{dialect}{path}", body=chat(stream=True))
+            assert (reply.status, reply.body) == (200, chat(stream=True)), path
+            assert peer.requests[-1].startswith(f"POST {path} ".encode())
+        refused = await served.call("POST", f"/{dialect}{CHAT}", body=b"[]")
+
+    assert refused.status == 400
+    keys = {"openai": {"error"}, "xai": {"code", "error"}, "club": {"error"}}
+    assert set(refused.json) == keys[dialect]
+
+
+async def test_async_means_nothing_to_xais_api(tmp_path: Path) -> None:
+    async with peer_with(obliging) as peer, passing(tmp_path, peer.url) as served:
+        plain = await served.call("POST", f"/xai{CHAT}", body=b'{"model": "m", "async": true}')
+        raw = form(fields={"async": "true"})
+        upload = await served.call("POST", f"/xai{TRANSCRIPTIONS}", body=raw, headers=FORM_HEADERS)
+
+    assert (plain.status, plain.body) == (200, b'{"model": "m"}')
+    assert (upload.status, upload.body) == (200, raw)
+
+
 # -- async -----------------------------------------------------------------------------------------------------------
 
 
@@ -556,6 +581,75 @@ async def test_too_large_a_form_is_refused(tmp_path: Path) -> None:
 
         assert (announced.status, chunked.status) == (413, 413)
         assert simulator.stats().ok == 0
+
+
+@pytest.mark.parametrize("said", ["true", "TRUE", "1", " true\r\n"])
+@pytest.mark.parametrize("path", [TRANSCRIPTIONS, "/v1/images/edits", f"/club{TRANSCRIPTIONS}"])
+async def test_a_form_that_asks_for_a_job_does_not_reach_its_end(tmp_path: Path, path: str, said: str) -> None:
+    got = bytearray()
+
+    async def script(talk: Talk) -> None:
+        while piece := await talk._reader.read(MIB):
+            got.extend(piece)
+        talk.is_left = True
+
+    raw = form(fields={"model": "m", "async": said}, content=b"x" * (4 * MIB), is_file_first=True)
+    async with peer_with(script) as peer, passing(tmp_path, peer.url) as served:
+        reply = await served.call("POST", path, body=raw, headers=FORM_HEADERS)
+        await until(lambda: all(talk.is_left for talk in peer.talks))
+        assert served.parts.live is not None
+        assert (served.parts.live.places[0].in_flight, served.parts.live.failures) == (0, {})
+
+    assert MIB < len(got) < len(raw)
+    assert f"--{BOUNDARY}--".encode() not in got
+    assert reply.status == 400
+    assert "`async`" in reply.json["error"]["message"]
+    assert reply.json["error"].get("param", "async") == "async"
+    assert reply.json["error"]["type"] == ("invalid_request" if "/club/" in path else "invalid_request_error")
+
+
+async def test_a_form_that_asks_for_a_job_piece_by_piece_is_refused(tmp_path: Path) -> None:
+    raw = form(fields={"async": "true"}, content=b"x" * 100)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for place in range(len(raw)):
+            yield raw[place : place + 1]
+
+    async with simulated(tmp_path) as (served, simulator):
+        reply = await served.call("POST", TRANSCRIPTIONS, body=pieces(), headers=FORM_HEADERS)
+
+        assert (reply.status, reply.json["error"]["param"]) == (400, "async")
+        assert simulator.stats().ok == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "raw", "dialect"),
+    [
+        (f"/openai{TRANSCRIPTIONS}", form(fields={"async": "true"}), None),
+        (TRANSCRIPTIONS, form(fields={"async": "true"}), "openai"),
+        (TRANSCRIPTIONS, form(fields={"async": "false"}), None),
+        (TRANSCRIPTIONS, form(fields={"async": "true" + " " * 99 + "x"}), None),
+        (TRANSCRIPTIONS, form(fields={"asynchronous": "true"}, content=b'name="async"\r\n\r\ntrue\r\n'), None),
+        (f"/club{TRANSCRIPTIONS}", form(fields={"prompt": "async"}), None),
+        (TRANSCRIPTIONS, b"no form at all", None),
+    ],
+)
+async def test_any_other_form_arrives_as_it_was(tmp_path: Path, path: str, raw: bytes, dialect: str | None) -> None:
+    headers = FORM_HEADERS if dialect is None else FORM_HEADERS | {"Batchrunner-Dialect": dialect}
+    async with peer_with(obliging) as peer, passing(tmp_path, peer.url) as served:
+        reply = await served.call("POST", path, body=raw, headers=headers)
+
+    assert reply.status == 200
+    assert peer.requests[0].partition(b"\r\n\r\n")[2] == raw
+
+
+@pytest.mark.parametrize("kind", ["multipart/form-data", "multipart/mixed; boundary=x"])
+async def test_what_is_no_form_is_for_the_upstream_to_judge(tmp_path: Path, kind: str) -> None:
+    async with peer_with(obliging) as peer, passing(tmp_path, peer.url) as served:
+        reply = await served.call("POST", TRANSCRIPTIONS, body=form(fields={}), headers={"Content-Type": kind})
+
+    assert reply.status == 200
+    assert peer.requests[0].endswith(form(fields={}))
 
 
 # -- hanging up ------------------------------------------------------------------------------------------------------
