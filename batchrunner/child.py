@@ -1,6 +1,4 @@
-"""What a child process of ours does before and around its own work: it is greeted on stdin, talks on stderr, and leaves
-Ctrl-C to its parent.
-"""
+"""What a child process of ours does before and around its own work: it is greeted on stdin and talks on stderr."""
 
 from __future__ import annotations
 
@@ -30,7 +28,6 @@ def run_child(work: Callable[[asyncio.StreamReader], Awaitable[None]], *, words:
     """Run this process as a child: `work` reads its parent's lines. Its log is written as `words` has it, from `level`
     on.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     arm_crash_point()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogLine(words))

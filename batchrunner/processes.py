@@ -2,7 +2,7 @@
 parent.
 
 Parent and child talk in lines over the child's stdin and stdout; what the child says on stderr is the parent's to show.
-A child ends when its stdin closes, so none outlives its parent.
+A child never hears Ctrl-C, and ends when its stdin closes, so that none outlives its parent.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from batchrunner.ports import Clock
 
 logger = logging.getLogger(__name__)
 
+# Ctrl-C reaches a whole process group, and Python could ignore it only once it has started; what is ignored stays so
+# over exec. A function between fork and exec is not safe beside threads, and uvloop undoes what it sets.
+_DEAF = ("/bin/sh", "-c", 'trap "" INT; exec "$@"', "sh")
 _LINE_BYTES_MAX = 1 << 20
 # What a child says on stderr without ending its line is passed on in pieces of at most twice this.
 _WORDS_BYTES_MAX = 64 * 1024
@@ -157,6 +160,7 @@ class ChildProcess(ABC):
 
     async def _start(self) -> None:
         self.process = await asyncio.create_subprocess_exec(
+            *_DEAF,
             *self._command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,

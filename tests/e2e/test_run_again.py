@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from batchrunner.simulate import SimulatorStats
-from tests.e2e.harness import bench, chat_line
+from tests.e2e.harness import Command, bench, chat_line
+from tests.hostile.peer import until
 
 pytestmark = pytest.mark.slow
 
@@ -205,6 +206,30 @@ async def test_killed_retry_goes_on_and_ends_whole(tmp_path: Path) -> None:
         assert ended.code == 0, ended.stderr
         assert not run.errors.exists()
         run.check(repeats_max=ended.summary["re_executed"])
+
+
+def has_workers(command: Command, count: int) -> bool:
+    return len(command.workers()) >= count
+
+
+async def test_ctrl_c_while_workers_start_prints_no_traceback(tmp_path: Path) -> None:
+    """A terminal sends it to the whole process group, and so to children that have run no line of ours yet."""
+    async with bench(tmp_path, latency="100ms") as run:
+        run.write_input(LINES)
+
+        for count in (1, 2, 2):
+            command = await run.start("--workers", "2")
+            await until(partial(has_workers, command, count))
+            os.killpg(command.pid, signal.SIGINT)
+            stopped = await command.ended()
+
+            assert stopped.code == 130, stopped.stderr
+            assert "Traceback" not in stopped.stderr
+            assert "KeyboardInterrupt" not in stopped.stderr
+        ended = await run.run("--workers", "2")
+
+        assert ended.code == 0, ended.stderr
+        run.check(repeats_max=0)
 
 
 async def test_run_folder_of_a_dead_run_is_not_held_by_its_workers(tmp_path: Path) -> None:

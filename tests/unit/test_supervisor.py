@@ -458,6 +458,18 @@ async def test_crew_works_until_it_is_told_to_stop(caplog: pytest.LogCaptureFixt
     assert caplog.text.count('{"hello":1}') == 2
 
 
+async def test_a_worker_never_hears_ctrl_c_which_is_its_parents_to_obey(caplog: pytest.LogCaptureFixture) -> None:
+    """Not even before it could say so itself: what is here is the first that it runs."""
+    deaf = "import signal, sys\nprint('deaf:', signal.getsignal(signal.SIGINT) is signal.SIG_IGN, file=sys.stderr)\n"
+    async with crew(script(deaf + OBEDIENT), count=1) as (made, _):
+        running = asyncio.create_task(made.run())
+        await until_reported(made, 1, running)
+        made.stop(grace_s=1.0)
+        await running
+
+    assert "deaf: True" in caplog.text
+
+
 async def test_what_a_worker_does_not_read_is_not_kept_without_end() -> None:
     deaf = script("import signal, sys\nsys.stdout.write(REPORT + '\\n')\nsys.stdout.flush()\nsignal.pause()")
     async with crew(deaf, count=1) as (made, _):
