@@ -24,6 +24,10 @@ _URL_CHARACTERS_MAX = 8192
 _WEB = ("https://", "http://")
 # Source: RFC 2397. Some upstreams put the medium itself where its address belongs.
 _ENCODED_URL = re.compile(r"data:[a-z0-9.+/-]{0,128};base64,")
+# The member that holds it, with so much of it as tells what it is.
+_ENCODED_MEMBER = re.compile(
+    rb'"(?:b64_json|data|url)": ?"(?:data:[a-z0-9.+/-]{0,128};base64,)?((?:[A-Za-z0-9+/]{4}){8})'
+)
 # Source: the formats' own documents. Each begins so: bytes from the place on, and for what holds several formats more
 # behind them.
 _MAGIC: tuple[tuple[str, int, bytes], ...] = (
@@ -128,7 +132,9 @@ def result_of(scope: TenantScope, blobs: Blobs, job: Job) -> JobResult | None:
 
 
 def media_of(job: Job, result: JobResult) -> tuple[Medium, ...]:
-    """Give the media of a good answer, in the order in which they stand in it; of anything else none."""
+    """Give the media of a good answer, in the order in which they stand in it; none of anything else, nor where one of
+    them cannot be shown as such: the answer itself then tells what it has.
+    """
     if result.kind is not RecordKind.SUCCEEDED:
         return ()
     try:
@@ -145,7 +151,8 @@ def media_of(job: Job, result: JobResult) -> tuple[Medium, ...]:
     if body.video is not None:
         given.append(body.video.b64_json or body.video.url)
     given.append(body.url)
-    return tuple(medium for each in given if each and (medium := _medium(each)) is not None)
+    media = [_medium(each) for each in given if each]
+    return tuple(each for each in media if each is not None) if None not in media else ()
 
 
 def _stored(job: Job, body: _Body) -> StoredMedium | None:
@@ -159,14 +166,26 @@ def _stored(job: Job, body: _Body) -> StoredMedium | None:
 
 
 def _medium(given: str) -> Medium | None:
-    """Tell base64 from an address; one that leads nowhere on the web is none."""
+    """Tell base64 from an address. One that leads nowhere on the web is none, and so is what does not begin as a
+    picture, a sound or a film does.
+    """
     head = given[: len("data:") + 200]
-    if (found := _ENCODED_URL.match(head)) is not None:
-        return EncodedMedium(encoded=given[found.end() :])
     if head.startswith(_WEB):
         is_sound = len(given) <= _URL_CHARACTERS_MAX and given.isprintable()
         return LinkedMedium(url=given) if is_sound else None
-    return EncodedMedium(encoded=given) if ":" not in head else None
+    found = _ENCODED_URL.match(head)
+    medium = EncodedMedium(encoded=given if found is None else given[found.end() :])
+    try:
+        return medium if content_type_of(medium.decoded()) != UNKNOWN_TYPE else None
+    except ValueError:
+        return None
+
+
+def begins_with_medium(line: bytes) -> bool:
+    """Tell by the first bytes of a result line whether the first medium in it stands there in base64."""
+    found = _ENCODED_MEMBER.search(line)
+    # A group of four characters is three bytes.
+    return found is not None and content_type_of(a2b_base64(found[1])) != UNKNOWN_TYPE
 
 
 def content_type_of(content: bytes) -> str:

@@ -48,7 +48,7 @@ from batchrunner.choosing import lines_of
 from batchrunner.errors import BatchrunnerError, NotFound, TransitionRefused
 from batchrunner.frames import read_payload
 from batchrunner.holdings import KeyScope, Replay
-from batchrunner.job_results import JobResult, LinkedMedium, media_of, record_of, result_of
+from batchrunner.job_results import JobResult, LinkedMedium, begins_with_medium, media_of, record_of, result_of
 from batchrunner.jobs import InferenceType, Job
 from batchrunner.lifecycle import ACTIVE_JOBS, RETRYABLE_JOBS, JobStatus
 from batchrunner.live import Asked
@@ -62,6 +62,8 @@ _NAME, _ESCAPE = b'"async"', b"\\u"
 _KEY_ROUTE = "POST /club/v1/jobs"
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 _READ_BYTES_MAX = 256 * KIB
+# Of what is longer so much tells what it holds.
+_HEAD_BYTES = 16 * KIB
 _WITH_RESULT = frozenset({JobStatus.PROCESSED, JobStatus.FAILED})
 
 
@@ -176,8 +178,10 @@ def _listed_job(call: Call, job: Job) -> ClubJob:
     with contextlib.suppress(NotFound):
         record = record_of(call.scope, call.parts.blobs, job)
         if record is not None and record.payload_length > _READ_BYTES_MAX:
-            # An answer of that length holds the medium itself.
-            return replace(shown, result_url=_own_url(call, job, 0))
+            # An answer of that length holds the medium itself, or something else that nobody can use.
+            end = record.payload_offset + min(record.payload_length, _HEAD_BYTES)
+            is_medium = begins_with_medium(call.parts.blobs.read(record.segment.blob, record.payload_offset, end))
+            return replace(shown, result_url=_own_url(call, job, 0)) if is_medium else shown
         if record is not None:
             result = JobResult(kind=record.kind, line=read_payload(call.parts.blobs, record))
             return replace(shown, **_addresses(call, job, result))

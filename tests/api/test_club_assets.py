@@ -95,6 +95,23 @@ async def test_what_is_not_here_is_missing(api: Served, body):
     assert api.parts.held.size_bytes == 0
 
 
+@pytest.mark.parametrize(
+    "given", ["not base64", "", b64(b"an excuse instead of a picture"), b64(PICTURE)[:-2], "/files/1.png"]
+)
+@pytest.mark.parametrize("padding", [0, 300_000])
+async def test_what_is_no_medium_stays_in_the_result_of_a_job_that_is_done(api: Served, given: str, padding: int):
+    (job,) = jobs_made(api)
+    body = {"data": [{"b64_json": given, "more": "x" * padding}]}
+    answer(api, [job], [body])
+
+    shown = (await api.call("GET", f"/v1/jobs/{job.number}")).json
+    listed = (await api.call("GET", "/v1/jobs")).json["data"][0]
+
+    assert (shown["status"], shown["result"]) == ("PROCESSED", body)
+    assert "result_url" not in shown
+    assert "result_url" not in listed or (padding and given == b64(PICTURE)[:-2])
+
+
 async def test_a_job_without_a_good_end_has_no_media(api: Served):
     (waiting,) = jobs_made(api)
     before = await api.call("GET", path(waiting))

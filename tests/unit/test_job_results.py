@@ -13,6 +13,7 @@ from batchrunner.job_results import (
     JobResult,
     LinkedMedium,
     StoredMedium,
+    begins_with_medium,
     content_type_of,
     media_of,
 )
@@ -80,10 +81,33 @@ def test_media_are_found_in_the_order_in_which_they_stand(body, media):
         {"data": [{"url": "javascript:alert(1)"}, {"url": "ftp://h.example/x"}, {"url": "file:///etc/passwd"}]},
         {"data": [{"url": "data:text/html,<b>"}, {"url": "https://h.example/a\nb"}, {"url": ""}]},
         {"data": [{"url": "https://h.example/" + "x" * 10_000}]},
+        {"data": [{"b64_json": "not base64"}]},
+        {"data": [{"b64_json": base64.b64encode(b"an excuse instead of a picture").decode()}]},
+        {"data": [{"b64_json": ENCODED[:-1]}]},
+        {"data": [{"url": "/files/1.png"}]},
+        {"data": [{"url": "data:image/png;base64,PGh0bWw+"}]},
+        {"audio": {"data": base64.b64encode(b"\0" * 64).decode()}},
+        {"video": {"b64_json": "\u00e9aaa"}},
+        {"data": [{"b64_json": ENCODED}, {"b64_json": "none"}]},
     ],
 )
 def test_what_is_no_medium_is_left_out(body):
     assert media_of(JOB, answered(body)) == ()
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"data": [{"b64_json": ENCODED}]}, True),
+        ({"data": [{"url": f"data:image/png;base64,{ENCODED}"}]}, True),
+        ({"audio": {"data": base64.b64encode(mp3("x")).decode()}}, True),
+        ({"data": [{"b64_json": base64.b64encode(b"an excuse instead of a picture").decode() * 9}]}, False),
+        ({"data": [{"b64_json": "none"}]}, False),
+        ({"data": [{"text": ENCODED}]}, False),
+    ],
+)
+def test_the_beginning_of_a_long_answer_tells_whether_it_holds_a_medium(body, expected):
+    assert begins_with_medium(answered(body).line[:400]) is expected
 
 
 def test_an_answer_that_failed_has_no_media():
