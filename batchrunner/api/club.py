@@ -28,7 +28,7 @@ from batchrunner.api.club_words import (
     inference_type_of,
     require_async,
 )
-from batchrunner.api.creating import INLINE_BYTES_MAX, InlineRequest, keys_of, sound_lines
+from batchrunner.api.creating import INLINE_BYTES_MAX, InlineRequest, require_shape, shape_of, sound_lines
 from batchrunner.api.envelope import Refusal, invalid_value, wrong_method
 from batchrunner.api.files import kept_blob
 from batchrunner.api.http import Answer, Call, Route, json_answer
@@ -45,8 +45,6 @@ from batchrunner.shared_object import LABEL
 
 _LABEL_CHARS_MAX = 160
 _LISTED_MAX = 50
-# What tells a create of OpenAI's, whatever else it has.
-_OF_OPENAI = frozenset({"endpoint", "completion_window", "input_file_id"})
 
 
 class ClubRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,16 +61,6 @@ class ClubBatchRequest(msgspec.Struct, frozen=True, kw_only=True):
     requests: Annotated[list[ClubRequest], Meta(min_length=1)]
 
 
-class _MessageRequest(msgspec.Struct):
-    """What tells a request of Anthropic's message batches, which come in a body that looks the same."""
-
-    params: Raw
-
-
-class _MessageBatch(msgspec.Struct):
-    requests: Annotated[list[_MessageRequest], Meta(min_length=1)]
-
-
 class ClubBatchList(msgspec.Struct, frozen=True):
     """The newest batches, newest first."""
 
@@ -82,12 +70,7 @@ class ClubBatchList(msgspec.Struct, frozen=True):
 async def create_batch(call: Call) -> Answer:
     """Make a batch and its jobs; all are kept, and begin to run, before this answers."""
     require_async(call.parts.settings)
-    if _is_of_messages(await call.body()):
-        message = (
-            "These are requests of a message batch, and /v1/messages/batches is not served. Send each of them as "
-            '{"endpoint": "/v1/messages", "body": {...}}, with its `params` as the body.'
-        )
-        raise Refusal(message, param="requests")
+    await require_shape(call)
     wanted = await call.json(ClubBatchRequest)
     return json_answer(await call.blocking(lambda: _shown(call, _create(call, wanted))), status=202)
 
@@ -124,24 +107,13 @@ async def cancel_batch_here(call: Call) -> Answer:
 
 async def is_create(call: Call) -> bool:
     """Tell by its keys whether a create is inference.club's."""
-    given = await keys_of(call)
-    return not given.isdisjoint({"requests", "label"}) and _OF_OPENAI.isdisjoint(given)
+    return await shape_of(call) == CLUB
 
 
 async def is_clubs(call: Call) -> bool:
     """Tell whether a batch is inference.club's: no other has a number for its id."""
     batch_id = call.path_params["batch_id"]
     return batch_id.isascii() and batch_id.isdecimal()
-
-
-def _is_of_messages(body: bytes) -> bool:
-    if b'"params"' not in body:
-        return False
-    try:
-        msgspec.json.decode(body, type=_MessageBatch)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    return True
 
 
 def _create(call: Call, wanted: ClubBatchRequest) -> Batch:

@@ -1,24 +1,26 @@
-"""What a batch is made of: the body of a create as it has to be, and how it becomes a NewBatch."""
+"""What a batch is made of: which dialect's the body of a create is, how it has to be, and how it becomes a NewBatch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import Meta, Raw
 
 from batchrunner.adding import judge
-from batchrunner.api.envelope import Refusal, invalid_value, missing_parameter
+from batchrunner.api.envelope import Refusal, invalid_value, missing_parameter, unknown_parameter
 from batchrunner.api.file_object import BATCH, ExpiresAfter
 from batchrunner.api.files import BlobSink, new_file
 from batchrunner.api.http import LONG_BODY_BYTES, Call
 from batchrunner.api.webhooks import Url, check_url
 from batchrunner.errors import NotFound, UsageError
 from batchrunner.models import (
+    CLUB,
     OPENAI,
     OPENAI_STRICT,
+    XAI,
     Batch,
     BatchId,
     File,
@@ -84,8 +86,72 @@ class BatchRequest(msgspec.Struct, frozen=True, kw_only=True):
     webhook_url: Url | None = None
 
 
-async def keys_of(call: Call) -> frozenset[str]:
-    """Give the keys of a body, which tell its dialect; none where it is no object. Raises: Refusal."""
+class _Shape(NamedTuple):
+    """What tells a create of one dialect by its keys: one of `marks`, none of `foreign`. It needs `needed`."""
+
+    dialect: str
+    title: str
+    marks: frozenset[str]
+    foreign: frozenset[str]
+    needed: str
+
+
+_OF_OPENAI = frozenset({"endpoint", "completion_window"})
+_OF_CLUB = frozenset({"requests", "label"})
+_FILE = frozenset({"input_file_id"})
+# The first that fits is it: xAI's creates may name a file too, and OpenAI's, here, hold requests.
+_SHAPES = (
+    _Shape(CLUB, "inference.club's", _OF_CLUB, _OF_OPENAI | _FILE, "requests"),
+    _Shape(XAI, "xAI's", frozenset({"name"}), _OF_OPENAI | _OF_CLUB, "name"),
+    _Shape(OPENAI, "OpenAI's", _OF_OPENAI | _FILE, frozenset(), "endpoint"),
+)
+
+
+class _MessageRequest(msgspec.Struct):
+    """What tells a request of Anthropic's message batches, which come in a body that looks like inference.club's."""
+
+    params: Raw
+
+
+class _MessageBatch(msgspec.Struct):
+    requests: Annotated[list[_MessageRequest], Meta(min_length=1)]
+
+
+async def shape_of(call: Call) -> str | None:
+    """Name the dialect whose create has the keys of this body, None where they tell of none. Raises: Refusal."""
+    found = _shape(await _keys_of(call))
+    return found.dialect if found is not None else None
+
+
+async def require_shape(call: Call) -> None:
+    """Raises: Refusal when a create that asks for a dialect by name has the shape of another, or any that of one that
+    is not served; it says where to send it.
+    """
+    if _is_of_messages(await call.body()):
+        message = (
+            "These are requests of a message batch, and /v1/messages/batches is not served. Send each of them as "
+            '{"endpoint": "/v1/messages", "body": {...}} to /club/v1/batches, with its `params` as the body.'
+        )
+        raise Refusal(message, param="requests")
+    if not call.is_pure:
+        return
+    keys = await _keys_of(call)
+    found = _shape(keys)
+    own = next(each for each in _SHAPES if each.dialect == (call.route.dialect or OPENAI))
+    if found is None or found is own:
+        return
+    mark = min(found.marks & keys)
+    lack = missing_parameter(own.needed) if own.needed not in keys else unknown_parameter(mark)
+    hint = f"With '{mark}' it has the shape of {found.title} API: send it to /{found.dialect}{call.route.root_path}."
+    raise Refusal(f"{lack.message} {hint}", param=lack.param, code=lack.code)
+
+
+def _shape(keys: frozenset[str]) -> _Shape | None:
+    return next((each for each in _SHAPES if each.marks & keys and not each.foreign & keys), None)
+
+
+async def _keys_of(call: Call) -> frozenset[str]:
+    """Give the keys of a body; none where it is no object. Raises: Refusal."""
     raw = await call.body()
     return await call.blocking(_keys, raw) if len(raw) > LONG_BODY_BYTES else _keys(raw)
 
@@ -97,8 +163,19 @@ def _keys(raw: bytes) -> frozenset[str]:
         return frozenset()
 
 
+def _is_of_messages(body: bytes) -> bool:
+    if b'"params"' not in body:
+        return False
+    try:
+        msgspec.json.decode(body, type=_MessageBatch)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return True
+
+
 async def read_request(call: Call) -> BatchRequest:
     """Read and check the body of a create. Raises: Refusal."""
+    await require_shape(call)
     if call.is_strict:
         strict = await call.json(StrictBatchRequest)
         wanted = BatchRequest(**{name: getattr(strict, name) for name in strict.__struct_fields__})

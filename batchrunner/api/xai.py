@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from batchrunner.api import files, live
 from batchrunner.api.batches import batch_of, cancelled, found_batches, shown
-from batchrunner.api.creating import INLINE_BYTES_MAX, BatchRequest, Name, create, keys_of
+from batchrunner.api.creating import INLINE_BYTES_MAX, BatchRequest, Name, create, require_shape, shape_of
 from batchrunner.api.http import Answer, Call, Route, json_answer
 from batchrunner.api.paging import next_token
 from batchrunner.api.results import LINES_TYPES
@@ -35,8 +35,6 @@ from batchrunner.models import XAI, BatchId, NewBatch
 from batchrunner.shared_object import NAME, SharedBatch, XaiBatch, xai_object
 
 _LIST_MAX = 100
-# What tells a create of another dialect, whatever else it has.
-_OF_OTHERS = frozenset({"endpoint", "completion_window", "requests", "label"})
 # What a reading of results names that wants lines of JSON and no page.
 _OF_LINES = frozenset({"after", "outcome", "merged", "format"})
 
@@ -68,6 +66,7 @@ def _answer(call: Call, shared: SharedBatch) -> Answer:
 
 async def create_batch(call: Call) -> Answer:
     """Make a batch, open or of a file."""
+    await require_shape(call)
     wanted = await call.json(XaiBatchRequest)
     order = BatchRequest(input_file_id=wanted.input_file_id, endpoint="", metadata={NAME: wanted.name})
     made = partial(create, call, order, shape=partial(_shape, call))
@@ -106,8 +105,7 @@ async def cancel_batch(call: Call) -> Answer:
 
 async def is_create(call: Call) -> bool:
     """Tell by its keys whether a create is xAI's."""
-    given = await keys_of(call)
-    return "name" in given and _OF_OTHERS.isdisjoint(given)
+    return await shape_of(call) == XAI
 
 
 async def wants_page(call: Call) -> bool:

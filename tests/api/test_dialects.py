@@ -143,6 +143,85 @@ async def test_the_setting_leaves_what_is_not_under_v1_where_it_is(tmp_path: Pat
     assert [each.status for each in jobs] == [404, 404, 404]
 
 
+REQUESTS = [{"endpoint": "/v1/chat/completions", "body": {"model": "m"}}]
+ORDER = {"input_file_id": "file-x", "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "body", "lack", "told"),
+    [
+        (
+            "openai",
+            {"name": "a"},
+            "Missing required parameter: 'endpoint'.",
+            "With 'name' it has the shape of xAI's API",
+        ),
+        (
+            "openai",
+            {"name": "a", "input_file_id": "file-x"},
+            "Missing required parameter: 'endpoint'.",
+            "send it to /xai/v1/batches.",
+        ),
+        ("openai", {"requests": REQUESTS}, "Missing required parameter: 'endpoint'.", "send it to /club/v1/batches."),
+        (
+            "openai",
+            {"label": "a"},
+            "Missing required parameter: 'endpoint'.",
+            "With 'label' it has the shape of inference.club's API",
+        ),
+        (
+            "xai",
+            ORDER,
+            "Missing required parameter: 'name'.",
+            "With 'completion_window' it has the shape of OpenAI's API",
+        ),
+        ("xai", {"input_file_id": "file-x"}, "Missing required parameter: 'name'.", "send it to /openai/v1/batches."),
+        ("xai", {"requests": REQUESTS, "name": "a"}, "Unknown parameter: 'requests'.", "send it to /club/v1/batches."),
+        ("club", {"name": "a"}, "Missing required parameter: 'requests'.", "send it to /xai/v1/batches."),
+        ("club", ORDER, "Missing required parameter: 'requests'.", "send it to /openai/v1/batches."),
+        (
+            "club",
+            {"requests": REQUESTS, "endpoint": "/v1/x"},
+            "Unknown parameter: 'endpoint'.",
+            "the shape of OpenAI's API",
+        ),
+    ],
+)
+async def test_who_asks_for_one_api_in_the_shape_of_another_is_told_where_to_go(
+    api: Served, asked: str, body: dict, lack: str, told: str
+) -> None:
+    by_path = await api.call("POST", f"/{asked}/v1/batches", json=body)
+    by_header = await api.call("POST", "/v1/batches", json=body, headers={"Batchrunner-Dialect": asked})
+
+    assert (by_path.status, by_header.status) == (400, 400)
+    assert by_path.body == by_header.body
+    error = by_path.json["error"]
+    message = error if asked == "xai" else error["message"]
+    assert told in message
+    assert message.startswith(lack)
+    if asked == "openai":
+        assert (error["param"], error["code"]) == ("endpoint", "missing_required_parameter")
+
+
+@pytest.mark.parametrize("path", ["/v1/batches", "/openai/v1/batches", "/xai/v1/batches", "/club/v1/batches"])
+async def test_a_message_batch_is_told_what_to_do(api: Served, path: str) -> None:
+    body = {"requests": [{"custom_id": "a", "params": {"model": "m", "messages": []}}]}
+
+    reply = await api.call("POST", path, json=body)
+
+    assert reply.status == 400
+    assert b"/v1/messages/batches is not served" in reply.body
+
+
+@pytest.mark.parametrize("body", [{}, [], {"metadata": {}}, "name"])
+@pytest.mark.parametrize("asked", ["openai", "xai", "club"])
+async def test_a_body_of_no_shape_is_told_what_it_lacks(api: Served, asked: str, body: object) -> None:
+    reply = await api.call("POST", f"/{asked}/v1/batches", json=body)
+
+    assert reply.status == 400
+    assert b"shape" not in reply.body
+
+
 async def test_a_dialect_that_nobody_knows_is_refused(api: Served) -> None:
     by_header = await api.call("GET", "/v1/batches", headers={"Batchrunner-Dialect": "klingon"})
     by_query = await api.call("GET", "/v1/batches?dialect=klingon")
