@@ -142,7 +142,9 @@ class TenantJobs(Protocol):
         """
 
     def cancel_jobs(self, batch_id: BatchId) -> int:
-        """End those of a batch that are active, as `cancel_job` does, and tell how many these were."""
+        """End those of a batch that are active, as `cancel_job` does, and tell how many these were. If there were any,
+        the batch is shown as cancelled until one of its jobs is retried.
+        """
 
     def retry_job(self, number: int, cut: ShardCut, source: str) -> Job:
         """Queue a job again: its line, which `cut` tells in the blob `source`, comes behind all others of its batch.

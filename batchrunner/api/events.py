@@ -92,7 +92,8 @@ async def _changes(call: Call, feed: Feed, known: Seen) -> AsyncIterator[bytes]:
             continue
         if seen is None:
             return
-        yield _event("status" if seen.version != known.version else "progress", seen)
+        is_moved = (seen.version, seen.is_over) != (known.version, known.is_over)
+        yield _event("status" if is_moved else "progress", seen)
         known = seen
 
 

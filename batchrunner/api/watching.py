@@ -38,15 +38,16 @@ class Seen:
         reached, before = self._reached, known._reached
         if reached != before or self.looked_at_s <= known.looked_at_s:
             return reached > before
-        return self._hindrance != known._hindrance
+        return self._standing != known._standing
 
     @property
     def _reached(self) -> tuple[int, int]:
         return self.version, self.batch.progress.last_sequence
 
     @property
-    def _hindrance(self) -> tuple[str | None, str | None]:
-        return self.batch.paused_reason, self.batch.blocked_by
+    def _standing(self) -> tuple[str | None, str | None, bool]:
+        # A batch of jobs is over when the last of them is, which may be by a cancel that moves nothing else.
+        return self.batch.paused_reason, self.batch.blocked_by, self.is_over
 
 
 Look = Callable[[], Awaitable[Seen]]

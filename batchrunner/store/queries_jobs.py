@@ -123,16 +123,16 @@ def count_job_batches(conn: Connection, tenant: TenantId) -> JobBatchCounts:
 def told(conn: Connection, found: Sequence[Batch]) -> list[Batch]:
     """Give batches as they are shown: what has jobs counts these, and is over as long as none of them is active."""
     named = [each.id for each in found if each.has_jobs and each.status not in TERMINAL]
-    if not named:
-        return list(found)
-    query = select(jobs.c.batch_id, jobs.c.status, func.count().label("total"), func.max(jobs.c.ended_at).label("last"))
     groups: dict[str, dict[JobStatus, int]] = {each: {} for each in named}
     last: dict[str, datetime] = {}
-    for row in conn.execute(query.where(jobs.c.batch_id.in_(named)).group_by(jobs.c.batch_id, jobs.c.status)):
+    query = select(jobs.c.batch_id, jobs.c.status, func.count().label("total"), func.max(jobs.c.ended_at).label("last"))
+    query = query.where(jobs.c.batch_id.in_(named)).group_by(jobs.c.batch_id, jobs.c.status)
+    for row in conn.execute(query) if named else ():
         groups[row.batch_id][row.status] = row.total
         if row.last is not None:
             last[row.batch_id] = max(row.last, last.get(row.batch_id, row.last))
-    return [_told(each, groups[each.id], last.get(each.id)) if each.id in groups else each for each in found]
+    counted = (_told(each, groups[each.id], last.get(each.id)) if each.id in groups else each for each in found)
+    return [_cancelled(each) if each.has_jobs and each.cancelling_at is not None else each for each in counted]
 
 
 def _told(batch: Batch, counts: Mapping[JobStatus, int], last: datetime | None) -> Batch:
@@ -143,6 +143,13 @@ def _told(batch: Batch, counts: Mapping[JobStatus, int], last: datetime | None) 
         status=BatchStatus.COMPLETED if is_over else batch.status,
         completed_at=last if is_over else None,
     )
+
+
+def _cancelled(batch: Batch) -> Batch:
+    """Show one that was cancelled as that, and not as completed, until a retry takes the mark away."""
+    if batch.status is not BatchStatus.COMPLETED:
+        return batch
+    return replace(batch, status=BatchStatus.CANCELLED, cancelled_at=batch.cancelling_at, completed_at=None)
 
 
 def _counted(counts: Mapping[JobStatus, int]) -> dict[str, Any]:
@@ -214,6 +221,17 @@ def cancel_jobs(conn: Connection, moment: Moment, *which: ColumnElement[bool]) -
     """Cancel those of these jobs that are active; guards by their status that no other is touched."""
     ended = {"status": JobStatus.CANCELED, "ended_at": moment.wall}
     return conn.execute(update(jobs).where(*which, jobs.c.status.in_(ACTIVE_JOBS)).values(ended)).rowcount
+
+
+def cancel_batch(conn: Connection, batch_id: BatchId, moment: Moment) -> int:
+    """Cancel the active jobs of a batch, and mark it where there were any: such a batch has no status of its own that
+    says so. Guarded by the lock of its row, as a retry is.
+    """
+    count = cancel_jobs(conn, moment, jobs.c.batch_id == batch_id)
+    if count:
+        mark = {"cancelling_at": moment.wall, "version": batches.c.version + 1}
+        conn.execute(update(batches).where(batches.c.id == batch_id).values(mark))
+    return count
 
 
 def require_retryable(conn: Connection, tenant: TenantId, number: int) -> RowMapping:

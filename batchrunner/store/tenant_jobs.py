@@ -180,8 +180,8 @@ class SqlTenantJobs(SqlTenantLines):
     def cancel_jobs(self, batch_id: BatchId) -> int:
         """See TenantJobs."""
         with self._store.writing() as conn:
-            batch_of_tenant(conn, self._tenant, batch_id)
-            return queries_jobs.cancel_jobs(conn, self._store.moment(), rows.c.batch_id == batch_id)
+            batch_of_tenant(conn, self._tenant, batch_id, is_locked=True)
+            return queries_jobs.cancel_batch(conn, batch_id, self._store.moment())
 
     def retry_job(self, number: int, cut: ShardCut, source: str) -> Job:
         """See TenantJobs."""
@@ -192,7 +192,7 @@ class SqlTenantJobs(SqlTenantLines):
                 raise TransitionRefused(f"the job {number} is too old: its requests are no longer kept")
             line_number = batch["total_count"] + 1
             moved = msgspec.structs.replace(cut, first_line=line_number, first_index=batch["total_count"])
-            append_shards(conn, batch, [moved], source=source)
+            append_shards(conn, batch, [moved], source=source, cancelling_at=None)
             queries_jobs.requeue_job(conn, number, line_number, self._store.moment())
             return job_of(queries_jobs.job_of_tenant(conn, self._tenant, number))
 

@@ -47,6 +47,7 @@ class Walker:
     seen: list[str] = field(default_factory=list)
     retried: set[int] = field(default_factory=set)
     is_over: bool = False
+    is_cancelled: bool = False
 
     async def step(self, verb: str, count: int) -> None:
         self.retried.clear()
@@ -56,7 +57,7 @@ class Walker:
             case "leave":
                 self.leave()
             case "cancel_all":
-                await self.served.call("POST", f"/v1/batches/{self.batch_id}/cancel")
+                await self.cancel_all()
             case "cancel":
                 await self.cancel(count)
             case "retry":
@@ -66,6 +67,11 @@ class Walker:
                     await self.retry(place)
             case "expire":
                 self.expire()
+
+    async def cancel_all(self) -> None:
+        reply = await self.served.call("POST", f"/v1/batches/{self.batch_id}/cancel")
+        assert reply.status == 200
+        self.is_cancelled = self.is_cancelled or bool(set(self.seen) & set(ACTIVE))
 
     async def cancel(self, place: int) -> None:
         number = (await self.jobs())[place % len(self.seen)]["id"]
@@ -82,6 +88,7 @@ class Walker:
         if self.seen[place] in ("FAILED", "CANCELED") and not self.is_over:
             assert (reply.status, reply.json["id"], reply.json["status"]) == (202, number, "QUEUED")
             self.retried.add(place)
+            self.is_cancelled = False
         else:
             assert (reply.status, reply.json["error"]["type"]) == (409, "conflict")
 
@@ -164,8 +171,14 @@ class Walker:
         superset = (await self.served.call("GET", f"/openai/v1/batches/{self.batch_id}")).json
         counts = superset["request_counts"]
         assert (counts["total"], counts["completed"]) == (shown["total"], shown["processed"])
-        state = (await self.served.call("GET", f"/xai/v1/batches/{self.batch_id}")).json["state"]
-        assert state == {
+        xai = (await self.served.call("GET", f"/xai/v1/batches/{self.batch_id}")).json
+        if set(self.seen) & set(ACTIVE):
+            assert superset["status"] == "in_progress"
+        else:
+            assert superset["status"] == ("cancelled" if self.is_cancelled else "completed")
+        assert xai["status"] == superset["status"]
+        assert (xai["cancel_time"] is not None) == self.is_cancelled == (superset["cancelled_at"] is not None)
+        assert xai["state"] == {
             "num_requests": shown["total"],
             "num_pending": shown["queued"] + shown["processing"],
             "num_success": shown["processed"],
@@ -237,6 +250,7 @@ async def _batch_of(served: Served, count: int) -> str:
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(WALKS)
 @example((5, [("cancel_all", 0), ("retry_all", 0)], False))
+@example((2, [("answer", 1), ("cancel_all", 0)], True))
 def test_every_view_of_jobs_agrees_at_every_instant(drawn: tuple[int, list[tuple[str, int]], bool]) -> None:
     count, steps, expires = drawn
     with tempfile.TemporaryDirectory() as folder:

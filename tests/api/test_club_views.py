@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,43 @@ async def test_counts_agree_in_every_view(api: Served, batch: dict[str, Any]) ->
     assert list(xai["state"].values()) == [5, 0, 3, 1, 1]
     assert (row["state"], row["request_counts"]) == (xai["state"], openai["request_counts"])
     assert {name: row[name] for name in ("total", "processed", "failed")} == {"total": 5, "processed": 3, "failed": 1}
+
+
+async def test_a_cancelled_batch_is_cancelled_in_every_view_until_a_retry(api: Served, tmp_path: Path) -> None:
+    batch_id = await created(api, chat("a"), chat("b"))
+    following = asyncio.ensure_future(until_done(api, batch_id))
+
+    again = [await api.call("POST", f"/openai/v1/batches/{batch_id}/cancel") for _ in range(2)]
+    openai = (await api.call("GET", f"/openai/v1/batches/{batch_id}")).json
+    xai = (await api.call("GET", f"/xai/v1/batches/{batch_id}")).json
+    (row,) = (await api.call("GET", "/v1/batches")).json["data"]
+    club = await following
+
+    assert [(each.status, each.json["status"]) for each in again] == [(200, "cancelled")] * 2
+    assert [each["status"] for each in (openai, xai, row, club)] == ["cancelled"] * 3 + ["DONE"]
+    assert openai["cancelled_at"] == openai["cancelling_at"] is not None
+    assert (openai["completed_at"], xai["cancel_time"]) == (None, row["cancel_time"])
+    assert list(xai["state"].values()) == [2, 0, 0, 0, 2]
+
+    assert (await api.call("POST", f"/v1/jobs/{club['jobs'][0]['id']}/retry")).status == 202
+    waiting = (await api.call("GET", f"/openai/v1/batches/{batch_id}")).json
+    async with working(tmp_path):
+        await until_done(api, batch_id)
+    done = (await api.call("GET", f"/xai/v1/batches/{batch_id}")).json
+
+    assert (waiting["status"], waiting["cancelled_at"]) == ("in_progress", None)
+    assert (done["status"], done["cancel_time"]) == ("completed", None)
+    assert list(done["state"].values()) == [2, 0, 1, 0, 1]
+
+
+async def test_who_follows_a_batch_hears_that_its_last_job_was_canceled(api: Served) -> None:
+    batch_id = await created(api, chat("a"))
+    following = asyncio.ensure_future(until_done(api, batch_id))
+    (only,) = (await api.call("GET", f"/v1/batches/{batch_id}")).json["jobs"]
+
+    await api.call("POST", f"/v1/jobs/{only['id']}/cancel")
+
+    assert (await following)["status"] == "DONE"
 
 
 async def test_results_by_sequence_leave_out_what_a_retry_replaced(api: Served, batch: dict[str, Any]) -> None:

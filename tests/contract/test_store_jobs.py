@@ -176,6 +176,53 @@ def test_cancel_leaves_what_is_over(world: World) -> None:
     assert world.scope.cancel_jobs(batch.id) == 0
 
 
+def test_batch_that_was_cancelled_is_shown_so_until_one_of_its_jobs_is_retried(world: World) -> None:
+    batch = batch_of_jobs(world)
+    claim = world.claim()
+    world.store.register(claim.ref, told(claim, 0, *good(1)))
+    world.clock.advance(60)
+
+    world.scope.cancel_jobs(batch.id)
+
+    seen = world.batch(batch.id)
+    assert (seen.status, seen.succeeded_count, seen.cancelled_count) == (BatchStatus.CANCELLED, 1, 2)
+    assert (seen.cancelling_at, seen.cancelled_at, seen.completed_at) == (world.clock.wall, world.clock.wall, None)
+    assert seen.version > batch.version
+    assert world.scope.batches(limit=1) == [seen]
+    world.store.settle(claim.ref, Progress())
+    number = world.scope.jobs(limit=1, statuses=[CANCELED])[0].number
+
+    world.scope.retry_job(number, CUT, "add-1")
+
+    again = world.batch(batch.id)
+    assert (again.status, again.cancelling_at, again.cancelled_at) == (BatchStatus.IN_PROGRESS, None, None)
+    world.scope.cancel_job(number)
+    assert world.batch(batch.id).status is BatchStatus.COMPLETED
+
+
+def test_cancelled_batch_stays_so_when_its_time_is_over_and_one_that_was_done_before_does_not_become_so(
+    world: World,
+) -> None:
+    cancelled, done = batch_of_jobs(world), batch_of_jobs(world, 1, source="add-2")
+    world.scope.cancel_jobs(cancelled.id)
+    for job in world.scope.jobs(limit=1, batch_id=done.id):
+        world.scope.cancel_job(job.number)
+    world.scope.cancel_jobs(done.id)
+    before = world.batch(cancelled.id)
+
+    world.clock.advance(15 * 86_400)
+    # A clock that jumps so far is believed the second time.
+    for _ in range(2):
+        world.store.sweep()
+    for _ in range(2):
+        world.store.publish(world.claim(kinds=(TaskKind.SEAL,)).ref, NOTHING)
+
+    after = world.batch(cancelled.id)
+    assert (after.status, after.cancelled_at, after.completed_at) == (before.status, before.cancelled_at, None)
+    assert (after.total_count, after.cancelled_count) == (3, 3)
+    assert world.batch(done.id).status is BatchStatus.COMPLETED
+
+
 @pytest.mark.parametrize("how", ["failed", "canceled"])
 def test_retried_job_runs_again_as_another_line_and_its_batch_with_it(world: World, how: str) -> None:
     batch = batch_of_jobs(world)
@@ -399,7 +446,7 @@ def test_batches_with_and_without_jobs_are_listed_together(world: World) -> None
     listed = world.scope.batches(limit=10)
 
     assert [(each.id, each.status) for each in listed] == [
-        (batch.id, BatchStatus.COMPLETED),
+        (batch.id, BatchStatus.CANCELLED),
         ("plain", BatchStatus.IN_PROGRESS),
     ]
     assert listed[0].cancelled_count == 3
