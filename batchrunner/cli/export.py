@@ -22,8 +22,9 @@ from batchrunner.choosing import read_error_line
 from batchrunner.cli.exits import ExitCode
 from batchrunner.cli.folding import Folded, fold
 from batchrunner.cli.places import Places
-from batchrunner.cli.preparing import Prepared, RunRequest
+from batchrunner.cli.preparing import Prepared
 from batchrunner.cli.run_folder import Fingerprint, fingerprint
+from batchrunner.cli.run_request import RunRequest
 from batchrunner.cli.summary import ErrorGroup, Outcome, Summary, counts_of, exit_code_for, given_up_because, usage_of
 from batchrunner.durable import sync_folder, write_whole
 from batchrunner.errors import BlobsUnavailable, DiskFull

@@ -10,6 +10,8 @@ from batchrunner.errors import UsageError
 
 PACKED = (".gz", ".zst")
 _READ_BYTES = 1 << 20
+# So much of a .zst file at a time, since each unpacks to up to 32,000 times as much.
+_PACKED_BYTES = 1 << 12
 
 
 class Readable(Protocol):
@@ -54,11 +56,18 @@ def _gunzipped(path: Path) -> Iterator[bytes]:
 def _unzstandarded(path: Path) -> Iterator[bytes]:
     import zstandard
 
+    packer, frame = zstandard.ZstdDecompressor(), None
     try:
-        with (
-            path.open("rb") as packed,
-            zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True) as stream,
-        ):
-            yield from pieces_of(stream)
-    except zstandard.ZstdError as error:
+        with path.open("rb") as packed:
+            for piece in iter(lambda: packed.read(_PACKED_BYTES), b""):
+                rest = piece
+                while rest:
+                    frame = frame or packer.decompressobj()
+                    yield frame.decompress(rest)
+                    rest = frame.unused_data
+                    frame = None if frame.eof else frame
+    except (OSError, zstandard.ZstdError) as error:
         raise UsageError(f"{path} cannot be unpacked: {error}") from error
+    if frame is not None:
+        # What a reader of streams gives up to there looks like a whole file.
+        raise UsageError(f"{path} cannot be unpacked: it ends within a frame; is it cut short?")

@@ -34,8 +34,8 @@ class Place(click.ParamType[Path | S3Address]):
         if not is_s3(text):
             return Path(text)
         address = parse_address(text)
-        if not address.key:
-            raise UsageError(f"{text} names a bucket, not a file in it")
+        if not address.key.rpartition("/")[2]:
+            raise UsageError(f"{text} names a bucket or a folder, not a file in it")
         return address
 
 

@@ -5,6 +5,7 @@ same run.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,44 +21,13 @@ from batchrunner.cli.run_folder import (
     check_free,
     check_same_run,
     differences,
-    errors_path_for,
     fingerprint,
     hash_file,
 )
+from batchrunner.cli.run_request import RunRequest, errors_path, state_path
 from batchrunner.durable import write_pieces
 from batchrunner.errors import UsageError
 from batchrunner.settings import Settings
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunRequest:
-    """What the user asked for, as typed; paths may stand for objects in `places`."""
-
-    places: Places
-    input_path: Path
-    output_path: Path
-    errors_path: Path | None
-    state_path: Path | None
-    endpoint: str | None
-    completion_window: str | None
-    order: str
-    on_invalid: str
-    on_unknown: str
-    retry_failed: str | None
-    limit: int | None
-    is_fresh: bool
-    is_json: bool
-    same_command: str
-
-    @property
-    def is_streaming(self) -> bool:
-        """Whether finished lines go to stdout."""
-        return str(self.output_path) == "-"
-
-    @property
-    def is_from_stdin(self) -> bool:
-        """Whether the input comes from stdin."""
-        return str(self.input_path) == "-"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -82,9 +52,8 @@ def prepare(request: RunRequest, settings: Settings) -> Prepared:
     """Lock the folder, find the input, compare identities. Blocks; the caller unlocks the folder.
 
     Raises:
-        AlreadyRunning, RunDiffers, OutputExists, UsageError: as their names say.
+        AlreadyRunning, RunDiffers, OutputExists, UsageError, DiskFull: as their names say.
     """
-    _require_input(request)
     folder = RunFolder(state_path(request))
     folder.lock()
     try:
@@ -98,17 +67,8 @@ def prepare(request: RunRequest, settings: Settings) -> Prepared:
         raise
 
 
-def _require_input(request: RunRequest) -> None:
-    """Refuse a missing input before anything is made or set aside."""
-    path = request.input_path
-    request.places.require_source()
-    if request.places.source is None and not request.is_from_stdin and not path.is_file():
-        said = "is not a file" if path.exists() else "is not there"
-        raise UsageError(f"INPUT {path} {said}", hint="Check the path.")
-
-
 def _prepare_locked(request: RunRequest, folder: RunFolder, settings: Settings) -> Prepared:
-    output, errors = _paths(request, folder)
+    output, errors = request.output_path, errors_path(request)
     old = folder.load()
     source, hashed, mark = _source(request, folder, old)
     new = RunRecord(
@@ -165,36 +125,11 @@ def _same_or_new(folder: RunFolder, settings: Settings, old: RunRecord | None, n
     return old
 
 
-def state_path(request: RunRequest) -> Path:
-    """Give the place of the run folder.
-
-    Raises:
-        UsageError: it has none.
-    """
-    if request.state_path is not None:
-        return request.state_path
-    if not request.is_streaming:
-        return request.output_path.with_name(f"{request.output_path.name}.run")
-    if request.is_from_stdin:
-        raise UsageError(
-            "a run from stdin to stdout has no place for its state", hint="Add --state DIR; it makes the run resumable."
-        )
-    return request.input_path.with_name(f"{request.input_path.name}.run")
-
-
-def _paths(request: RunRequest, folder: RunFolder) -> tuple[Path, Path]:
-    """OUTPUT and the errors file; a run that streams keeps the latter beside its input or in its folder."""
-    if not request.is_streaming:
-        return request.output_path, request.errors_path or errors_path_for(request.output_path)
-    default = folder.path / "errors.jsonl" if request.is_from_stdin else errors_path_for(request.input_path)
-    return Path("-"), request.errors_path or default
-
-
 def _source(request: RunRequest, folder: RunFolder, old: RunRecord | None) -> tuple[Path, Hashed, Fingerprint | None]:
     """Find the plain input file; what was hashed before and looks unchanged is not read again."""
     spooled = folder.path.resolve() / "input.jsonl"
     if request.is_from_stdin:
-        write_pieces(spooled, pieces_of(sys.stdin.buffer))
+        write_pieces(spooled, _piped())
         return spooled, hash_file(spooled), None
     path, places = request.input_path, request.places
     mark = fingerprint(path) if places.source is None else places.mark(places.source)
@@ -213,3 +148,10 @@ def _source(request: RunRequest, folder: RunFolder, old: RunRecord | None) -> tu
     if is_known and old is not None:
         return source, Hashed(old.input_sha256, old.input_bytes, old.line_count_up_to), mark
     return source, hash_file(source), mark
+
+
+def _piped() -> Iterator[bytes]:
+    try:
+        yield from pieces_of(sys.stdin.buffer)
+    except OSError as error:
+        raise UsageError(f"INPUT -: stdin cannot be read: {error.strerror or error}") from error

@@ -113,7 +113,7 @@ def run(ending: Ending, /, input_place: Path | S3Address, output_place: Path | S
     Exit codes: 0 every line ok, 1 trouble on our side, 2 usage, 3 some lines failed, 4 key refused, 5 input invalid,
     6 stopped on purpose, 7 deadline passed, 130 interrupted.
     """
-    from batchrunner.cli.preparing import RunRequest
+    from batchrunner.cli.run_request import RunRequest
     from batchrunner.cli.running import run_to_end
 
     errors_place = options["errors_place"]

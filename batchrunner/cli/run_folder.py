@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -14,10 +15,12 @@ import orjson
 
 from batchrunner import __version__, crash
 from batchrunner.durable import write_whole
-from batchrunner.errors import AlreadyRunning, OutputExists, RunDiffers
+from batchrunner.errors import AlreadyRunning, BatchrunnerError, DiskFull, OutputExists, RunDiffers, UsageError
 
 _HASH_BYTES = 1 << 18
 _COUNT_MAX = 10_001
+_OWN_NAMES = frozenset({"lock", "run.json", "manifest.json", "blobs", "blobs.address", "sessions", "input.jsonl"})
+_OWN_BEGINNINGS = (".", "state.db", "folded-", "fetched")
 
 
 class Fingerprint(msgspec.Struct, frozen=True):
@@ -65,16 +68,25 @@ def fingerprint(path: Path) -> Fingerprint:
 
 
 def hash_file(path: Path) -> Hashed:
-    """Read a file once: sha256, size, and its lines as far as 10,001."""
+    """Read the input once: sha256, size, and its lines as far as 10,001.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
     digest, size_bytes, lines = hashlib.sha256(), 0, 0
     buffer = bytearray(_HASH_BYTES)
     view = memoryview(buffer)
-    with path.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            digest.update(view[:count])
-            size_bytes += count
-            if lines < _COUNT_MAX:
-                lines += buffer.count(b"\n", 0, count)
+    try:
+        with path.open("rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                digest.update(view[:count])
+                size_bytes += count
+                if lines < _COUNT_MAX:
+                    lines += buffer.count(b"\n", 0, count)
+    except OSError as error:
+        raise UsageError(
+            f"INPUT {path} cannot be read: {error.strerror}", hint="Check the file and its disk."
+        ) from error
     return Hashed(digest.hexdigest(), size_bytes, lines)
 
 
@@ -92,9 +104,13 @@ class RunFolder:
 
         Raises:
             AlreadyRunning: somebody does; the message names the process.
+            UsageError, DiskFull: it cannot be made.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise self._unusable(error) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -104,6 +120,12 @@ class RunFolder:
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         self._lock = handle
+
+    def _unusable(self, error: OSError) -> BatchrunnerError:
+        text = f"the state folder {self.path} cannot be used: {error.strerror}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return DiskFull(text)
+        return UsageError(text, hint="Name another place with --state DIR.")
 
     def unlock(self) -> None:
         """Let others in."""
@@ -124,7 +146,7 @@ class RunFolder:
             return msgspec.json.decode(self.record_path.read_bytes(), type=RunRecord)
         except FileNotFoundError:
             return None
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, OSError) as error:
             raise RunDiffers(f"{self.record_path} cannot be read: {error}") from error
 
     def save(self, record: RunRecord) -> None:
@@ -148,9 +170,17 @@ class RunFolder:
         while (target := self.path.with_name(f"{self.path.name}.{number}")).exists():
             number += 1
         self.unlock()
-        self.path.rename(target)
+        try:
+            self.path.rename(target)
+        except OSError as error:
+            raise self._unusable(error) from error
         self.lock()
         return target
+
+
+def is_own_name(name: str) -> bool:
+    """Tell whether a name in a run folder is one of its own; others may be put there."""
+    return name in _OWN_NAMES or name.startswith(_OWN_BEGINNINGS)
 
 
 def errors_path_for(output: Path) -> Path:

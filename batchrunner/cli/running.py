@@ -24,8 +24,9 @@ from batchrunner.cli.console import counted, say
 from batchrunner.cli.ending import Ending
 from batchrunner.cli.exits import MEANINGS, ExitCode
 from batchrunner.cli.panel import Panel
-from batchrunner.cli.preparing import Prepared, RunRequest, prepare, state_path
+from batchrunner.cli.preparing import Prepared, prepare
 from batchrunner.cli.run_folder import RunFolder
+from batchrunner.cli.run_request import RunRequest, check_request, state_path
 from batchrunner.cli.streaming import LineStream
 from batchrunner.cli.summary import Outcome, given_up_because, report
 from batchrunner.errors import BatchrunnerError, NotFound, TaskParked, UpstreamUnreachable
@@ -49,6 +50,7 @@ def run_to_end(request: RunRequest, settings: Settings, api_keys: Mapping[str, s
         KeyboardInterrupt: it was interrupted where nothing was in flight; `ending` knows how to go on, if it had begun.
     """
     arm_crash_point()
+    check_request(request)
     if not request.is_fresh and RunFolder(state_path(request)).record_path.is_file():
         ending.next_command = request.same_command
     prepared = prepare(request, settings)
