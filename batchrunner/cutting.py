@@ -1,6 +1,6 @@
-"""Cuts a stream of bytes into blocks of whole lines, split at 0x0A only, with flat memory.
+"""Cuts a stream of bytes into blocks of whole lines, split at 0x0A only, and tells where shards begin; flat memory.
 
-How the bytes are chunked makes no difference to where the cuts lie. What a line means is somebody else's business.
+How the bytes are chunked makes no difference to where shards begin. What a line means is somebody else's business.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ _last_but_one = itemgetter(-2)
 
 
 class Block(msgspec.Struct, frozen=True, gc=False):
-    """Consecutive physical lines. `is_plain`: each begins with `{` and ends with `}` before its line end."""
+    """Consecutive physical lines of one shard, as many as arrived together.
+
+    `is_first`: a shard begins with it. `is_plain`: each line begins with `{` and ends with `}` before its line end.
+    """
 
     content: bytes
     byte_start: int
     first_line: int
     line_count: int
     is_plain: bool
+    is_first: bool
 
     @property
     def byte_end(self) -> int:
@@ -52,9 +56,10 @@ def split_lines(block: bytes, first_line: int) -> Iterator[tuple[int, bytes]]:
 
 
 class Cutter:
-    """One pass over one input. A block has at most `lines_max` lines and `bytes_max` bytes, or is a single longer line.
+    """One pass over one input. A shard has at most `lines_max` lines and `bytes_max` bytes, or is a single longer line.
 
     Blocks are consecutive and cover the input, but for a byte order mark at its start and lines over `line_bytes_max`.
+    Nothing is held but the line that has not ended yet: a block is given while its bytes are still in the cache.
     """
 
     def __init__(self, *, lines_max: int, bytes_max: int, line_bytes_max: int) -> None:
@@ -64,9 +69,10 @@ class Cutter:
         self._has_begun = False
         self._byte_start = 0
         self._first_line = 1
-        # The whole lines of the next block, each with its 0x0A, and the line that has not ended yet.
-        self._lines: list[bytes] = []
-        self._held_bytes = 0
+        # Of the shard that the next line may belong to.
+        self._shard_lines = 0
+        self._shard_bytes = 0
+        # The line that has not ended yet.
         self._buffer = bytearray()
         # Bytes of a line that is too long and has not ended yet; they are counted, not kept.
         self._dropped_bytes = 0
@@ -93,13 +99,8 @@ class Cutter:
             yield from self._split(self._begin())
         if self._dropped_bytes:
             yield self._long_line(self._dropped_bytes)
-            return
-        if self._buffer:
-            if self._lines and self._held_bytes + len(self._buffer) > self._bytes_max:
-                yield self._cut()
-            self._lines.append(bytes(self._buffer))
-        if self._lines:
-            yield self._cut()
+        elif self._buffer:
+            yield from self._cut(bytes(self._buffer))
 
     def _begin(self) -> bytes:
         """Give the first bytes without their mark."""
@@ -112,69 +113,66 @@ class Cutter:
         return content
 
     def _split(self, chunk: bytes) -> Iterator[Block | LongLine]:
-        if b"\n" not in chunk:
+        end = chunk.rfind(b"\n") + 1
+        if not end:
             self._buffer += chunk
         else:
-            lines = BytesIO(chunk).readlines()
-            if self._buffer:
-                self._buffer += lines[0]
-                lines[0] = bytes(self._buffer)
-                self._buffer.clear()
-            if not chunk.endswith(b"\n"):
-                self._buffer += lines.pop()
-            yield from self._take(lines)
+            content = b"".join((self._buffer, memoryview(chunk)[:end])) if self._buffer else chunk[:end]
+            self._buffer[:] = chunk[end:]
+            yield from self._cut(content)
         if len(self._buffer) > self._line_bytes_max:
-            if self._lines:
-                yield self._cut()
             self._dropped_bytes = len(self._buffer)
             self._buffer.clear()
 
-    def _take(self, lines: list[bytes]) -> Iterator[Block | LongLine]:
-        """Take whole lines, and give the blocks that they fill."""
-        size_bytes = self._held_bytes + sum(map(len, lines))
-        if size_bytes > min(self._bytes_max, self._line_bytes_max):
-            yield from self._take_measured(lines)
-            return
-        # Mostly all that is held is too little for any limit, and no line needs to be measured.
-        start = 0
-        while start + self._lines_max <= len(self._lines) + len(lines):
-            end = start + self._lines_max - len(self._lines)
-            self._lines += lines[start:end]
-            start = end
-            yield self._cut()
-        rest = lines[start:]
-        self._lines += rest
-        self._held_bytes = size_bytes if start == 0 else sum(map(len, rest))
+    def _cut(self, content: bytes) -> Iterator[Block | LongLine]:
+        """Give whole lines as the blocks that they make, and one by one those that are too long."""
+        lines = BytesIO(content).readlines()
+        start = position = 0
+        while start < len(lines):
+            if len(lines[start]) - 1 > self._line_bytes_max:
+                line_count, size_bytes = 1, len(lines[start])
+                yield self._long_line(size_bytes - 1)
+            else:
+                line_count, size_bytes = self._fit(lines, start, len(content) - position)
+                part = lines if line_count == len(lines) else lines[start : start + line_count]
+                yield self._block(content[position : position + size_bytes], part)
+            start += line_count
+            position += size_bytes
 
-    def _take_measured(self, lines: list[bytes]) -> Iterator[Block | LongLine]:
-        for line in lines:
-            size_bytes = len(line) - 1
-            is_too_long = size_bytes > self._line_bytes_max
-            # The line does not fit into the block, or must stand alone.
-            if self._lines and (is_too_long or self._held_bytes + len(line) > self._bytes_max):
-                yield self._cut()
-            if is_too_long:
-                yield self._long_line(size_bytes)
-                continue
-            self._lines.append(line)
-            self._held_bytes += len(line)
-            if len(self._lines) == self._lines_max:
-                yield self._cut()
+    def _fit(self, lines: list[bytes], start: int, size_bytes: int) -> tuple[int, int]:
+        """Give how many lines, and bytes, go into one shard: the one begun, or another if not even the first fits."""
+        line_bytes = len(lines[start])
+        is_full = self._shard_lines == self._lines_max or self._shard_bytes + line_bytes > self._bytes_max
+        if self._shard_lines and is_full:
+            self._shard_lines = self._shard_bytes = 0
+        line_count = min(len(lines) - start, self._lines_max - self._shard_lines)
+        room_bytes = self._bytes_max - self._shard_bytes
+        if size_bytes <= min(room_bytes, self._line_bytes_max):
+            # Mostly all that came is too little for any limit of bytes, and no line needs to be measured.
+            is_all = line_count == len(lines) - start
+            return line_count, size_bytes if is_all else sum(map(len, lines[start : start + line_count]))
+        taken_count, taken_bytes = 1, line_bytes
+        for line in lines[start + 1 : start + line_count]:
+            if len(line) - 1 > self._line_bytes_max or taken_bytes + len(line) > room_bytes:
+                break
+            taken_count += 1
+            taken_bytes += len(line)
+        return taken_count, taken_bytes
 
-    def _cut(self) -> Block:
-        """Make a block of the lines held."""
-        lines = self._lines
-        block = Block(b"".join(lines), self._byte_start, self._first_line, len(lines), _are_plain(lines))
-        self._byte_start += len(block.content)
+    def _block(self, content: bytes, lines: list[bytes]) -> Block:
+        is_first = not self._shard_lines
+        block = Block(content, self._byte_start, self._first_line, len(lines), _are_plain(lines), is_first)
+        self._byte_start += len(content)
         self._first_line += len(lines)
-        self._lines, self._held_bytes = [], 0
+        self._shard_lines += len(lines)
+        self._shard_bytes += len(content)
         return block
 
     def _long_line(self, size: int) -> LongLine:
         line = LongLine(self._first_line, size)
         self._byte_start += size + 1
         self._first_line += 1
-        self._dropped_bytes = 0
+        self._dropped_bytes = self._shard_lines = self._shard_bytes = 0
         return line
 
 

@@ -10,7 +10,8 @@ import struct
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
-from zlib import crc32
+
+from zlib_ng.zlib_ng import crc32
 
 from batchrunner.errors import JournalCorrupt, NotFound, ReconciliationError
 from batchrunner.models import NO_USAGE, Claim, Extent, RecordKind, Repair, SegmentRef, SessionId, Usage

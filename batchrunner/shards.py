@@ -7,10 +7,11 @@ somebody else's business.
 from __future__ import annotations
 
 import sys
-import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import takewhile
+
+from zlib_ng.zlib_ng import crc32
 
 from batchrunner import crash
 from batchrunner.assets import Assets
@@ -373,7 +374,7 @@ class ShardRun:
             first_line=shard.first_line,
             first_index=shard.first_index,
             line_count=shard.line_count - tail_lines,
-            checksum=zlib.crc32(memoryview(self._buffer)[:position]),
+            checksum=crc32(memoryview(self._buffer)[:position]),
             skipped=tuple(skipped for skipped in shard.skipped if skipped <= number),
         )
         tail = ShardCut(
@@ -382,7 +383,7 @@ class ShardRun:
             first_line=number + 1,
             first_index=index,
             line_count=tail_lines,
-            checksum=zlib.crc32(memoryview(self._buffer)[position : self._end]),
+            checksum=crc32(memoryview(self._buffer)[position : self._end]),
             skipped=tuple(skipped for skipped in shard.skipped if skipped > number),
         )
         return head, tail
@@ -487,6 +488,6 @@ def read_checked(blobs: Blobs, claim: Claim) -> bytes:
     assert shard is not None
     source = shard.source if shard.source is not None else claim.batch.source
     buffer = blobs.read(source, shard.byte_start, shard.byte_end)
-    if len(buffer) != shard.byte_end - shard.byte_start or zlib.crc32(buffer) != shard.checksum:
+    if len(buffer) != shard.byte_end - shard.byte_start or crc32(buffer) != shard.checksum:
         raise InputChanged(f"lines {shard.first_line} and on: the input is not the one that was validated")
     return buffer

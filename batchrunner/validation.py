@@ -6,7 +6,6 @@ It is fed bytes and never reads; how they are chunked makes no difference to wha
 from __future__ import annotations
 
 import hashlib
-import zlib
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 import msgspec
+from zlib_ng.zlib_ng import crc32
 
 from batchrunner.cutting import Block, Cutter, LongLine, split_lines
 from batchrunner.errors import InputChanged
@@ -27,14 +27,13 @@ from batchrunner.lines import (
     too_long_message,
 )
 from batchrunner.models import LineProblem, OnInvalid, RequestLine, ShardCut
+from batchrunner.repeats import Order, repeated_hashes
 from batchrunner.settings import Settings
 from batchrunner.soundness import sound_lines
 
 # Real ids are held for this many hashes at a time while hits are confirmed, so that memory stays bounded in a file that
 # was appended to itself.
 _CONFIRMED_AT_ONCE = 1 << 18
-_HASHES_PER_TURN = 2_000_000
-_BUCKETS = 256
 # Below this, handing a chunk to a thread costs more than hashing it.
 _CHUNK_BYTES_BESIDE = 64 * 1024
 
@@ -126,6 +125,7 @@ class Validator:
         self._confirmed_count = 0
         self._confirming: set[int] = set()
         self._seen: set[str] = set()
+        self._order = Order()
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes of the input."""
@@ -164,7 +164,7 @@ class Validator:
             InputChanged: these are not the bytes that were fed.
         """
         cut = self._cuts[look.place]
-        if zlib.crc32(content) != cut.checksum:
+        if crc32(content) != cut.checksum:
             raise InputChanged(f"the input changed between its bytes {look.byte_start} and {look.byte_end}")
         for line_number, raw in self._requests(content, cut.first_line):
             found = parse_line(raw, line_number, self._rules)
@@ -204,6 +204,7 @@ class Validator:
             return
         for cut in self._cutter.finish():
             self._take(cut)
+        self._end_if_too_many()
         if not self._total_count:
             message = "The input file is empty. Please ensure that the batch contains at least one request."
             self._problems.add_of_file(ProblemCode.EMPTY_FILE, message)
@@ -218,9 +219,12 @@ class Validator:
     def _close(self) -> None:
         if not self._has_ended:
             self._has_ended = True
-            self._repeated = repeated_hashes([cut.hashes for cut in self._cuts])
+            if not self._order.is_ascending:
+                self._repeated = repeated_hashes([cut.hashes for cut in self._cuts])
 
     def _take(self, cut: Block | LongLine) -> None:
+        if isinstance(cut, LongLine) or cut.is_first:
+            self._end_if_too_many()
         if self._has_ended:
             return
         if isinstance(cut, LongLine):
@@ -228,8 +232,14 @@ class Validator:
                 message = too_long_message(self._rules, cut.size_bytes)
                 self._total_count += 1
                 self._refuse(LineProblem(ProblemCode.LINE_TOO_LONG, message, None, cut.line_number))
-        elif not (cut.is_plain and self._take_sound(cut)):
-            self._take_one_by_one(cut)
+        else:
+            if cut.is_first:
+                self._cuts.append(_Cut(cut.byte_start, cut.byte_start, cut.first_line, 0, 0, array("q"), []))
+            if not (cut.is_plain and self._take_sound(cut)):
+                self._take_one_by_one(cut)
+
+    def _end_if_too_many(self) -> None:
+        """Refuse an input with too many requests; looked at where shards end, which no chunking changes."""
         if self._total_count > self._lines_max:
             self._end_early(
                 ProblemCode.TOO_MANY_TASKS,
@@ -250,6 +260,7 @@ class Validator:
             return False
         self._total_count += block.line_count
         self._note_models(sound.models)
+        self._order.note(sound.custom_ids)
         self._remember(block, block.line_count, array("q", list(map(hash, sound.custom_ids))), [])
         return True
 
@@ -263,6 +274,7 @@ class Validator:
 
     def _take_one_by_one(self, block: Block) -> None:
         hashes = array("q")
+        custom_ids = []
         skipped = []
         line_count = 0
         wanted = self._chosen_of(block.first_line, block.content)
@@ -277,6 +289,7 @@ class Validator:
             found = parse_line(raw, line_number, self._rules)
             if found.custom_id is not None:
                 hashes.append(hash(found.custom_id))
+                custom_ids.append(found.custom_id)
             if isinstance(found, RequestLine):
                 line_count += 1
                 self._rules = self._rules.learn_model(found)
@@ -285,6 +298,7 @@ class Validator:
             else:
                 self._refuse(found)
                 skipped.append(line_number)
+        self._order.note(custom_ids)
         self._remember(block, line_count, hashes, skipped)
 
     def _requests(self, content: bytes, first_line: int) -> Iterator[tuple[int, bytes]]:
@@ -314,12 +328,14 @@ class Validator:
             self._models |= models
 
     def _remember(self, block: Block, line_count: int, hashes: array[int], skipped: list[int]) -> None:
-        if hashes or line_count:
-            # A shard leaves out lines not chosen and refused ones; without on_invalid=skip the latter leave no shard.
-            kept = skipped if self._on_invalid is OnInvalid.SKIP or self._chosen is not None else []
-            checksum = zlib.crc32(block.content)
-            cut = _Cut(block.byte_start, block.byte_end, block.first_line, checksum, line_count, hashes, kept)
-            self._cuts.append(cut)
+        cut = self._cuts[-1]
+        cut.byte_end = block.byte_end
+        cut.checksum = crc32(block.content, cut.checksum)
+        cut.line_count += line_count
+        cut.hashes.extend(hashes)
+        # A shard leaves out lines not chosen and refused ones; without on_invalid=skip the latter leave no shard.
+        if self._on_invalid is OnInvalid.SKIP or self._chosen is not None:
+            cut.skipped.extend(skipped)
 
     def _refuse(self, problem: LineProblem) -> None:
         self._refused_count += 1
@@ -352,28 +368,6 @@ class Validator:
                     tuple(sorted(cut.skipped)),
                 )
                 first_index += cut.line_count
-
-
-def repeated_hashes(hashes: Sequence[array[int]]) -> array[int]:
-    """Give each hash that occurs more than once, in no particular order.
-
-    Each bucket of equal low bits is looked at alone, and above 2,000,000 hashes they are filled in several turns, so
-    that this takes 8 bytes a hash and never more than 16 MiB or so.
-    """
-    repeated = array("q")
-    turns = 1 + sum(map(len, hashes)) // _HASHES_PER_TURN
-    for turn in range(turns):
-        buckets = [array("q") for _ in range(_BUCKETS)]
-        appends = [bucket.append for bucket in buckets]
-        for each in hashes:
-            for value in each if turns == 1 else [value for value in each if (value >> 8) % turns == turn]:
-                appends[value & 255](value)
-        for bucket in buckets:
-            if len(set(bucket)) < len(bucket):
-                once: set[int] = set()
-                twice = {value for value in bucket if value in once or once.add(value)}  # type: ignore[func-returns-value]
-                repeated.extend(twice)
-    return repeated
 
 
 # To make rules costs as much as to judge a short line by them; settings with tables cannot be hashed, their parts can.

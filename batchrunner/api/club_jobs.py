@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 from msgspec.structs import replace
+from zlib_ng.zlib_ng import crc32
 
 from batchrunner.api import job_intake
 from batchrunner.api.club_assets import asset_path
@@ -294,7 +294,7 @@ def _line_of(call: Call, job: Job) -> tuple[ShardCut, str]:
         first_line=1,
         first_index=0,
         line_count=1,
-        checksum=zlib.crc32(line),
+        checksum=crc32(line),
     )
     return cut, source
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import TypeVar
-from zlib import crc32
 
 from msgspec import Raw
+from zlib_ng.zlib_ng import crc32
 
 from batchrunner import crash
 from batchrunner.additions import NewAddition

@@ -25,8 +25,24 @@ def cut(content: bytes, sizes: list[int], *, lines_max=3, bytes_max=20, line_byt
     return [*cuts, *cutter.finish()]
 
 
+def shards(cuts: list[Block | LongLine]) -> list[Block | LongLine]:
+    """Put the blocks of each shard together again."""
+    found: list[Block | LongLine] = []
+    for each in cuts:
+        if isinstance(each, LongLine) or each.is_first:
+            found.append(each)
+            continue
+        before = found[-1]
+        assert isinstance(before, Block)
+        assert (before.byte_end, before.first_line + before.line_count) == (each.byte_start, each.first_line)
+        is_plain = before.is_plain and each.is_plain
+        content, line_count = before.content + each.content, before.line_count + each.line_count
+        found[-1] = Block(content, before.byte_start, before.first_line, line_count, is_plain, True)
+    return found
+
+
 def blocks(content: bytes, **limits: int) -> list[tuple[int, int, bytes]]:
-    found = cut(content, [1 << 20], **limits)
+    found = shards(cut(content, [1 << 20], **limits))
     assert all(isinstance(each, Block) for each in found)
     return [(each.first_line, each.byte_start, each.content) for each in found if isinstance(each, Block)]
 
@@ -46,7 +62,7 @@ def test_a_line_longer_than_a_block_is_a_block() -> None:
 
 def test_a_line_that_is_too_long_is_told_and_lies_in_no_block() -> None:
     for sizes in ([1], [7], [1000]):
-        found = cut(b"1\n" + b"x" * 31 + b"\n2\n" + b"y" * 40, sizes)
+        found = shards(cut(b"1\n" + b"x" * 31 + b"\n2\n" + b"y" * 40, sizes))
 
         assert [each if isinstance(each, LongLine) else each.byte_start for each in found] == [
             0,
@@ -68,9 +84,9 @@ def test_a_line_without_end_is_never_held_whole() -> None:
 
 def test_a_byte_order_mark_is_left_out_at_the_start_only() -> None:
     for sizes in ([1], [2], [100]):
-        found = cut(MARK + b"1\n" + MARK + b"2", sizes)
+        found = shards(cut(MARK + b"1\n" + MARK + b"2", sizes))
 
-        assert found == [Block(b"1\n" + MARK + b"2", 3, 1, 2, False)]
+        assert found == [Block(b"1\n" + MARK + b"2", 3, 1, 2, False, True)]
 
 
 def test_an_input_without_lines_gives_no_block() -> None:
@@ -82,7 +98,7 @@ def test_an_input_without_lines_gives_no_block() -> None:
 
 def test_plain_blocks_hold_nothing_but_lines_in_braces() -> None:
     def is_plain(content: bytes) -> bool:
-        (found,) = cut(content, [1000], lines_max=100, bytes_max=1000, line_bytes_max=1000)
+        (found,) = shards(cut(content, [1000], lines_max=100, bytes_max=1000, line_bytes_max=1000))
         assert isinstance(found, Block)
         return found.is_plain
 
@@ -114,9 +130,9 @@ CONTENT = st.builds(
 
 @given(CONTENT | st.binary(max_size=200), st.lists(st.integers(1, 40), min_size=1, max_size=5))
 def test_cuts_cover_the_input_whatever_the_chunks(content: bytes, sizes: list[int]) -> None:
-    found = cut(content, sizes)
+    found = shards(cut(content, sizes))
 
-    assert found == cut(content, [1 << 20])
+    assert found == shards(cut(content, [1 << 20]))
     body = content.removeprefix(MARK)
     number, position = 1, len(content) - len(body)
     for each in found:

@@ -19,7 +19,7 @@ from batchrunner.errors import InputChanged
 from batchrunner.lines import CHAT_COMPLETIONS, EMBEDDINGS, LineRules, ProblemCode, is_blank, parse_line
 from batchrunner.models import LineProblem, OnInvalid, RequestLine
 from batchrunner.soundness import sound_lines
-from batchrunner.validation import Validation, Validator, repeated_hashes
+from batchrunner.validation import Validation, Validator
 
 SAMPLES = Path(__file__).parents[2] / "sample_inputs"
 CHAT = LineRules(endpoint=CHAT_COMPLETIONS)
@@ -305,19 +305,6 @@ def test_large_chunks_are_hashed_in_their_order() -> None:
         assert validate(content, chunk_bytes=chunk_bytes).sha256 == hashlib.sha256(content).hexdigest()
 
 
-@given(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 3)), st.integers(1, 5))
-def test_repeated_hashes_are_those_a_count_finds(values: list[int], width: int) -> None:
-    from array import array
-
-    parts = [array("q", values[start : start + width]) for start in range(0, len(values), width)]
-    expected = sorted({value for value in values if values.count(value) > 1})
-
-    assert sorted(repeated_hashes(parts)) == expected
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validation, "_HASHES_PER_TURN", 3)
-        assert sorted(repeated_hashes(parts)) == expected
-
-
 LINE = st.one_of(
     st.builds(line, st.sampled_from("abcdefgh")),
     st.builds(lambda number: line(f"n{number}"), st.integers(0, 60)),
@@ -431,6 +418,28 @@ def test_a_line_unlike_the_first_is_judged_as_it_is_alone(odd: bytes, rules: Lin
 
     assert (sound_lines(line("a") + b"\n" + odd + b"\n", 2, rules) is not None) == is_sound
     assert (sound_lines(odd + b"\n" + line("a"), 2, rules) is not None) == is_sound
+
+
+@given(
+    st.lists(st.sampled_from([0, 1, 20, 60, 122, 123, 124, 125, 126, 127]), min_size=1, max_size=40),
+    st.integers(0, 900),
+    st.booleans(),
+)
+def test_lines_taken_together_are_nested_no_deeper_than_each_may_be(
+    depths: list[int], text_chars: int, has_end: bool
+) -> None:
+    """The brackets of many lines are counted together; what is too deep for one line is never taken for sound."""
+    rules = replace(CHAT, wants_url=True)
+    nests = [json.loads("[" * depth + "1" + "]" * depth) for depth in depths]
+    rows = [line(f"{at:03}", x=nest, y="y" * text_chars) for at, nest in enumerate(nests)]
+
+    found = sound_lines(b"\n".join(rows) + (b"\n" if has_end else b""), len(rows), rules)
+
+    is_each_sound = all(isinstance(parse_line(raw, 1, rules), RequestLine) for raw in rows)
+    assert is_each_sound == (max(depths) <= 127)
+    assert (found is not None) <= is_each_sound
+    if max(depths) <= 60:
+        assert found is not None
 
 
 @pytest.mark.parametrize("is_strict", [False, True])
