@@ -17,6 +17,9 @@ from batchrunner.holdings import NO_LIMITS, KeyLimits, Replay
 from batchrunner.lifecycle import JobStatus
 from batchrunner.models import Batch, BatchId, NewBatch, ShardCut
 
+# So many jobs a batch has at most. Source: inference.club's batches.
+JOBS_MAX = 256
+
 
 class InferenceType(StrEnum):
     """What a job makes. Source: inference.club's inference types, those that can be asked for."""

@@ -38,6 +38,7 @@ def queue_routes(secret: bytes) -> tuple[Route, ...]:
         show(path=QUEUE, handler=pages.show_queue, summary="Show the jobs and batches of the key's tenant"),
         show(path=batch, handler=pages.show_batch, summary="Show a batch and its steps"),
         act(path=f"{batch}/cancel", handler=pages.cancel_batch, summary="Cancel a batch and go back"),
+        act(path=f"{batch}/retry", handler=pages.retry_batch, summary="Queue failed jobs of a batch again and go back"),
         act(path=f"{job}/cancel", handler=pages.cancel_job, summary="Cancel a job and go back"),
         act(path=f"{job}/retry", handler=pages.retry_job, summary="Queue a job again and go back"),
     )
@@ -86,6 +87,11 @@ class _QueuePages:
     async def cancel_batch(self, call: Call) -> Answer:
         back = await self._admitted(call)
         await batches.cancel_batch(call)
+        return back
+
+    async def retry_batch(self, call: Call) -> Answer:
+        back = await self._admitted(call)
+        await club_jobs.retry_jobs(call)
         return back
 
     async def cancel_job(self, call: Call) -> Answer:

@@ -32,11 +32,11 @@ from batchrunner.api.creating import INLINE_BYTES_MAX, InlineRequest, require_sh
 from batchrunner.api.envelope import Refusal, invalid_value, wrong_method
 from batchrunner.api.files import kept_blob
 from batchrunner.api.http import Answer, Call, Route, json_answer
-from batchrunner.api.job_lines import JOBS_MAX, job_counts_of, jobs_of, request_id
+from batchrunner.api.job_lines import job_counts_of, jobs_of, request_id
 from batchrunner.api.live import FORM_URLS
 from batchrunner.errors import NotFound
 from batchrunner.holdings import KeyScope
-from batchrunner.jobs import NewJob
+from batchrunner.jobs import JOBS_MAX, NewJob
 from batchrunner.lifecycle import TERMINAL, JobStatus
 from batchrunner.live import Asked, read_asked
 from batchrunner.models import CLUB, Batch, BatchId, NewBatch

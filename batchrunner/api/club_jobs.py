@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from zlib_ng.zlib_ng import crc32
 
 from batchrunner.api import job_intake
+from batchrunner.api.batches import batch_of
 from batchrunner.api.club_assets import asset_path
 from batchrunner.api.club_words import (
     CONFLICT,
@@ -33,6 +34,7 @@ from batchrunner.api.club_words import (
 from batchrunner.api.envelope import Refusal, no_such_route
 from batchrunner.api.http import Answer, Call, Route, json_answer
 from batchrunner.api.idempotency import HEADER, check_key
+from batchrunner.api.job_lines import jobs_of
 from batchrunner.api.live import (
     FORM_URLS,
     TRANSCRIPTIONS,
@@ -53,6 +55,7 @@ from batchrunner.jobs import InferenceType, Job
 from batchrunner.lifecycle import ACTIVE_JOBS, RETRYABLE_JOBS, JobStatus
 from batchrunner.live import Asked
 from batchrunner.models import CLUB, ShardCut
+from batchrunner.ports import Blobs, TenantScope
 from batchrunner.settings import ENDPOINTS, KIB
 
 LIMIT, LIMIT_MAX = 50, 200
@@ -261,7 +264,7 @@ def _retried(call: Call) -> Job:
     if job.status not in RETRYABLE_JOBS:
         raise _not_retryable(job)
     with contextlib.suppress(NotFound, TransitionRefused):
-        cut, source = _line_of(call, job)
+        cut, source = _Lines(call.scope, call.parts.blobs).find(job)
         return call.scope.retry_job(job.number, cut, source)
     job = _job_of(call)
     if job.status not in RETRYABLE_JOBS:
@@ -276,27 +279,62 @@ def _not_retryable(job: Job) -> Refusal:
     return Refusal(message, status=409, code=CONFLICT)
 
 
-def _line_of(call: Call, job: Job) -> tuple[ShardCut, str]:
-    """Find a job's line, and the blob that holds it. Raises: NotFound when it is gone."""
-    shards = call.scope.shards_from(job.batch_id, job.line_number, limit=1)
-    if not shards or (source := shards[0].source) is None:
-        raise NotFound(f"there is no line {job.line_number}")
-    shard = shards[0]
-    content = call.parts.blobs.read(source, shard.byte_start, shard.byte_end)
-    # None is blank, and none was refused.
-    lines = list(lines_of([content]))
-    place = job.line_number - shard.first_line
-    start = shard.byte_start + sum(map(len, lines[:place]))
-    line = lines[place]
-    cut = ShardCut(
-        byte_start=start,
-        byte_end=start + len(line),
-        first_line=1,
-        first_index=0,
-        line_count=1,
-        checksum=crc32(line),
-    )
-    return cut, source
+async def retry_jobs(call: Call) -> None:
+    """Queue all jobs of a batch again that failed or were canceled, each as `retry_job` does.
+
+    Raises:
+        Refusal: there are none, or they are too old.
+    """
+    require_async(call.parts.settings)
+    await call.blocking(_retry_jobs, call)
+
+
+def _retry_jobs(call: Call) -> None:
+    batch = batch_of(call)
+    jobs = [each for each in jobs_of(call.scope, batch) if each.status in RETRYABLE_JOBS] if batch.has_jobs else []
+    lines, count = _Lines(call.scope, call.parts.blobs), 0
+    for job in jobs:
+        with contextlib.suppress(NotFound, TransitionRefused):
+            cut, source = lines.find(job)
+            call.scope.retry_job(job.number, cut, source)
+            count += 1
+    if not count:
+        why = "what its jobs asked for is not kept any more" if jobs else "none of its jobs failed or was canceled"
+        raise Refusal(f"Batch '{batch.id}' cannot be retried: {why}.", status=409, code=CONFLICT)
+
+
+class _Lines:
+    """Finds the lines of jobs, those of one shard in one read."""
+
+    def __init__(self, scope: TenantScope, blobs: Blobs) -> None:
+        self._scope = scope
+        self._blobs = blobs
+        self._place: tuple[str, int, int] | None = None
+        self._lines: list[bytes] = []
+
+    def find(self, job: Job) -> tuple[ShardCut, str]:
+        """Give a job's line, and the blob that holds it. Raises: NotFound when it is gone."""
+        shards = self._scope.shards_from(job.batch_id, job.line_number, limit=1)
+        if not shards or (source := shards[0].source) is None:
+            raise NotFound(f"there is no line {job.line_number}")
+        shard = shards[0]
+        place = (source, shard.byte_start, shard.byte_end)
+        if place != self._place:
+            # None is blank, and none was refused.
+            self._lines = list(lines_of([self._blobs.read(*place)]))
+            self._place = place
+        before = job.line_number - shard.first_line
+        start = shard.byte_start + sum(map(len, self._lines[:before]))
+        line = self._lines[before]
+        cut = ShardCut(
+            byte_start=start,
+            byte_end=start + len(line),
+            first_line=1,
+            first_index=0,
+            line_count=1,
+            checksum=crc32(line),
+        )
+        return cut, source
 
 
 def inference_rows(urls: Iterable[str]) -> Iterator[Route]:

@@ -6,13 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from batchrunner.jobs import Job
+from batchrunner.jobs import JOBS_MAX, Job
 from batchrunner.lifecycle import JobStatus
 from batchrunner.models import Batch
 from batchrunner.ports import TenantScope
-
-# So many jobs a batch has at most. Source: inference.club's batches.
-JOBS_MAX = 256
 
 
 def request_id(place: int) -> str:

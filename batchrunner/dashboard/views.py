@@ -12,7 +12,7 @@ from batchrunner.batch_object import told_problems
 from batchrunner.dashboard.graph import Graph, graph_of
 from batchrunner.dashboard.steps import SHARDS_SHOWN_MAX, Facts, Step, steps_of
 from batchrunner.deliveries import Delivery, DeliveryFilter
-from batchrunner.jobs import Job
+from batchrunner.jobs import JOBS_MAX, Job
 from batchrunner.lifecycle import ACTIVE_JOBS, RETRYABLE_JOBS, TERMINAL, BatchEvent, BatchStatus, JobStatus, allows
 from batchrunner.models import Batch, BatchId, LineProblem, TaskKind
 from batchrunner.ports import TenantScope
@@ -25,8 +25,6 @@ _PROBLEMS_SHOWN_MAX = 20
 _DELIVERIES_MAX = 250
 _ENDPOINTS_MAX = 100
 _NAME_CHARS_MAX = 80
-# As many as a batch takes.
-_JOBS_MAX = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +45,7 @@ class BatchRow:
     lines: str
     made: Moment
     can_cancel: bool
+    can_retry: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +114,7 @@ def queue_of(scope: TenantScope, now: datetime, *, is_silent: bool) -> Queue:
             f"{counts[JobStatus.CANCELED]:,} canceled",
         ),
         is_stalled=is_silent and (active_count > 0 or any(map(_needs_worker, found))),
-        jobs=_job_rows(scope.jobs(limit=SHOWN_MAX), now),
+        jobs=_job_rows(scope.jobs(limit=SHOWN_MAX), found, now),
         batches=tuple(_row(each, now) for each in found),
     )
 
@@ -135,7 +134,7 @@ def batch_page_of(scope: TenantScope, batch_id: BatchId, now: datetime) -> Batch
         problems=_problems(batch),
         problem_count=batch.problem_count,
         deliveries=tuple(_delivery_row(each, now) for each in deliveries[:SHOWN_MAX]),
-        jobs=_job_rows(scope.jobs(limit=_JOBS_MAX, batch_id=batch_id), now) if batch.has_jobs else (),
+        jobs=_job_rows(scope.jobs(limit=JOBS_MAX, batch_id=batch_id), [batch], now) if batch.has_jobs else (),
     )
 
 
@@ -154,10 +153,18 @@ def _row(batch: Batch, now: datetime) -> BatchRow:
         lines=f"{batch.done_count:,} of {batch.total_count:,}{failed}",
         made=_moment(batch.created_at, now),
         can_cancel=not is_cancelled and allows(batch.status, BatchEvent.CANCEL_REQUESTED),
+        can_retry=_is_retryable(batch) and batch.failed_count + batch.cancelled_count > 0,
     )
 
 
-def _job_rows(jobs: Sequence[Job], now: datetime) -> tuple[JobRow, ...]:
+def _is_retryable(batch: Batch) -> bool:
+    """Tell whether jobs of a batch that fail may run again: until its time is over it is open for that."""
+    return batch.has_jobs and batch.is_open and batch.status is not BatchStatus.FAILED
+
+
+def _job_rows(jobs: Sequence[Job], batches: Sequence[Batch], now: datetime) -> tuple[JobRow, ...]:
+    """Give rows of jobs, which are in these batches or in others of which nothing is known."""
+    ended = {each.id for each in batches if not _is_retryable(each)}
     return tuple(
         JobRow(
             number=each.number,
@@ -167,7 +174,7 @@ def _job_rows(jobs: Sequence[Job], now: datetime) -> tuple[JobRow, ...]:
             batch_id=None if each.is_single else each.batch_id,
             made=_moment(each.created_at, now),
             can_cancel=each.status in ACTIVE_JOBS,
-            can_retry=each.status in RETRYABLE_JOBS,
+            can_retry=each.status in RETRYABLE_JOBS and each.batch_id not in ended,
         )
         for each in jobs
     )

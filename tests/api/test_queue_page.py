@@ -5,22 +5,26 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event
 
 from batchrunner.api.http import Route
 from batchrunner.api.routes import ROUTES
 from batchrunner.api.vitals import STALLED_S
+from batchrunner.clock import SystemClock
 from batchrunner.dashboard.guard import FormTokens
 from batchrunner.holdings import KeyLimits, KeyScope
 from batchrunner.models import BatchId, TenantId
 from batchrunner.orders import Pulse
 from batchrunner.queue_pages import queue_routes
 from batchrunner.settings import Settings
+from batchrunner.store.sqlite import SqliteStore
 from tests.api.batching import chat_lines, ended, make_batch, working
 from tests.api.club import chat, created, show
 from tests.api.receiving import carrying, receiving
@@ -33,6 +37,15 @@ SECRET = b"of this process"
 PAGES = queue_routes(SECRET)
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 PROMPT = "the-words-of-a-prompt"
+
+
+class LateClock(SystemClock):
+    """The machine's clock with another date."""
+
+    late = timedelta(0)
+
+    def now(self) -> datetime:
+        return super().now() + self.late
 
 
 @asynccontextmanager
@@ -276,6 +289,27 @@ async def test_what_has_ended_cannot_be_cancelled_any_more(api: Served, tmp_path
     assert status_of(api, batch_id, "local") == "completed"
 
 
+def retry_path(batch_id: str) -> str:
+    return f"{QUEUE}/batches/{batch_id}/retry"
+
+
+@contextmanager
+def counting(served: Served) -> Iterator[list[str]]:
+    """Note what the store is asked."""
+    statements: list[str] = []
+    store = served.parts.store
+    assert isinstance(store, SqliteStore)
+
+    def note(_conn: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        statements.append(statement)
+
+    event.listen(store._readers, "before_cursor_execute", note)
+    try:
+        yield statements
+    finally:
+        event.remove(store._readers, "before_cursor_execute", note)
+
+
 def job_path(number: str, verb: str) -> str:
     return f"{QUEUE}/jobs/{number}/{verb}"
 
@@ -334,6 +368,86 @@ async def test_the_button_of_a_batch_cancels_its_jobs(keyed: Served) -> None:
 
     assert reply.status == 303
     assert (await show(keyed, batch_id))["canceled"] == 2
+
+
+async def test_the_button_of_a_batch_queues_its_failed_jobs_again(keyed: Served, tmp_path: Path) -> None:
+    batch_id = await created(keyed, chat("good"), chat("bad", simulate=["400"]), chat("gone"), chat("worse" * 9_000))
+    jobs = [each["id"] for each in (await show(keyed, batch_id))["jobs"]]
+    fresh = await look(keyed)
+    form = f"token={token_in(fresh)}"
+    too_early = await press(keyed, retry_path(batch_id), form)
+    await press(keyed, job_path(jobs[2], "cancel"), form)
+    async with working(tmp_path):
+        await ended(keyed, batch_id)
+        over = await look(keyed)
+
+        reply = await press(keyed, retry_path(batch_id), f"{form}&back={batch_id}")
+        await ended(keyed, batch_id)
+
+    done = await show(keyed, batch_id)
+    assert retry_path(batch_id) not in fresh
+    assert (too_early.status, too_early.headers["Content-Type"].partition(";")[0]) == (409, "text/html")
+    assert "none of its jobs failed or was canceled" in too_early.body.decode()
+    assert retry_path(batch_id) in over
+    assert cancel_path(batch_id) not in over
+    assert (reply.status, reply.headers["Location"]) == (303, f"{QUEUE}/batches/{batch_id}")
+    assert [each["status"] for each in done["jobs"]] == ["PROCESSED"] * 4
+    assert retry_path(batch_id) not in await look(keyed, f"{QUEUE}/batches/{batch_id}")
+    for job_id, prompt in zip(jobs, ("good", "bad", "gone", "worse"), strict=True):
+        result = (await keyed.call("GET", f"/v1/jobs/{job_id}")).json["result"]
+        assert prompt in result["choices"][0]["message"]["content"]
+
+
+async def test_a_batch_whose_time_is_over_has_no_button_to_retry(tmp_path: Path) -> None:
+    clock = LateClock()
+    async with paging(tmp_path, clock=clock) as served:
+        batch_id = await created(served, chat("a"))
+        await served.call("POST", f"/v1/batches/{batch_id}/cancel")
+        before = await look(served, f"{QUEUE}/batches/{batch_id}")
+        clock.late = timedelta(days=15)
+        # A clock that jumps so far is believed the second time.
+        for _ in range(2):
+            served.parts.store.sweep()
+
+        pages = [await look(served, path) for path in (QUEUE, f"{QUEUE}/batches/{batch_id}")]
+        reply = await press(served, retry_path(batch_id), f"token={token_in(before)}")
+
+    assert retry_path(batch_id) in before
+    assert "/retry" not in "".join(pages)
+    assert (reply.status, b"not kept any more" in reply.body) == (409, True)
+
+
+@pytest.mark.parametrize("form", ["", "token=0"])
+async def test_the_retry_of_a_batch_takes_a_token_a_key_and_jobs(keyed: Served, form: str) -> None:
+    batch_id = await created(keyed, chat("a"))
+    await keyed.call("POST", f"/v1/batches/{batch_id}/cancel")
+    of_a_file = (await make_batch(keyed, LINE))["id"]
+    token = token_in(await look(keyed))
+    owner = keyed.secret
+
+    wrong = await press(keyed, retry_path(batch_id), form)
+    other = await press(keyed, retry_path(of_a_file), f"token={token}")
+    keyed.secret = keyed.add_key("stranger")
+    await make_batch(keyed, LINE)
+    stranger = await press(keyed, retry_path(batch_id), f"token={token_in(await look(keyed))}")
+
+    assert (wrong.status, other.status, stranger.status) == (403, 409, 404)
+    keyed.secret = owner
+    assert (await show(keyed, batch_id))["canceled"] == 1
+
+
+async def test_the_queue_asks_the_store_as_often_however_many_batches_there_are(api: Served) -> None:
+    asked: list[list[str]] = []
+    for count in (1, 5):
+        made = [await created(api, chat("a"), chat("b")) for _ in range(count)]
+        for each in made:
+            await api.call("POST", f"/v1/batches/{each}/cancel")
+        with counting(api) as statements:
+            page = await look(api)
+        asked.append(statements)
+        assert all(retry_path(each) in page for each in made)
+
+    assert len(asked[0]) == len(asked[1]) <= 5, asked
 
 
 @pytest.mark.parametrize("verb", ["cancel", "retry"])

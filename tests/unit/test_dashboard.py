@@ -217,7 +217,9 @@ def test_boxes_lie_apart_and_arrows_lead_from_each_to_the_next(part_count: int) 
 
 MOMENT = Moment(at=START, distance="3 min")
 LOOK = Look(token="t0k3n", is_refreshing=True, takes_jobs=True)
-ROW = BatchRow(id=BATCH.id, name=EVIL, status="in progress", lines="1 of 2", made=MOMENT, can_cancel=True)
+ROW = BatchRow(
+    id=BATCH.id, name=EVIL, status="in progress", lines="1 of 2", made=MOMENT, can_cancel=True, can_retry=False
+)
 JOB = JobRow(
     number=42,
     type="LLM",
@@ -340,6 +342,20 @@ def test_forms_carry_the_token_and_the_way_back() -> None:
         ("token", "t0k3n"),
         ("back", "batch_1"),
     ] * 2
+
+
+@pytest.mark.parametrize("takes_jobs", [True, False])
+def test_a_batch_has_the_buttons_that_do_something(takes_jobs: bool) -> None:
+    both = replace(ROW, can_retry=True)
+    given = replace(LOOK, takes_jobs=takes_jobs)
+    queue = Outline(queue_page(replace(QUEUE, jobs=(), batches=(both, replace(both, can_cancel=False))), given))
+    batch = Outline(batch_page(replace(PAGE, jobs=(), row=both), given))
+
+    verbs = ["cancel", "retry"] if takes_jobs else ["cancel"]
+    path = "/dashboard/queue/batches/batch_1"
+    assert [each["action"] for each in batch.attributes("form")] == [f"{path}/{verb}" for verb in verbs]
+    assert [each["action"] for each in queue.attributes("form")] == [f"{path}/{each}" for each in (*verbs, *verbs[1:])]
+    assert queue.attributes("button")[-1]["aria-label"] == f"{verbs[-1].title()} batch batch_1"
 
 
 def test_who_may_only_look_has_no_buttons() -> None:
