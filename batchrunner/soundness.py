@@ -37,6 +37,8 @@ _decode_lines = msgspec.json.Decoder(_WholeLine).decode_lines
 
 # With shorter ones, looking at many stretches costs more than looking at each byte.
 _STEP_BYTES_MIN = 4096
+# Longer ones, copied twice, leave the nearest cache.
+_STEP_BYTES_MAX = 32 * 1024
 
 
 class SoundLines(NamedTuple):
@@ -72,7 +74,7 @@ def _are_openers_few(block: bytes, count: int, openers_max: int) -> bool:
     """
     # Three quarters of what is allowed, if all lines are like the first.
     line_count = 3 * openers_max // (4 * (_opener_count(block[: block.find(b"\n")]) or 1))
-    step_bytes = len(block) // count * (line_count - 1)
+    step_bytes = min(len(block) // count * (line_count - 1), _STEP_BYTES_MAX)
     if step_bytes < _STEP_BYTES_MIN:
         return False
     start = 0
