@@ -29,7 +29,14 @@ from batchrunner.cli.run_folder import RunFolder
 from batchrunner.cli.run_request import RunRequest, check_request, state_path
 from batchrunner.cli.streaming import LineStream
 from batchrunner.cli.summary import Outcome, given_up_because, report
-from batchrunner.errors import BatchrunnerError, NotFound, TaskParked, UpstreamUnreachable
+from batchrunner.errors import (
+    AuthenticationRefused,
+    BatchrunnerError,
+    ModelUnknown,
+    NotFound,
+    TaskParked,
+    UpstreamUnreachable,
+)
 from batchrunner.lifecycle import TERMINAL, BatchStatus
 from batchrunner.models import LOCAL_TENANT, Batch, BatchId, NewBatch, OnInvalid, OnUnknown, Order, PauseReason
 from batchrunner.ports import TenantScope
@@ -39,6 +46,7 @@ from batchrunner.tuning import tune_process
 
 _LOOK_S = 0.2
 _AUTO_LINES = 10_000
+_ABANDONED = "nobody reads stdout any more"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -92,6 +100,11 @@ class _Stop:
     reason: str = ""
     error: BatchrunnerError | None = None
 
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether nothing that is in flight can come to anything."""
+        return isinstance(self.error, UpstreamUnreachable | TaskParked)
+
 
 class _Run:
     """One invocation that has work to do."""
@@ -123,7 +136,7 @@ class _Run:
             await asyncio.to_thread(runner.adapters.blobs.adopt, "input", self._prepared.source)
             batch = await asyncio.to_thread(self._start_or_resume, runner, scope)
             self._crew = runner.crew(self._worker_count())
-            stream = LineStream(runner.adapters.blobs, scope) if self._request.is_streaming else None
+            stream = self._stream(runner, scope)
             began_s = runner.adapters.clock.monotonic_s()
             say(self._opening(batch))
             done_before = batch.done_count
@@ -131,7 +144,7 @@ class _Run:
                 with self._panel as panel:
                     batch = await self._watch(scope, batch.id, panel, stream)
             if stream is not None:
-                await stream.advance(batch.id)
+                await stream.advance()
             if (cause := given_up_because(batch)) is not None:
                 self._stop = _given_up(cause, folder.path)
             outcome = Outcome(
@@ -147,9 +160,16 @@ class _Run:
         if batch.status in TERMINAL:
             await _tell(self._prepared, batch.id, self._settings)
         report(summary, batch=batch, reason=outcome.reason, is_json=self._request.is_json)
-        if self._stop.error is not None and summary.exit_code == self._stop.code and not self._request.is_json:
-            raise self._stop.error
+        if stream is not None and stream.is_abandoned and batch.status in TERMINAL:
+            say(f"{_ABANDONED}; all lines are printed again by the next command")
+            say(f"  next: {self._request.same_command}")
+            return ExitCode.TROUBLE
         return ExitCode(summary.exit_code)
+
+    def _stream(self, runner: Runner, scope: TenantScope) -> LineStream | None:
+        if not self._request.is_streaming:
+            return None
+        return LineStream(runner.adapters.blobs, scope, self._prepared.record.batches)
 
     # -- start -------------------------------------------------------------------------------------------------------
 
@@ -233,9 +253,10 @@ class _Run:
                 live = self._crew.live()
                 panel.show(batch, live)
                 if stream is not None:
-                    await stream.advance(batch_id)
-                if batch.status in TERMINAL or self._stops_now(batch, live):
-                    self._crew.stop(grace_s=0.0 if self._stop.error else self._settings.drain_grace_s)
+                    await stream.advance()
+                is_read = stream is None or not stream.is_abandoned
+                if batch.status in TERMINAL or self._stops_now(batch, live, is_read=is_read):
+                    self._crew.stop(grace_s=0.0 if self._stop.is_hopeless else self._settings.drain_grace_s)
                 await asyncio.wait([working], timeout=_LOOK_S)
             await working
         finally:
@@ -269,14 +290,16 @@ class _Run:
         sys.stdout.flush()
         os._exit(code)
 
-    def _stops_now(self, batch: Batch, live: Live) -> bool:
+    def _stops_now(self, batch: Batch, live: Live, *, is_read: bool) -> bool:
         """Whether the run has to end although its batch has not."""
         if self._stop.code is not None:
             return self._interrupts == 0
-        if live.lost:
-            self._stop = _Stop(ExitCode.TROUBLE, "upstream unreachable", UpstreamUnreachable(live.lost))
+        if not is_read:
+            self._stop = _Stop(ExitCode.TROUBLE, _ABANDONED)
+        elif live.lost:
+            self._stop = _lost_stop(live.lost, self._settings)
         elif batch.paused_reason is not None:
-            self._stop = _pause_stop(batch.paused_reason)
+            self._stop = _pause_stop(batch.paused_reason, self._settings)
         elif batch.blocked_by is not None and batch.blocked_by != "disk_full":
             self._stop = _Stop(ExitCode.TROUBLE, "parked", TaskParked(f"a task failed too often: {batch.blocked_by}"))
         elif batch.hold_at is not None and batch.status is BatchStatus.IN_PROGRESS and _is_held(batch):
@@ -322,12 +345,25 @@ def _is_held(batch: Batch) -> bool:
     return batch.succeeded_count + batch.failed_count - batch.refused_count >= batch.hold_at
 
 
-def _pause_stop(reason: str) -> _Stop:
+def _lost_stop(why: str, settings: Settings) -> _Stop:
+    hint = (
+        f"Is the server running, and is -u its base URL? See `{_doctor(settings)}`, then go on with the next command."
+    )
+    return _Stop(ExitCode.TROUBLE, "upstream unreachable", UpstreamUnreachable(why, hint=hint))
+
+
+def _pause_stop(reason: str, settings: Settings) -> _Stop:
     match reason:
         case PauseReason.AUTHENTICATION:
-            return _Stop(ExitCode.AUTHENTICATION, "the upstream refused the key for every line")
+            said = "the upstream refused the key for every line"
+            return _Stop(ExitCode.AUTHENTICATION, said, AuthenticationRefused(said, hint=_key_hint(settings)))
         case PauseReason.MODEL_UNKNOWN:
-            return _Stop(ExitCode.STOPPED, "the upstream knows neither model nor route of any line")
+            said = "the upstream knows neither model nor route of any line"
+            hint = (
+                f"See its models with `{_doctor(settings)}`; then have it serve the one of the lines or name another "
+                "with -u, and go on with the next command, or mend the lines and start over with --fresh."
+            )
+            return _Stop(ExitCode.STOPPED, said, ModelUnknown(said, hint=hint))
         case PauseReason.INPUT_CHANGED:
             return _Stop(
                 ExitCode.INPUT_INVALID,
@@ -335,3 +371,20 @@ def _pause_stop(reason: str) -> _Stop:
             )
         case _:
             return _Stop(ExitCode.STOPPED, f"paused: {reason}")
+
+
+def _key_hint(settings: Settings) -> str:
+    places = [target.api_key_file or target.api_key_env for target in targets_of(settings)]
+    named = ", ".join(dict.fromkeys(place for place in places if place is not None))
+    where = f"Set the key in {named}, or name another variable" if named else "Name the variable that holds the key"
+    flag = "with api_key_env in its table" if settings.upstream else "with --api-key-env NAME"
+    return f"{where} {flag}; try it with `{_doctor(settings)}`, then go on with the next command."
+
+
+def _doctor(settings: Settings) -> str:
+    """The command that looks at the upstreams of this run."""
+    if settings.upstream or settings.base_url is None:
+        return "batchrunner doctor"
+    variable = settings.api_key_env
+    named = [] if variable == Settings().api_key_env else ["--api-key-env", variable]
+    return shlex.join(["batchrunner", "doctor", "-u", settings.base_url, *named])

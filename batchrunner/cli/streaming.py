@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
+from collections.abc import Sequence
 
 from batchrunner.frames import read_payload
 from batchrunner.models import BatchId, RecordKind
@@ -12,21 +14,31 @@ from batchrunner.reading import Reader
 
 
 class LineStream:
-    """Prints what was not printed yet. Each invocation begins with the first line, since a shell's `>` truncates."""
+    """Prints what was not printed yet of a run's batches, oldest first. Each invocation begins with the first line,
+    since a shell's `>` truncates. All but the last batch have to be over.
+    """
 
-    def __init__(self, blobs: Blobs, scope: TenantScope) -> None:
+    def __init__(self, blobs: Blobs, scope: TenantScope, batch_ids: Sequence[str]) -> None:
         self._blobs = blobs
-        self._scope = scope
-        self._reader: Reader | None = None
+        self._readers = [Reader(blobs, scope, BatchId(each)) for each in batch_ids]
+        self.is_abandoned = False
 
-    async def advance(self, batch_id: BatchId) -> None:
-        """Print the succeeded lines of the one batch that are new."""
-        await asyncio.to_thread(self._advance, batch_id)
+    async def advance(self) -> None:
+        """Print the succeeded lines that are new, as long as somebody reads them; a retry brings only lines that had
+        failed before.
+        """
+        if not self.is_abandoned:
+            await asyncio.to_thread(self._advance)
 
-    def _advance(self, batch_id: BatchId) -> None:
-        if self._reader is None:
-            self._reader = Reader(self._blobs, self._scope, batch_id)
-        for _, record in self._reader.fresh():
-            if record.kind is RecordKind.SUCCEEDED:
-                sys.stdout.buffer.write(read_payload(self._blobs, record))
-        sys.stdout.buffer.flush()
+    def _advance(self) -> None:
+        try:
+            for reader in self._readers:
+                for _, record in reader.fresh():
+                    if record.kind is RecordKind.SUCCEEDED:
+                        sys.stdout.buffer.write(read_payload(self._blobs, record))
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            self.is_abandoned = True
+            # What is left in its buffer would fail once more at the end of the process.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        del self._readers[:-1]

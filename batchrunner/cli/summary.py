@@ -159,6 +159,10 @@ def report(summary: Summary, *, batch: Batch | None, reason: str, is_json: bool)
     for word, path in (("output", summary.output), ("errors", summary.errors), ("manifest", summary.manifest)):
         if path is not None:
             say(f"  {word}: {path}")
+    if summary.error is not None:
+        if summary.error["message"] != reason:
+            say(f"  error: {summary.error['message']}")
+        say(f"  hint: {summary.error['hint']}")
     if summary.next_command is not None:
         say(f"  next: {summary.next_command}")
 

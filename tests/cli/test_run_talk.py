@@ -63,6 +63,52 @@ def test_attempts_before_the_end_are_called_attempts(url, tmp_path):
     assert "  401: 1 attempt\n" in called.err
 
 
+def check_stop(folder: Path, arguments: tuple[str, ...], *, code: int, error: str, hint: str) -> None:
+    """Check that a run stops with a hint and, below it, the command that goes on."""
+    called = run_in(folder, *arguments)
+    told = run_in(folder, *arguments, "--json")
+
+    assert (called.code, told.code) == (code, code), called.err
+    assert called.err.splitlines()[-2].startswith(f"  hint: {hint}")
+    assert called.err.splitlines()[-1] == f"  next: batchrunner run {' '.join(arguments)}"
+    assert told.json["error"]["code"] == error
+    assert told.json["error"]["hint"].startswith(hint)
+
+
+@pytest.mark.slow
+def test_a_refused_key_comes_with_what_to_do_and_what_comes_next(url, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(chat_line("a", simulate="always:401"))
+    arguments = ("in.jsonl", "-o", "out.jsonl", "-u", url, "--api-key-env", "MY_KEY")
+    doctor = f"batchrunner doctor -u {url} --api-key-env MY_KEY"
+    hint = f"Set the key in MY_KEY, or name another variable with --api-key-env NAME; try it with `{doctor}`"
+
+    check_stop(tmp_path, arguments, code=4, error="authentication_refused", hint=hint)
+
+
+@pytest.mark.slow
+def test_an_unknown_model_comes_with_what_to_do_and_what_comes_next(url, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(chat_line("a", model="missing-model"))
+    arguments = ("in.jsonl", "-o", "out.jsonl", "-u", url)
+    hint = f"See its models with `batchrunner doctor -u {url}`"
+
+    check_stop(tmp_path, arguments, code=6, error="model_unknown", hint=hint)
+
+
+@pytest.mark.slow
+def test_an_upstream_that_is_not_there_is_named_with_what_to_do(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(chat_line("a"))
+    patience = ENVIRONMENT | {"BATCHRUNNER_FIRST_CONTACT_S": "100ms"}
+    arguments = ("run", "in.jsonl", "-o", "out.jsonl", "-u", "http://127.0.0.1:9/v1")
+
+    called = finish(spawn(*arguments, cwd=tmp_path, env=patience))
+
+    assert called.code == 1
+    error, hint, following = called.err.splitlines()[-3:]
+    assert error.startswith("  error: cannot connect to 127.0.0.1:9")
+    assert "`batchrunner doctor -u http://127.0.0.1:9/v1`" in hint
+    assert following == f"  next: batchrunner {' '.join(arguments)}"
+
+
 @pytest.mark.slow
 def test_a_rejected_input_is_called_so(url, tmp_path):
     called = run_in(tmp_path, EVERY_ERROR, "-o", "out.jsonl", "-u", url)

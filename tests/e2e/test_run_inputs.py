@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shlex
 import signal
 from pathlib import Path
 
@@ -79,6 +80,47 @@ async def test_streamed_run_that_is_killed_prints_everything_the_next_time(tmp_p
         assert ended.code == 0, ended.stderr
         assert ended.stdout.count(b"\n") == LINES
         assert ids(ended.stdout) == {f"request-{number:05}" for number in range(LINES)}
+
+
+async def test_streamed_run_prints_the_lines_of_all_its_tries(tmp_path: Path) -> None:
+    async with bench(tmp_path) as run:
+        bodies = [{"simulate": ["400"] * (number % 3)} for number in range(30)]
+        run.input.write_bytes(b"".join(chat_line(number, **body) for number, body in enumerate(bodies)))
+        arguments = ["run", str(run.input), "-o", "-", "-u", run.simulator.url]
+
+        printed = [
+            await (await start([*arguments, *flags], tmp_path, {})).ended()
+            for flags in ([], ["--retry-failed"], ["--retry-failed"], [])
+        ]
+
+        assert [each.code for each in printed] == [3, 3, 0, 0], printed[-1].stderr
+        wanted = [10, 20, 30, 30]
+        assert [each.stdout.count(b"\n") for each in printed] == wanted
+        assert [len(ids(each.stdout)) for each in printed] == wanted
+        assert run.simulator.stats().total == 30 + 20 + 10
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+async def test_streamed_run_whose_reader_leaves_says_so_and_goes_on_later(tmp_path: Path, is_over: bool) -> None:
+    async with bench(tmp_path, latency="20ms") as run:
+        run.write_input(LINES)
+        arguments = ["run", str(run.input), "-o", "-", "-u", run.simulator.url, "--concurrency", "4"]
+        if is_over:
+            assert (await (await start(arguments, tmp_path, {})).ended()).code == 0
+
+        command = await start(arguments, tmp_path, {})
+        assert command.process.stdout is not None
+        command.process.stdout._transport.close()  # type: ignore[attr-defined]
+        left = await command.ended()
+        whole = await (await start(arguments, tmp_path, {})).ended()
+
+        assert left.code == 1, left.stderr
+        assert "nobody reads stdout any more" in left.stderr
+        assert f"  next: batchrunner {shlex.join(arguments)}\n" in left.stderr
+        assert "Traceback" not in left.stderr
+        assert "Exception" not in left.stderr
+        assert (whole.code, whole.stdout.count(b"\n")) == (0, LINES), whole.stderr
+        assert run.simulator.stats().repeats == 0
 
 
 async def test_piped_input_with_a_state_folder_is_resumed(tmp_path: Path) -> None:
