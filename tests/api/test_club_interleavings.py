@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import re
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from batchrunner.errors import Fenced
-from batchrunner.models import NO_USAGE, LineCode, Progress, RecordKind, RequestLine, TaskKind
+from batchrunner.models import NO_USAGE, LineCode, RecordKind, RequestLine
 from batchrunner.shards import ShardRun
-from tests.api.serving import Served, serving
+from tests.api.serving import Served
+from tests.api.walking import Walker, walking
 from tests.api.xai import metadata, results
-from tests.pipeline.hands import Hand, Place
 
 ACTIVE = ("QUEUED", "PROCESSING")
 RANK = {"QUEUED": 0, "PROCESSING": 1, "PROCESSED": 2, "FAILED": 2, "CANCELED": 2}
@@ -36,14 +34,9 @@ WALKS = st.tuples(st.integers(1, 6), st.lists(STEPS, max_size=14), st.booleans()
 
 
 @dataclass(slots=True)
-class Walker:
-    """A batch of jobs, the hand that works on it, and what was seen of it so far."""
+class Jobs(Walker):
+    """A batch of jobs, and what was seen of it so far."""
 
-    served: Served
-    place: Place
-    hand: Hand
-    batch_id: str
-    run: ShardRun | None = None
     seen: list[str] = field(default_factory=list)
     retried: set[int] = field(default_factory=set)
     is_over: bool = False
@@ -53,7 +46,7 @@ class Walker:
         self.retried.clear()
         match verb:
             case "answer" | "fail":
-                self.work(count, is_well=verb == "answer")
+                self.answer(count, is_well=verb == "answer")
             case "leave":
                 self.leave()
             case "cancel_all":
@@ -96,15 +89,10 @@ class Walker:
         shown = await self.served.call("GET", f"/v1/batches/{self.batch_id}")
         return list(shown.json["jobs"])
 
-    def work(self, count: int, *, is_well: bool) -> None:
+    def answer(self, count: int, *, is_well: bool) -> None:
         """Take lines as a worker does, which hears what was canceled before it sends any."""
-        if self.run is None:
-            claim = self.hand.find(TaskKind.SHARD)
-            if claim is None:
-                return
-            self.run = self.hand.pipeline.load_shard(claim)
-        run = self.run
-        try:
+
+        def answer(run: ShardRun) -> None:
             self.listen(run)
             for _ in range(count):
                 line = self.hand.next_line(run)
@@ -113,13 +101,8 @@ class Walker:
                 if not run.drops(line):
                     self.end(run, line, is_well=is_well)
             run.journal.flush()
-            if run.is_finished:
-                self.hand.settle(run)
-                self.run = None
-            else:
-                self.hand.register(run)
-        except Fenced:
-            self.run = None
+
+        self.work(answer)
 
     def listen(self, run: ShardRun) -> None:
         for held in self.hand.store.watch(self.hand.session).held:
@@ -135,19 +118,9 @@ class Walker:
         )
         run.record(line.line_number, RecordKind.FAILED, payload, NO_USAGE)
 
-    def leave(self) -> None:
-        """Give the shard back, as a holder does whose process stops."""
-        if self.run is not None:
-            with suppress(Fenced):
-                self.hand.store.give_back(self.run.claim.ref, Progress(extents=self.hand.extents(self.run)))
-            self.run = None
-
     def expire(self) -> None:
         """Let the time of the batch run out, and end it."""
-        self.place.clock.advance(15 * 86_400)
-        # A clock that jumps so far is believed the second time.
-        for _ in range(2):
-            self.hand.store.sweep()
+        self.ground.pass_time(15 * 86_400)
         self.leave()
         self.hand.seal()
         self.is_over = True
@@ -211,26 +184,18 @@ def _place(custom_id: str) -> int:
 
 
 async def walk(folder: Path, count: int, steps: list[tuple[str, int]], *, expires: bool) -> None:
-    place = Place(folder)
-    async with serving(folder, clock=place.clock) as served:
-        hand = place.hand("worker")
-        try:
-            walker = Walker(served, place, hand, await _batch_of(served, count))
+    async with walking(folder) as ground:
+        walker = Jobs(ground, await _batch_of(ground.served, count))
+        await walker.go(steps)
+        if expires:
+            await walker.step("expire", 0)
             await walker.look()
-            for verb, number in steps:
-                await walker.step(verb, number)
-                await walker.look()
-            if expires:
-                await walker.step("expire", 0)
-                await walker.look()
-                await walker.step("retry_all", 0)
-                return
-            while hand.store.has_work(hand.session, kinds=[TaskKind.SHARD]) or walker.run is not None:
-                walker.work(100, is_well=True)
-            await walker.look()
-            assert not set(walker.seen) & set(ACTIVE)
-        finally:
-            hand.store.close()
+            await walker.step("retry_all", 0)
+            return
+        while walker.is_unfinished:
+            walker.answer(100, is_well=True)
+        await walker.look()
+        assert not set(walker.seen) & set(ACTIVE)
 
 
 async def _batch_of(served: Served, count: int) -> str:

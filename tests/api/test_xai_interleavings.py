@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchrunner.errors import Fenced
-from batchrunner.models import BatchId, Progress, TaskKind
-from batchrunner.shards import ShardRun
+from batchrunner.models import BatchId, TaskKind
 from tests.api.batching import content_of
-from tests.api.serving import Served, serving
+from tests.api.walking import Walker, walking
 from tests.api.xai import add, chat, metadata, open_batch, results
-from tests.pipeline.hands import Hand, Place
 
 RANK = {"in_progress": 0, "finalizing": 1, "cancelling": 2, "completed": 3, "expired": 3, "cancelled": 3}
 STEPS = st.one_of(
@@ -36,14 +32,9 @@ WALKS = st.tuples(st.lists(RUNNING, max_size=8), st.lists(STEPS, max_size=8))
 
 
 @dataclass(slots=True)
-class Walker:
-    """A batch, the hand that works on it, and what was seen of it so far."""
+class Requests(Walker):
+    """A batch that requests join, and what was seen of it so far."""
 
-    served: Served
-    place: Place
-    hand: Hand
-    batch_id: str
-    run: ShardRun | None = None
     names: list[str] = field(default_factory=list)
     seen: dict[str, Any] = field(default_factory=dict)
 
@@ -66,37 +57,14 @@ class Walker:
                 path = ":cancel" if verb == "cancel" else "/close"
                 await self.served.call("POST", f"/v1/batches/{self.batch_id}{path}")
             case "expire":
-                self.place.clock.advance(25 * 3600)
-                # A clock that jumps so far is believed the second time.
-                for _ in range(2):
-                    self.hand.store.sweep()
+                self.ground.pass_time(25 * 3600)
 
     @property
     def is_open(self) -> bool:
         return self.served.scope.batch(BatchId(self.batch_id)).is_open
 
     def answer(self, count: int) -> None:
-        if self.run is None:
-            claim = self.hand.find(TaskKind.SHARD)
-            if claim is None:
-                return
-            self.run = self.hand.pipeline.load_shard(claim)
-        try:
-            self.hand.answer(self.run, count)
-            if self.run.is_finished:
-                self.hand.settle(self.run)
-                self.run = None
-            else:
-                self.hand.register(self.run)
-        except Fenced:
-            self.run = None
-
-    def leave(self) -> None:
-        """Give the shard back, as a holder does whose batch ends or whose process stops."""
-        if self.run is not None:
-            with suppress(Fenced):
-                self.hand.store.give_back(self.run.claim.ref, Progress(extents=self.hand.extents(self.run)))
-            self.run = None
+        self.work(lambda run: self.hand.answer(run, count))
 
     async def look(self) -> None:
         """Compare all that is shown now with itself and with what was shown before."""
@@ -132,7 +100,7 @@ class Walker:
     async def finish(self) -> None:
         """Bring the batch to its end and read its files."""
         await self.step("close", 0)
-        while self.run is not None or self.hand.store.has_work(self.hand.session, kinds=[TaskKind.SHARD]):
+        while self.is_unfinished:
             self.answer(100)
         await self.look()
         await self.step("seal", 0)
@@ -153,7 +121,7 @@ class Walker:
             return
         assert reply.status == 200, reply.body
         self.hand.validate()
-        again = Walker(self.served, self.place, self.hand, reply.json["id"], names=failed)
+        again = Requests(self.ground, reply.json["id"], names=failed)
         await again.look()
         self.hand.run_all()
         self.hand.seal()
@@ -166,18 +134,10 @@ class Walker:
 
 
 async def walk(folder: Path, steps: list[tuple[str, int]]) -> None:
-    place = Place(folder)
-    async with serving(folder, clock=place.clock) as served:
-        hand = place.hand("worker")
-        try:
-            walker = Walker(served, place, hand, await open_batch(served))
-            await walker.look()
-            for verb, count in steps:
-                await walker.step(verb, count)
-                await walker.look()
-            await walker.finish()
-        finally:
-            hand.store.close()
+    async with walking(folder) as ground:
+        walker = Requests(ground, await open_batch(ground.served))
+        await walker.go(steps)
+        await walker.finish()
 
 
 @pytest.mark.slow
