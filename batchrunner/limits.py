@@ -293,9 +293,9 @@ class FirstContact:
         """Take in an answer of any status."""
         self.has_answered = True
 
-    def note_failure(self, now_s: float) -> None:
-        """Take in a connection error."""
-        self._failing_since_s = min(self._failing_since_s, now_s)
+    def note_failure(self, since_s: float) -> None:
+        """Take in that nobody was reached, and since when."""
+        self._failing_since_s = min(self._failing_since_s, since_s)
 
     def is_lost(self, now_s: float) -> bool:
         """Tell whether to give up on the upstream: `UpstreamUnreachable`."""

@@ -28,6 +28,7 @@ from batchrunner.verdict import (
     is_unreached,
     judge,
     suspicion,
+    unreached_since_s,
 )
 from batchrunner.work import Waiting, Work
 
@@ -427,7 +428,7 @@ class Pool:
         self._tally.failures[str(error or attempt.status)] += 1
         if is_unreached(attempt):
             gate.outage.note_failure(now_s, len(self.in_flight) + 1)
-            gate.first_contact.note_failure(now_s)
+            gate.first_contact.note_failure(unreached_since_s(attempt))
             self.contact_message = attempt.message or f"status {attempt.status}"
             self.sampler.broken += 1
         elif error is not None:

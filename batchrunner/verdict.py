@@ -124,6 +124,15 @@ def is_unreached(attempt: Attempt) -> bool:
     return attempt.error in CONNECTION_ERRORS or (attempt.error is None and attempt.status in GATEWAY_ERRORS)
 
 
+def unreached_since_s(attempt: Attempt) -> float:
+    """Tell since when an exchange was in vain. One that never connected was so from its start, however late that shows,
+    as with a TLS handshake that nobody answers.
+    """
+    if attempt.error is AttemptError.NOT_CONNECTED:
+        return attempt.started_at_s
+    return attempt.started_at_s + attempt.elapsed_s
+
+
 def is_sign_of_life(attempt: Attempt) -> bool:
     """Tell whether only a living upstream answers so, however badly."""
     return attempt.error is None and attempt.status not in _UNSURE_OF_LIFE

@@ -396,6 +396,25 @@ async def test_outage_uses_up_no_tries_and_is_probed_by_one_line_at_a_time() -> 
     assert Counter(succeeded(run)) == Counter(range(1, 101))
 
 
+async def test_upstream_that_takes_long_to_refuse_is_given_up_as_soon_as_one_that_is_quick() -> None:
+    """A TLS handshake with a server that speaks none ends at the time-out of the connection."""
+    for latency_s in (0.0, 10.0):
+        async with scene(always(broken(AttemptError.NOT_CONNECTED), latency_s=latency_s), window=4) as told:
+            told.add(shard_of(range(1, 101)))
+            await told.clock.advance(9.5)
+            assert told.fanout.lost_text is None
+            await told.clock.advance(1.0)
+            assert told.fanout.lost_text is not None
+
+
+async def test_upstream_that_took_a_request_and_broke_off_is_not_given_up_at_once() -> None:
+    async with scene(always(broken(), latency_s=30.0), window=4) as told:
+        told.add(shard_of(range(1, 101)))
+        await told.clock.advance(30.5)
+
+        assert told.fanout.lost_text is None
+
+
 async def test_outage_is_over_within_the_longest_probe_interval() -> None:
     run = shard_of(range(1, 101))
     async with scene(always(broken(AttemptError.NOT_CONNECTED), latency_s=0.0), window=4) as told:
