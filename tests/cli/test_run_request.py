@@ -12,6 +12,7 @@ import zstandard
 from tests.cli.calling import Called, call, chat_line
 
 NOWHERE = "http://127.0.0.1:9/v1"
+needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
 
 
 @pytest.fixture(autouse=True)
@@ -201,11 +202,24 @@ def test_the_input_has_to_be_a_file(source, says, output):
     assert says in refused(source, "-o", output).err
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@needs_permissions
 def test_an_input_without_permission_is_named():
     Path("in.jsonl").chmod(0)
 
-    assert "INPUT in.jsonl cannot be read: Permission denied" in refused("in.jsonl", "-o", "out.jsonl").err
+    called = call("run", "in.jsonl", "-o", "out.jsonl", "-u", NOWHERE)
+
+    assert (called.code, Path("out.jsonl.run").exists()) == (2, False)
+    assert "error: INPUT in.jsonl cannot be read: Permission denied\n" in called.err
+
+
+@needs_permissions
+@pytest.mark.parametrize("state", [(), ("--state", "state")])
+def test_a_folder_that_cannot_be_written_is_named(state):
+    Path("closed").mkdir(mode=0o500)
+
+    called = refused("in.jsonl", "-o", "closed/out.jsonl", *state)
+
+    assert "OUTPUT closed/out.jsonl: nothing can be written into its folder" in called.err
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that is opened and not read is known on Linux")
