@@ -8,6 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from urllib.parse import parse_qsl, quote
 
+import msgspec
+
 from batchrunner.api import batches, club_jobs
 from batchrunner.api.envelope import Refusal, no_such_batch
 from batchrunner.api.http import Answer, Call, Route
@@ -19,6 +21,7 @@ from batchrunner.holdings import KeyScope
 from batchrunner.models import BatchId
 
 QUEUE = "/dashboard/queue"
+FORM = "application/x-www-form-urlencoded"
 _FORM_BYTES_MAX = 4096
 _FORM_FIELDS_MAX = 8
 _CHALLENGE = {"www-authenticate": 'Basic realm="batchrunner", charset="UTF-8"'}
@@ -27,20 +30,49 @@ _TITLES = {401: "A key is needed", 403: "Not allowed", 404: "Not found", 409: "T
 _PASSING = frozenset({429, 503})
 
 
+class PageQuery(msgspec.Struct, frozen=True):
+    """How a page is shown: with `off` it does not refresh itself."""
+
+    refresh: str | None = None
+
+
+class PageForm(msgspec.Struct, frozen=True):
+    """What a button of a page sends: the page's token, and where to go back to."""
+
+    token: str
+    back: str | None = None
+    refresh: str | None = None
+
+
 def queue_routes(secret: bytes) -> tuple[Route, ...]:
     """Give the routes of the queue page, whose forms are good for one process, which draws the secret."""
     pages = _QueuePages(FormTokens(secret))
     batch, job = f"{QUEUE}/batches/{{batch_id}}", f"{QUEUE}/jobs/{{job_id}}"
-    show = partial(Route, method="GET", answer_media="text/html", refuse=refused)
-    act = partial(Route, method="POST", scope=KeyScope.WRITE, body_bytes_max=_FORM_BYTES_MAX, refuse=refused)
+    page = partial(Route, answer_media="text/html", refuse=refused)
+    show = partial(page, method="GET", query=PageQuery)
+    act = partial(
+        page,
+        method="POST",
+        scope=KeyScope.WRITE,
+        request=PageForm,
+        request_media=FORM,
+        body_bytes_max=_FORM_BYTES_MAX,
+        leads_on=True,
+    )
     return (
-        show(path="/dashboard", handler=pages.find_queue, summary="Lead to the queue page"),
+        page(
+            method="GET", path="/dashboard", handler=pages.find_queue, summary="Lead to the queue page", leads_on=True
+        ),
         show(path=QUEUE, handler=pages.show_queue, summary="Show the jobs and batches of the key's tenant"),
-        show(path=batch, handler=pages.show_batch, summary="Show a batch and its steps"),
-        act(path=f"{batch}/cancel", handler=pages.cancel_batch, summary="Cancel a batch and go back"),
-        act(path=f"{batch}/retry", handler=pages.retry_batch, summary="Queue failed jobs of a batch again and go back"),
-        act(path=f"{job}/cancel", handler=pages.cancel_job, summary="Cancel a job and go back"),
-        act(path=f"{job}/retry", handler=pages.retry_job, summary="Queue a job again and go back"),
+        show(path=batch, handler=pages.show_batch_steps, summary="Show a batch and its steps"),
+        act(path=f"{batch}/cancel", handler=pages.cancel_shown_batch, summary="Cancel a batch and go back"),
+        act(
+            path=f"{batch}/retry",
+            handler=pages.retry_shown_batch,
+            summary="Queue failed jobs of a batch again and go back",
+        ),
+        act(path=f"{job}/cancel", handler=pages.cancel_shown_job, summary="Cancel a job and go back"),
+        act(path=f"{job}/retry", handler=pages.retry_shown_job, summary="Queue a job again and go back"),
     )
 
 
@@ -72,7 +104,7 @@ class _QueuePages:
             call, lambda: queue_page(queue_of(call.scope, parts.clock.now(), is_silent=is_silent), look)
         )
 
-    async def show_batch(self, call: Call) -> Answer:
+    async def show_batch_steps(self, call: Call) -> Answer:
         look = self._look(call)
 
         def draw() -> bytes:
@@ -84,22 +116,22 @@ class _QueuePages:
 
         return await _drawn(call, draw)
 
-    async def cancel_batch(self, call: Call) -> Answer:
+    async def cancel_shown_batch(self, call: Call) -> Answer:
         back = await self._admitted(call)
         await batches.cancel_batch(call)
         return back
 
-    async def retry_batch(self, call: Call) -> Answer:
+    async def retry_shown_batch(self, call: Call) -> Answer:
         back = await self._admitted(call)
         await club_jobs.retry_jobs(call)
         return back
 
-    async def cancel_job(self, call: Call) -> Answer:
+    async def cancel_shown_job(self, call: Call) -> Answer:
         back = await self._admitted(call)
         await club_jobs.cancel_job(call)
         return back
 
-    async def retry_job(self, call: Call) -> Answer:
+    async def retry_shown_job(self, call: Call) -> Answer:
         back = await self._admitted(call)
         await club_jobs.retry_job(call)
         return back

@@ -21,7 +21,7 @@ from aiohttp import web
 
 from batchrunner.api.door import CONNECTIONS_MAX, Door
 from batchrunner.api.http import ApiParts
-from batchrunner.api.routes import ROUTES, build_app, make_runner
+from batchrunner.api.routes import build_app, described, make_runner
 from batchrunner.api.vitals import Vitals
 from batchrunner.app import Adapters, open_adapters
 from batchrunner.child import run_child
@@ -127,7 +127,7 @@ class ApiProcess:
             self.stop(grace_s=pulse.stop_grace_s)
 
     async def _serve(self, courier: Courier, parts: ApiParts, *, connections_max: int) -> None:
-        table = (*ROUTES, *queue_routes(parts.rng.token_hex(32).encode()))
+        table = described(*queue_routes(parts.rng.token_hex(32).encode()))
         runner = make_runner(build_app(parts, table), shutdown_s=_CUT_S)
         await runner.setup()
         assert runner.server is not None

@@ -14,8 +14,9 @@ import orjson
 
 from batchrunner import cli, errors, lifecycle, metrics, settings, targets
 from batchrunner.api.openapi import document
-from batchrunner.api.routes import ROUTES
+from batchrunner.api.routes import described
 from batchrunner.cli.exits import MEANINGS, exit_code_of
+from batchrunner.queue_pages import queue_routes
 
 ROOT = Path(__file__).parents[1]
 OPENAPI = ROOT / "schemas" / "openapi.json"
@@ -185,7 +186,7 @@ def found(page: str, name: str) -> re.Match[str]:
 
 def openapi() -> bytes:
     """Write the OpenAPI document as it stands in schemas/."""
-    return orjson.dumps(document(ROUTES), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    return orjson.dumps(document(described(*queue_routes(b""))), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
 def main() -> None:

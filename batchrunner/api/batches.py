@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from batchrunner.api.creating import INLINE_BYTES_MAX, BatchRequest, create, read_request
+from batchrunner.api.creating import INLINE_BYTES_MAX, BatchRequest, StrictBatchRequest, create, read_request
 from batchrunner.api.envelope import Refusal, no_such_batch
 from batchrunner.api.http import Answer, Call, Route, json_answer
 from batchrunner.api.job_lines import job_counts_of
@@ -218,7 +218,9 @@ ROUTES = (
         summary="Create a batch from a file or from requests",
         scope=KeyScope.WRITE,
         request=BatchRequest,
+        strict_request=StrictBatchRequest,
         answer=SharedBatch,
+        strict_answer=BatchObject,
         body_bytes_max=INLINE_BYTES_MAX,
         present=present_batch,
     ),
@@ -229,6 +231,7 @@ ROUTES = (
         summary="List batches, newest first",
         query=ListBatches,
         answer=BatchList,
+        strict_answer=StrictBatchList,
     ),
     Route(
         method="GET",
@@ -236,6 +239,7 @@ ROUTES = (
         handler=retrieve_batch,
         summary="Show a batch with its progress",
         answer=SharedBatch,
+        strict_answer=BatchObject,
     ),
     Route(
         method="POST",
@@ -244,6 +248,7 @@ ROUTES = (
         summary="Cancel a batch; finished results are kept",
         scope=KeyScope.WRITE,
         answer=SharedBatch,
+        strict_answer=BatchObject,
     ),
     Route(
         method="POST",
@@ -252,6 +257,7 @@ ROUTES = (
         summary="Send no more requests of a batch until it is resumed; its deadline goes on",
         scope=KeyScope.WRITE,
         answer=SharedBatch,
+        strict_answer=BatchObject,
     ),
     Route(
         method="POST",
@@ -260,6 +266,7 @@ ROUTES = (
         summary="Let a paused or blocked batch go on",
         scope=KeyScope.WRITE,
         answer=SharedBatch,
+        strict_answer=BatchObject,
     ),
     Route(
         method="POST",
@@ -268,6 +275,7 @@ ROUTES = (
         summary="Let no more requests join an open batch; it ends when all are answered",
         scope=KeyScope.WRITE,
         answer=SharedBatch,
+        strict_answer=BatchObject,
     ),
     Route(
         method="POST",
@@ -277,6 +285,7 @@ ROUTES = (
         scope=KeyScope.WRITE,
         request=RetryRequest,
         answer=SharedBatch,
+        strict_answer=BatchObject,
         present=present_batch,
     ),
     Route(

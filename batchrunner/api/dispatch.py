@@ -23,7 +23,7 @@ from batchrunner.api.envelope import (
     server_fault,
     wrong_method,
 )
-from batchrunner.api.http import Answer, ApiParts, Call, Route
+from batchrunner.api.http import DIALECT_HEADER, DIALECT_PARAMETER, Answer, ApiParts, Call, Route
 from batchrunner.api.idempotency import answer_once
 from batchrunner.errors import BatchrunnerError
 from batchrunner.models import OPENAI
@@ -31,9 +31,6 @@ from batchrunner.settings import AUTO
 
 logger = logging.getLogger(__name__)
 
-# By either of these a request to the root names the dialect that it wants.
-DIALECT_HEADER = "Batchrunner-Dialect"
-DIALECT_PARAMETER = "dialect"
 # Where requests of all dialects come.
 _ROOT = "v1"
 # A caller that takes nothing of its answer for so long is given up.
@@ -207,11 +204,13 @@ class Dispatcher:
 
     def _asked(self, request: web.Request) -> str | None:
         """Give the dialect that a request to the root asks for by name. Raises: Refusal when there is none such."""
-        asked = request.headers.get(DIALECT_HEADER) or request.query.get(DIALECT_PARAMETER)
-        if asked is not None and asked not in self._router.dialects:
-            shown = asked[:_NAME_CHARS_SHOWN] if asked.isprintable() else ""
-            raise invalid_value(DIALECT_PARAMETER, shown, self._router.dialects)
-        return asked
+        named = [request.headers.get(DIALECT_HEADER), request.query.get(DIALECT_PARAMETER)]
+        given = [each for each in named if each is not None]
+        for each in given:
+            if each not in self._router.dialects:
+                shown = each[:_NAME_CHARS_SHOWN] if each.isprintable() else ""
+                raise invalid_value(DIALECT_PARAMETER, shown, self._router.dialects)
+        return given[0] if given else None
 
     async def _admit(self, turn: _Turn, route: Route) -> Caller:
         """Find out who calls, and whether they may. Raises: Refusal."""

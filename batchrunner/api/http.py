@@ -37,6 +37,9 @@ from batchrunner.prices import Price, parse_price
 from batchrunner.settings import MIB, Settings
 
 JSON = "application/json"
+# By either of these a request to the root names the dialect that it wants.
+DIALECT_HEADER = "Batchrunner-Dialect"
+DIALECT_PARAMETER = "dialect"
 BODY_BYTES_MAX = MIB
 # Longer ones are taken apart off the event loop.
 LONG_BODY_BYTES = 128 * 1024
@@ -186,7 +189,8 @@ class Route:
 
     `scope` is what a key must have, None asks for no key. A route that creates has `present`, which answers with the
     object of that id, and takes an Idempotency-Key. `request`, `query` and `answer` describe; handlers read by them.
-    `accepted` describes what comes with 202: instead of 200 where there is no `answer`.
+    `accepted` describes what comes with 202: instead of 200 where there is no `answer`. Under /openai/v1
+    `strict_request` and `strict_answer` stand in for what they are named after. What `leads_on` answers with 303.
 
     A page for people has `refuse`, which shows a refusal as another page; its key may be the password of HTTP Basic.
     """
@@ -200,6 +204,9 @@ class Route:
     query: type[msgspec.Struct] | None = None
     answer: type[msgspec.Struct] | None = None
     accepted: type[msgspec.Struct] | None = None
+    strict_request: type[msgspec.Struct] | None = None
+    strict_answer: type[msgspec.Struct] | None = None
+    leads_on: bool = False
     # What does not fit into a struct: the media type of the request or of a streamed answer.
     request_media: str = JSON
     answer_media: str = JSON

@@ -10,9 +10,10 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from batchrunner.api.envelope import (
     SERVER_ERROR,
@@ -86,15 +87,19 @@ _NOT_PASSED_GROUPS = ("access-control-", "x-ratelimit-")
 _WITHOUT_BODY = frozenset({204, 304})
 
 
+_Async = Annotated[Any, Meta(description="At /v1 and under /club/v1: what is true asks for a job.")]
+
+
 class InferenceRequest(msgspec.Struct):
-    """What is looked at of a body; all of it goes to the upstream."""
+    """What is looked at of a body; all of it but `async` goes to the upstream."""
 
     model: str | None = None
     stream: bool | None = None
+    is_async: _Async = msgspec.field(name=ASYNC, default=None)
 
 
 class InferenceAnswer(msgspec.Struct):
-    """What the upstream says; nothing of it is looked at."""
+    """What the upstream says, its errors too; nothing of it is looked at."""
 
 
 class InferenceForm(msgspec.Struct):
@@ -446,6 +451,7 @@ def inference_row(url: str) -> Route:
         scope=KeyScope.WRITE,
         request=InferenceForm if takes_form else InferenceRequest,
         request_media=MULTIPART if takes_form else JSON,
+        answer=InferenceAnswer,
         query=FormQuery if url in FORM_URLS else None,
     )
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
 from batchrunner import __version__
 from batchrunner.api.events import EVENT_STREAM
-from batchrunner.api.http import JSON, Route
+from batchrunner.api.http import DIALECT_HEADER, DIALECT_PARAMETER, JSON, Route
+from batchrunner.api.live import InferenceAnswer
 from batchrunner.api.multipart import MULTIPART
+from batchrunner.api.results import JSON_LINES, LINES_TYPES
+from batchrunner.models import OPENAI
 
 _REFERENCE = "#/components/schemas/{name}"
 
@@ -19,16 +23,18 @@ Schema = dict[str, Any]
 
 def document(routes: Sequence[Route]) -> Schema:
     """Describe a route table as OpenAPI 3.1. The same table gives the same document."""
-    kinds = [*(route.error for route in routes), *_body_kinds(routes)]
+    rows = [*routes, *map(_strict, (each for each in routes if each.dialect is None and each.path.startswith("/v1/")))]
+    kinds = [*(row.error for row in rows), *_body_kinds(rows)]
     _, components = msgspec.json.schema_components(list(dict.fromkeys(kinds)), ref_template=_REFERENCE)
+    places: dict[tuple[str, str], list[Route]] = {}
+    # At the root the row of no dialect stands first, as it does for the router.
+    for row in sorted(rows, key=lambda each: (each.root_path, each.method, each.dialect or "")):
+        places.setdefault((row.root_path, row.method), []).append(row)
+        if row.path != row.root_path:
+            places[row.path, row.method] = [row]
     paths: dict[str, Schema] = {}
-    for route in sorted(routes, key=lambda each: (each.path, each.method)):
-        shadows = [each for each in routes if each.recognizes and (each.root_path, each.method) == _place(route)]
-        operation = _operation(route, shadows)
-        paths.setdefault(route.path, {})[route.method.lower()] = operation
-        if _is_alone_beside(route, routes):
-            beside = paths.setdefault(route.root_path, {})
-            beside[route.method.lower()] = operation | {"operationId": route.handler.__name__}
+    for (path, method), found in sorted(places.items()):
+        paths.setdefault(path, {})[method.lower()] = _operation(path, found)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -37,18 +43,31 @@ def document(routes: Sequence[Route]) -> Schema:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
             "description": "An OpenAI Batch API. What is under /v1 is under /openai/v1 too, where files, uploads and "
             "batches have the fields of OpenAI only. What is under /xai/v1 is xAI's API, under /club/v1 that of "
-            "inference.club; both are at /v1 too where a request can be told to be theirs.",
+            "inference.club; both are at /v1 too where a request can be told to be theirs, or asks for one by name.",
         },
         "servers": [{"url": "/"}],
-        "paths": dict(sorted(paths.items())),
+        "paths": paths,
         "components": {
             "schemas": dict(sorted(components.items())),
+            "parameters": _dialect_parameters(sorted({row.dialect for row in rows if row.dialect is not None})),
             "securitySchemes": {
+                "basic": {"type": "http", "scheme": "basic"},
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "header": {"type": "apiKey", "in": "header", "name": "api-key"},
             },
         },
     }
+
+
+def _strict(route: Route) -> Route:
+    """Give the row of OpenAI's API alone."""
+    return replace(
+        route,
+        path=f"/{OPENAI}{route.path}",
+        dialect=OPENAI,
+        request=route.strict_request or route.request,
+        answer=route.strict_answer or route.answer,
+    )
 
 
 def fields_of(kind: type[msgspec.Struct]) -> Iterator[tuple[str, Schema, bool]]:
@@ -79,34 +98,82 @@ def _nested(kind: object) -> type[msgspec.Struct] | None:
     return None
 
 
-def _body_kinds(routes: Sequence[Route]) -> Iterator[type[msgspec.Struct]]:
-    for route in routes:
-        if route.request is not None and route.request_media == JSON:
-            yield route.request
-        yield from (kind for kind in (route.answer, route.accepted) if kind is not None)
+def _body_kinds(rows: Sequence[Route]) -> Iterator[type[msgspec.Struct]]:
+    for row in rows:
+        if row.request is not None and row.request_media != MULTIPART:
+            yield row.request
+        yield from (kind for kind in (row.answer, row.accepted) if kind is not None)
 
 
-def _is_alone_beside(route: Route, routes: Sequence[Route]) -> bool:
-    """Tell whether a dialect's route stands at the root at a path that others describe, with a method of its own."""
-    methods = {each.method for each in routes if each.path == route.root_path}
-    return route.path != route.root_path and bool(methods) and route.method not in methods
+def _dialect_parameters(dialects: Sequence[str]) -> Schema:
+    schema = {"type": "string", "enum": list(dialects)}
+    told = "The API that is asked for, instead of the one that the request shows by what it is."
+    return {
+        "DialectHeader": {"name": DIALECT_HEADER, "in": "header", "description": told, "schema": schema},
+        "DialectQuery": {"name": DIALECT_PARAMETER, "in": "query", "description": told, "schema": schema},
+    }
 
 
-def _place(route: Route) -> tuple[str, str]:
-    return route.path, route.method
-
-
-def _operation(route: Route, shadows: Sequence[Route]) -> Schema:
-    operation: Schema = {"operationId": route.name, "summary": route.summary}
-    if parameters := [*_path_parameters(route), *_query_parameters(route), *_header_parameters(route)]:
+def _operation(path: str, rows: Sequence[Route]) -> Schema:
+    """Describe what stands at a path for a method: one row, or at the root all that may answer there."""
+    first = rows[0]
+    is_alone = len(rows) == 1
+    name = first.name if path == first.path else f"root_{first.name}"
+    operation: Schema = {"operationId": name, "summary": first.summary}
+    others = [f"{each.dialect}: {each.summary}." for each in rows[1:] if each.summary != first.summary]
+    if others:
+        operation["description"] = " ".join(["As another dialect has it,", *others])
+    parameters = _merged(rows)
+    if not is_alone:
+        parameters += [{"$ref": f"#/components/parameters/{each}"} for each in ("DialectHeader", "DialectQuery")]
+    if parameters:
         operation["parameters"] = parameters
-    if route.request is not None:
-        content = {route.request_media: {"schema": _request(route)}}
-        operation["requestBody"] = {"required": _needs_body(route), "content": content}
-    operation["responses"] = _responses(route, shadows)
-    # An open server, which listens on a loopback address only, takes requests without a key.
-    operation["security"] = [{"bearer": []}, {"header": []}, {}] if route.scope is not None else []
+    content: dict[str, list[Schema]] = {}
+    for row in rows:
+        if row.request is not None:
+            content.setdefault(row.request_media, []).append(_request(row))
+    if content:
+        operation["requestBody"] = {"required": all(map(_needs_body, rows)), "content": _contents(content)}
+    operation["responses"] = _responses(rows)
+    operation["security"] = _security(first)
     return operation
+
+
+def _security(route: Route) -> list[Schema]:
+    """Tell how a key is given. An open server, which listens on a loopback address only, takes requests without."""
+    if route.scope is None:
+        return []
+    return [{"bearer": []}, {"header": []}, *([{"basic": []}] if route.refuse is not None else []), {}]
+
+
+def _merged(rows: Sequence[Route]) -> list[Schema]:
+    """Give the parameters of all rows, each once."""
+    found: dict[tuple[str, str], list[Schema]] = {}
+    for row in rows:
+        for each in (*_path_parameters(row), *_query_parameters(row), *_header_parameters(row)):
+            found.setdefault((each["in"], each["name"]), []).append(each)
+    return [
+        each[0]
+        | {
+            "required": len(each) == len(rows) and all(one["required"] for one in each),
+            "schema": _any_of([one["schema"] for one in each]),
+        }
+        for each in found.values()
+    ]
+
+
+def _any_of(schemas: Sequence[Schema]) -> Schema:
+    """Say that any of these will do."""
+    told = [each for place, each in enumerate(schemas) if each not in schemas[:place]]
+    return told[0] if len(told) == 1 else {"anyOf": told}
+
+
+def _contents(by_media: Mapping[str, Sequence[Schema]]) -> Schema:
+    return {media: {"schema": _any_of(schemas)} for media, schemas in by_media.items()}
+
+
+def _reference(kind: type[msgspec.Struct]) -> Schema:
+    return {"$ref": _REFERENCE.format(name=kind.__name__)}
 
 
 def _path_parameters(route: Route) -> Iterator[Schema]:
@@ -132,7 +199,7 @@ def _header_parameters(route: Route) -> Iterator[Schema]:
 def _request(route: Route) -> Schema:
     assert route.request is not None
     if route.request_media != MULTIPART:
-        return {"$ref": _REFERENCE.format(name=route.request.__name__)}
+        return _reference(route.request)
     fields = list(form_fields(route))
     return {
         "type": "object",
@@ -143,32 +210,50 @@ def _request(route: Route) -> Schema:
 
 def _needs_body(route: Route) -> bool:
     """Tell whether an empty body is refused; one that may lack every field may be left out."""
-    assert route.request is not None
+    if route.request is None:
+        return False
     return route.request_media == MULTIPART or any(is_required for _, _, is_required in fields_of(route.request))
 
 
-def _responses(route: Route, shadows: Sequence[Route]) -> Schema:
-    """Describe the answers; at the root `shadows`, routes of other dialects, may answer in a form of their own."""
-    schema: Mapping[str, object] = {"type": "string"}
-    if route.answer is not None:
-        schema = {"$ref": _REFERENCE.format(name=route.answer.__name__)}
-    elif route.answer_media == JSON:
-        schema = {"type": "object"}
-    forms = {route.answer_media: {"schema": schema}}
-    for each in shadows:
-        if each.answer is not None and each.answer_media not in forms:
-            forms[each.answer_media] = {"schema": {"$ref": _REFERENCE.format(name=each.answer.__name__)}}
-    refusals = [{"$ref": _REFERENCE.format(name=each.error.__name__)} for each in (route, *shadows)]
-    accepted = {}
-    if route.accepted is not None:
-        reference = {"$ref": _REFERENCE.format(name=route.accepted.__name__)}
-        accepted = {"202": {"description": "Accepted; it runs.", "content": {JSON: {"schema": reference}}}}
-    error = {"content": {JSON: {"schema": refusals[0] if len(refusals) == 1 else {"anyOf": refusals}}}}
-    over = {"204": {"description": "It is over, and nothing came after Last-Event-ID."}}
-    return {
-        **({} if accepted and route.answer is None else {"200": {"description": "Done.", "content": forms}}),
-        **accepted,
-        **(over if route.answer_media == EVENT_STREAM else {}),
+def _responses(rows: Sequence[Route]) -> Schema:
+    """Describe the answers of all rows."""
+    done: dict[str, list[Schema]] = {}
+    accepted: dict[str, list[Schema]] = {}
+    refused: dict[str, list[Schema]] = {}
+    for row in rows:
+        for media, schema in _answers(row):
+            done.setdefault(media, []).append(schema)
+        if row.accepted is not None:
+            accepted.setdefault(JSON, []).append(_reference(row.accepted))
+        refused.setdefault(JSON, []).append(_reference(row.error))
+        if row.answer is InferenceAnswer:
+            # Whatever the upstream refuses, in its own words.
+            refused[JSON].append(_reference(row.answer))
+        if row.refuse is not None:
+            refused.setdefault(row.answer_media, []).append({"type": "string"})
+    responses: Schema = {}
+    if done:
+        responses["200"] = {"description": "Done.", "content": _contents(done)}
+    if accepted:
+        responses["202"] = {"description": "Accepted; it runs.", "content": _contents(accepted)}
+    if any(row.answer_media == EVENT_STREAM for row in rows):
+        responses["204"] = {"description": "It is over, and nothing came after Last-Event-ID."}
+    if any(row.leads_on for row in rows):
+        responses["303"] = {"description": "Done; `Location` says where to go on."}
+    error = {"content": _contents(refused)}
+    return responses | {
         "4XX": {"description": "The request is at fault; `error.message` says why.", **error},
         "5XX": {"description": "The server is at fault or busy; the request may be sent again.", **error},
     }
+
+
+def _answers(row: Route) -> Iterator[tuple[str, Schema]]:
+    """Give what a row answers with 200, by its media type."""
+    if row.leads_on or (row.accepted is not None and row.answer is None):
+        return
+    if row.answer is not None:
+        yield row.answer_media, _reference(row.answer)
+        return
+    schema = {"type": "object" if row.answer_media == JSON else "string"}
+    for media in LINES_TYPES if row.answer_media == JSON_LINES else (row.answer_media,):
+        yield media, schema

@@ -71,7 +71,8 @@ def page(routes: Sequence[Route]) -> str:
         f"<h1>batchrunner {escape(__version__)}</h1>\n<p>An OpenAI Batch API. Send the key as <code>Authorization: "
         "Bearer KEY</code>; a server without keys takes any. What is under <code>/v1</code> is under "
         "<code>/openai/v1</code> too, where files, uploads and batches have the fields of OpenAI only. xAI's API is "
-        "under <code>/xai/v1</code>, and at <code>/v1</code> too where a request can be told to be xAI's. "
+        "under <code>/xai/v1</code>, inference.club's under <code>/club/v1</code>, and both at <code>/v1</code> too "
+        "where a request can be told to be theirs. "
         '<a href="/openapi.json">openapi.json</a></p>\n'
         f"{body}\n</html>\n"
     )

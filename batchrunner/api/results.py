@@ -41,7 +41,7 @@ class ReadResults(msgspec.Struct, frozen=True):
     `merged` reads the batch with all retries of its lines: of each line the last result.
     """
 
-    after: Annotated[str, Meta(pattern=r"^[0-9]{1,18}(\.[0-9]{1,18})*$", max_length=10_000)] = "0"
+    after: Annotated[str, Meta(pattern=r"^([0-9]{1,18}(\.[0-9]{1,18})*)?$", max_length=10_000)] = "0"
     limit: Annotated[int, Meta(ge=1, le=LIMIT_MAX)] | None = None
     outcome: Literal["succeeded", "failed"] | None = None
     merged: bool = False

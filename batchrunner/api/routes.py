@@ -46,7 +46,15 @@ _TABLE: tuple[Route, ...] = (
     *xai.ROUTES,
     *health.ROUTES,
 )
-ROUTES: tuple[Route, ...] = (*_TABLE, *reference_routes(_TABLE))
+
+
+def described(*pages: Route) -> tuple[Route, ...]:
+    """Give the table together with pages for people, and with what describes all of them."""
+    table = (*_TABLE, *pages)
+    return (*table, *reference_routes(table))
+
+
+ROUTES = described()
 
 # Room for a body to come in while the last piece of it is hashed and written.
 _READ_BUFFER_BYTES = MIB

@@ -19,7 +19,7 @@ from yarl import URL
 from batchrunner.addresses import AddressRules
 from batchrunner.api.auth import digest_of
 from batchrunner.api.http import ApiParts, Route
-from batchrunner.api.routes import ROUTES, build_app, make_runner
+from batchrunner.api.routes import build_app, described, make_runner
 from batchrunner.api.vitals import Vitals
 from batchrunner.blobs.local import LocalBlobs
 from batchrunner.clock import SystemClock, SystemRng
@@ -27,12 +27,15 @@ from batchrunner.holdings import NO_LIMITS, ApiKey, KeyId, KeyLimits, KeyScope
 from batchrunner.models import LOCAL_TENANT, TenantId
 from batchrunner.ports import Clock, TenantScope
 from batchrunner.poster import AiohttpPoster
+from batchrunner.queue_pages import queue_routes
 from batchrunner.serving import open_live
 from batchrunner.settings import Settings
 from batchrunner.store.sqlite import SqliteStore
 
 LINE = b'{"custom_id":"a","method":"POST","url":"/v1/chat/completions","body":{"model":"m","messages":[]}}\n'
 ALL_SCOPES = tuple(KeyScope)
+# The table of a server, pages and all.
+WHOLE = described(*queue_routes(b"secret"))
 NO_KEYS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -157,7 +160,7 @@ async def serving(
     is_open: bool = True,
     is_local: bool = True,
     settings: Settings | None = None,
-    routes: Sequence[Route] = ROUTES,
+    routes: Sequence[Route] = WHOLE,
     clock: Clock | None = None,
     upstream_keys: Mapping[str, str] = NO_KEYS,
 ) -> AsyncIterator[Served]:

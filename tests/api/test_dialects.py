@@ -225,8 +225,9 @@ async def test_a_body_of_no_shape_is_told_what_it_lacks(api: Served, asked: str,
 async def test_a_dialect_that_nobody_knows_is_refused(api: Served) -> None:
     by_header = await api.call("GET", "/v1/batches", headers={"Batchrunner-Dialect": "klingon"})
     by_query = await api.call("GET", "/v1/batches?dialect=klingon")
+    by_both = await api.call("GET", "/v1/batches?dialect=klingon", headers={"Batchrunner-Dialect": "xai"})
 
-    for reply in (by_header, by_query):
+    for reply in (by_header, by_query, by_both):
         assert reply.status == 400
         assert reply.json["error"]["param"] == "dialect"
         assert "'klingon'" in reply.json["error"]["message"]

@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import event
 
 from batchrunner.api.http import Route
-from batchrunner.api.routes import ROUTES
+from batchrunner.api.routes import described
 from batchrunner.api.vitals import STALLED_S
 from batchrunner.clock import SystemClock
 from batchrunner.dashboard.guard import FormTokens
@@ -50,7 +50,7 @@ class LateClock(SystemClock):
 
 @asynccontextmanager
 async def paging(folder: Path, **given: Any) -> AsyncIterator[Served]:
-    async with serving(folder, routes=(*ROUTES, *PAGES), **given) as served:
+    async with serving(folder, routes=described(*PAGES), **given) as served:
         yield served
 
 
@@ -586,9 +586,17 @@ async def test_a_warning_stands_there_while_there_is_work_and_no_worker(tmp_path
     assert ["Nothing moves" in page for page in (idle, never, working_now, stalled)] == [False, True, False, True]
 
 
-async def test_pages_are_no_part_of_the_described_api(keyed: Served) -> None:
-    assert (await keyed.call("GET", "/openapi.json")).body + b"\n" == openapi()
-    assert b"/dashboard" not in openapi()
+async def test_pages_are_part_of_the_described_api(keyed: Served) -> None:
+    reply = await keyed.call("GET", "/openapi.json")
+
+    assert reply.body + b"\n" == openapi()
+    document = reply.json
+    shown = document["paths"]["/dashboard/queue"]["get"]
+    assert set(shown["responses"]["200"]["content"]) == {"text/html"}
+    assert {"basic": []} in shown["security"]
+    sent = document["paths"]["/dashboard/queue/jobs/{job_id}/retry"]["post"]
+    assert set(sent["requestBody"]["content"]) == {"application/x-www-form-urlencoded"}
+    assert {"200", "303"} & set(sent["responses"]) == {"303"}
 
 
 @pytest.mark.parametrize("route", PAGES, ids=lambda route: f"{route.method} {route.path}")
