@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -17,7 +18,7 @@ from typing import Protocol, Self
 
 from batchrunner.blobs.folder import FolderBlobs, open_blobs
 from batchrunner.clock import SystemClock, SystemRng
-from batchrunner.errors import NotFound, UsageError
+from batchrunner.errors import DiskFull, NotFound, StoreUnavailable, UsageError
 from batchrunner.fanout import Fanout
 from batchrunner.holdings import UpstreamLive
 from batchrunner.housekeeping import drop_unfinished
@@ -39,6 +40,8 @@ from batchrunner.targets import Target
 from batchrunner.upstream import AiohttpUpstream
 from batchrunner.upstream_nowhere import NowhereUpstream
 from batchrunner.worker import Worker
+
+logger = logging.getLogger(__name__)
 
 # A server whose workers die as soon as they start tries again after this time, and answers requests meanwhile.
 _WORKER_WAITS_S = 30.0
@@ -161,8 +164,14 @@ async def worker_session(
         for outlet in outlets:
             await outlet.upstream.close()
         await asyncio.to_thread(journal.close)
-        await asyncio.to_thread(adapters.store.release_session, session, died=False)
-        locks.let_go(session)
+        try:
+            await asyncio.to_thread(adapters.store.release_session, session, died=False)
+        except (StoreUnavailable, DiskFull) as error:
+            # Whoever finds the lock free ends its leases, or they run out.
+            logger.warning("leases not given back: %s", error, extra={"action": "release_failed"})
+            locks.leave(session)
+        else:
+            locks.let_go(session)
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:

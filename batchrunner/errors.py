@@ -275,7 +275,7 @@ class DiskFull(OwnError):
 
     code = "disk_full"
     http_status = 503
-    hint = "Make space; the run goes on by itself."
+    hint = "Make room. What waits for it goes on by itself; a command that has ended goes on when it is run again."
 
 
 class NameTaken(OwnError):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import logging
+import threading
 from array import array
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -26,12 +27,13 @@ import msgspec
 
 from batchrunner import crash
 from batchrunner.assets import Assets
-from batchrunner.errors import BlobsUnavailable, DiskFull, OwnError, StoreUnavailable
+from batchrunner.errors import BatchrunnerError, BlobsUnavailable, DiskFull, OwnError, StoreUnavailable
 from batchrunner.journal import Journal
 from batchrunner.lines import LineRules, ProblemCode
 from batchrunner.models import OPENAI_STRICT, Batch, Claim, LineProblem, OnInvalid, TaskKind
 from batchrunner.outcomes import AcceptedInput, RejectedInput
 from batchrunner.ports import Blobs, BlobWriter, Clock, Store
+from batchrunner.room import Room
 from batchrunner.seal import Sealing, read_problems
 from batchrunner.settings import MIB, Settings
 from batchrunner.shards import ShardRun, load
@@ -61,6 +63,9 @@ class Pipeline:
         self._settings = settings
         # What each loaded shard and each seal found; they end in threads of their own.
         self._damages: list[int] = []
+        # What steps wait for, by their tasks, and whether they still may.
+        self._waits: dict[int, DiskFull] = {}
+        self._is_over = threading.Event()
 
     def run_step(self, claim: Claim, beat: Callable[[], None]) -> None:
         """Run a task that is one blocking step. `beat` is called while it moves on.
@@ -155,6 +160,7 @@ class Pipeline:
             clock=self._clock,
             rules=self.rules(claim.batch),
             beat=beat,
+            room=self._room(claim, beat),
         )
         try:
             return sealing.run()
@@ -169,6 +175,31 @@ class Pipeline:
     def _note_damages(self, count: int) -> None:
         if count:
             self._damages.append(count)
+
+    @property
+    def trouble(self) -> BatchrunnerError | None:
+        """Why a step stands still, or the results of lines do not become durable; None while all goes on."""
+        return self.journal.trouble or next(iter(tuple(self._waits.values())), None)
+
+    def stop(self) -> None:
+        """Have no step wait for room any more."""
+        self._is_over.set()
+
+    def _room(self, claim: Claim, beat: Callable[[], None]) -> Room:
+        """Let a step wait for room, alive all the while. What is told stays as it was when it began to."""
+
+        def pause(duration_s: float) -> bool:
+            beat()
+            return self._is_over.wait(duration_s)
+
+        def tell(error: DiskFull | None) -> None:
+            task_id = claim.ref.task_id
+            if error is None:
+                self._waits.pop(task_id, None)
+            elif self._waits.setdefault(task_id, error) is error:
+                logger.warning("waiting: %s", error, extra={"action": "worker_waits", "code": error.code})
+
+        return Room(pause=pause, tell=tell)
 
     def keep_reserve(self) -> None:
         """Hold back the space with which statuses can be written on a full disk; without it there is none to hold."""

@@ -7,6 +7,7 @@ id, so that sealing again gives the same files.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import sys
@@ -19,7 +20,7 @@ from itertools import islice
 import msgspec
 
 from batchrunner import crash
-from batchrunner.errors import DiskFull, InputChanged, JournalCorrupt, NotFound, ReconciliationError
+from batchrunner.errors import DiskFull, InputChanged, JournalCorrupt, NotFound, ReconciliationError, StoreUnavailable
 from batchrunner.frames import Damage, Record, read_records, repairs_of, results_within, salvage, segment_of
 from batchrunner.journal import Journal, copy_salvaged
 from batchrunner.lifecycle import SEALING, EndedBy
@@ -38,10 +39,12 @@ from batchrunner.models import (
     TaskId,
 )
 from batchrunner.outcomes import Publication
-from batchrunner.ports import Blobs, BlobWriter, Clock, Store
+from batchrunner.ports import Blobs, Clock, Store
 from batchrunner.read_ahead import Range, ReadAhead
 from batchrunner.results import ResultLines
+from batchrunner.room import Room
 from batchrunner.shards import read_checked
+from batchrunner.sink import Sink
 
 logger = logging.getLogger(__name__)
 
@@ -70,62 +73,6 @@ _LOST = (
 )
 
 
-class _Sink:
-    """One file on its way: bytes, hash and number of lines. The blob is opened with the first line."""
-
-    def __init__(self, blobs: Blobs, name: str, register: Callable[[str], None]) -> None:
-        """`register` makes the name known, so that what a crash leaves of it is found."""
-        self.name = name
-        self._register = register
-        self.line_count = 0
-        self.size_bytes = 0
-        self._blobs = blobs
-        self._writer: BlobWriter | None = None
-        self._sha256 = hashlib.sha256()
-        self._held: list[bytes | memoryview] = []
-        self._held_bytes = 0
-
-    def add(self, line: bytes) -> None:
-        """Write one finished line."""
-        self.line_count += 1
-        self.write(line)
-
-    def write(self, chunk: bytes | memoryview) -> None:
-        """Write a part of a line."""
-        self._held.append(chunk)
-        self._held_bytes += len(chunk)
-        if self._held_bytes >= _COPY_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._held:
-            return
-        chunk = b"".join(self._held)
-        self._held, self._held_bytes = [], 0
-        if self._writer is None:
-            self._register(self.name)
-            self._writer = self._blobs.writer(self.name)
-        self._writer.write(chunk)
-        self._sha256.update(chunk)
-        self.size_bytes += len(chunk)
-
-    def commit(self) -> None:
-        """Make the file durable, if it has any line."""
-        self._flush()
-        if self._writer is not None:
-            self._writer.commit()
-
-    def abort(self) -> None:
-        """Leave nothing behind."""
-        if self._writer is not None:
-            self._writer.abort()
-
-    @property
-    def sha256(self) -> str:
-        """Of all bytes written."""
-        return self._sha256.hexdigest()
-
-
 @dataclass(slots=True)
 class _Ledger:
     """What was written, by line number, so that a line twice or missing cannot go unseen."""
@@ -149,6 +96,7 @@ class Sealing:
         clock: Clock,
         rules: LineRules,
         beat: Callable[[], None],
+        room: Room,
     ) -> None:
         self._claim = claim
         self._batch = claim.batch
@@ -158,6 +106,8 @@ class Sealing:
         self._clock = clock
         self._rules = rules
         self._beat = beat
+        self._room = room
+        self._wanted_bytes = 0
         self._results = ResultLines(claim.batch.id)
         self._lines_of: dict[TaskId, range] = {}
         self.damage_count = 0
@@ -168,15 +118,17 @@ class Sealing:
         self._ledger = _Ledger()
         stem = f"files/{self._batch.id}/{self._claim.ref.epoch}-{self._claim.session}"
         register = partial(self._store.register_blob, owner=self._claim.session)
-        self._output = _Sink(self._blobs, f"{stem}-output.jsonl", register)
-        self._errors = _Sink(self._blobs, f"{stem}-errors.jsonl", register)
+        self._output = Sink(self._blobs, f"{stem}-output.jsonl", register)
+        self._errors = Sink(self._blobs, f"{stem}-errors.jsonl", register)
 
     def run(self) -> Batch:
         """Fence, salvage, copy, prove, publish; gives the batch that has ended. One whose results turn out damaged,
         although all its lines were settled, is sent back to run those again, and comes in progress.
 
+        Where there is less room than the files need, it is waited for, and nothing is kept that would take some.
+
         Raises:
-            DiskFull: there is less space than the files need; nothing was written.
+            DiskFull: there is no room, and nobody waits for it any more.
             ReconciliationError: the ledger does not hold; all data is kept.
             JournalCorrupt: registered bytes read differently every time; all data is kept.
             Fenced: a newer sealer is at work.
@@ -189,13 +141,26 @@ class Sealing:
         if self._batch.has_jobs:
             # Each result is read where it stands, by its job.
             return self._store.publish(self._claim.ref, Publication(output=None, error=None))
+        batch = self._room.until_done(partial(self._make_files, shards), is_there=self._has_room)
+        if batch.status not in SEALING:
+            return batch
+        crash.point("seal.files_committed")
+        published = self._room.until_done(lambda: self._store.publish(self._claim.ref, self._publication()))
+        crash.point("seal.published")
+        return published
+
+    def _make_files(self, shards: list[Claim]) -> Batch:
+        """Make both files durable, or leave nothing behind; gives the batch, which may have been sent back."""
         for tries_left in reversed(range(_TRIES)):
             self._batch = self._store.scope(self._batch.tenant).batch(self._batch.id)
             extents = self._extents()
-            self._check_space(extents)
             try:
+                self._check_space(extents)
                 self._write(shards, extents)
                 break
+            except DiskFull:
+                self._show_blocked()
+                raise
             except JournalCorrupt as error:
                 logger.error("batch %s: %s", self._batch.id, error, extra={"action": "seal_met_damage"})  # noqa: TRY400
                 if tries_left == 0:
@@ -203,10 +168,7 @@ class Sealing:
             batch = self._repair(shards, extents)
             if batch.status not in SEALING:
                 return batch
-        crash.point("seal.files_committed")
-        published = self._store.publish(self._claim.ref, self._publication())
-        crash.point("seal.published")
-        return published
+        return self._batch
 
     # -- before reading ----------------------------------------------------------------------------------------------
 
@@ -243,11 +205,23 @@ class Sealing:
         needed = sum(extent.byte_end - extent.byte_start for extent in extents)
         free = self._blobs.free_bytes()
         if free is not None and free < needed:
-            message = f"sealing needs {needed} bytes, {free} are free"
-            self._store.block(self._claim.ref, DiskFull.code)
-            raise DiskFull(message)
+            self._wanted_bytes = needed
+            raise DiskFull(f"sealing needs {needed:,} bytes, {free:,} are free")
         if self._batch.blocked_by is not None:
             self._store.block(self._claim.ref, None)
+        # What fails all the same needs more than there was.
+        self._wanted_bytes = (free or 0) + _COPY_BYTES
+
+    def _has_room(self) -> bool:
+        """Tell whether it is worth another try; where nothing tells of room, a try is all there is, and a dear one."""
+        free = self._blobs.free_bytes()
+        return free is not None and free >= self._wanted_bytes
+
+    def _show_blocked(self) -> None:
+        """Show in the store what is waited for, unless that is full as well."""
+        if self._batch.blocked_by != DiskFull.code:
+            with contextlib.suppress(DiskFull, StoreUnavailable):
+                self._store.block(self._claim.ref, DiskFull.code)
 
     def _repair(self, shards: list[Claim], extents: list[Extent]) -> Batch:
         """Look through everything that is registered and take out of it what is damaged."""
@@ -386,7 +360,7 @@ class Sealing:
             cancelled_count=self._ledger.unfinished if is_cancel else 0,
         )
 
-    def _file(self, sink: _Sink, word: str) -> File | None:
+    def _file(self, sink: Sink, word: str) -> File | None:
         if sink.line_count == 0:
             return None
         return File(

@@ -29,6 +29,10 @@ class SessionLocks:
         (self._folder / session).unlink(missing_ok=True)
         os.close(self._held.pop(session))
 
+    def leave(self, session: SessionId) -> None:
+        """Give the lock up and let the session be found dead: it still has leases."""
+        os.close(self._held.pop(session))
+
     def dead_sessions(self) -> list[SessionId]:
         """The sessions whose process is gone."""
         dead = []

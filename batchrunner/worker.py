@@ -23,13 +23,12 @@ from batchrunner.errors import (
     DiskFull,
     Fenced,
     InputChanged,
-    JournalCorrupt,
-    ReconciliationError,
     StoreUnavailable,
 )
 from batchrunner.fanout import Fanout
 from batchrunner.lifecycle import BatchStatus
 from batchrunner.models import Claim, Held, PauseReason, Progress, SessionId, TaskKind
+from batchrunner.owing import Owing
 from batchrunner.pipeline import Pipeline
 from batchrunner.ports import Clock, Store
 from batchrunner.renewals import Renewals
@@ -44,8 +43,6 @@ _T = TypeVar("_T")
 # A sender must have stopped before anybody else may own the lease.
 _LEASE_MARGIN_S = 3.0
 _QUARANTINE_DEATHS = 3
-# Trying again would find the same bytes.
-_HOPELESS = (InputChanged, JournalCorrupt, ReconciliationError)
 _KEEP_S = 0.1
 _REST_S = 0.2
 
@@ -100,9 +97,7 @@ class Worker:
         self._runs: dict[int, ShardRun] = {}
         # Shards given away or lost whose last replies are still awaited: these belong into their journal all the same.
         self._lost: list[ShardRun] = []
-        # Failed tasks whose failure is not in the store yet. They must get there, or this session renews their leases
-        # forever.
-        self._owed: list[tuple[Claim, Exception]] = []
+        self._owing = Owing(store, self._call)
         self._changed = asyncio.Event()
         self._is_stopping = False
         self._stop_by_s = 0.0
@@ -125,7 +120,7 @@ class Worker:
     @property
     def trouble_text(self) -> str | None:
         """Why the work stands still, None while it goes on."""
-        trouble = self.trouble or self._pipeline.journal.trouble
+        trouble = self._pipeline.trouble or self.trouble
         return f"{trouble.code}: {trouble}" if trouble is not None else self.fanout.outage_text
 
     @property
@@ -139,6 +134,7 @@ class Worker:
         stop_by_s = self._clock.monotonic_s() + grace_s
         self._stop_by_s = min(self._stop_by_s, stop_by_s) if self._is_stopping else stop_by_s
         self._is_stopping = True
+        self._pipeline.stop()
         self._changed.set()
 
     async def run(self) -> None:
@@ -167,18 +163,32 @@ class Worker:
             await self._clock.sleep(_REST_S if self._claiming.is_resting else _KEEP_S)
 
     async def _keep(self, group: asyncio.TaskGroup) -> None:
-        while not (self._is_stopping and not self._runs and not self._owed and not self._steps):
+        while not (self._is_stopping and not self._runs and not self._owing and not self._steps):
             try:
                 await self._keep_once(group)
                 if self.trouble is not None:
                     self.trouble = None
                     await self._call(self._pipeline.keep_reserve)
             except (StoreUnavailable, DiskFull) as error:
+                is_lasting = self.trouble is not None
                 self._note_trouble(error)
                 if isinstance(error, DiskFull):
                     await self._call(self._pipeline.release_reserve)
+                if self._is_stopping and is_lasting:
+                    self._abandon(error)
                 await self._clock.sleep(1.0)
             await self._pause_between_rounds()
+
+    def _abandon(self, error: BatchrunnerError) -> None:
+        """Leave to their leases what the store does not take back, once nothing else is waited for."""
+        is_idle = not any(run.in_flight_count for run in self._runs.values())
+        if self._clock.monotonic_s() < self._stop_by_s and not (is_idle and isinstance(error, DiskFull)):
+            return
+        for run in list(self._runs.values()):
+            self.fanout.stop(run)
+            self.fanout.abort(run)
+            self._drop(run)
+        self._owing.forget()
 
     async def _pause_between_rounds(self) -> None:
         try:
@@ -205,7 +215,7 @@ class Worker:
         if now_s >= self._sweep_at_s:
             self._sweep_at_s = now_s + self._settings.sweep_s
             await self._call(self._store.sweep)
-        await self._pay_owed()
+        await self._owing.pay()
         for run in list(self._runs.values()):
             await self._tend(run)
         await self._follow_breakers()
@@ -477,24 +487,4 @@ class Worker:
             exc_info=None if is_known else error,
             extra=extra,
         )
-        self._owed.append((claim, error))
-
-    async def _pay_owed(self) -> None:
-        """Put failed tasks back with backoff. A full disk is nobody's failure: such a task never parks; one that no
-        repeat can help does so at once.
-        """
-        while self._owed:
-            claim, error = self._owed[0]
-            code = error.code if isinstance(error, BatchrunnerError) else type(error).__name__
-            fail = partial(
-                self._store.fail_task,
-                claim.ref,
-                f"{code}: {error}",
-                progressed=isinstance(error, DiskFull),
-                is_hopeless=isinstance(error, _HOPELESS),
-            )
-            try:
-                await self._call(fail)
-            except Fenced:
-                logger.info("failed task was taken over", extra={"action": "task_fenced", "task_id": claim.ref.task_id})
-            del self._owed[0]
+        self._owing.note(claim, error)

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from batchrunner.blobs.names import checked, is_name
-from batchrunner.durable import sync_folder
+from batchrunner.durable import FULL, sync_folder
 from batchrunner.errors import BlobsUnavailable, DiskFull, NameTaken, NotFound, OwnError
 
-# EFBIG comes from a limit on the size of files, which is as good as full: another segment may still fit.
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP})
 # The kernel writes at most 2 GiB less a page at one call.
 _WRITE_BYTES_MAX = 1 << 30
@@ -390,7 +388,7 @@ def _sync_file(fd: int) -> None:
 def _translate(error: OSError, name: str) -> NoReturn:
     """Raise our error for the system's."""
     reason = f"{name}: {error.strerror or error}"
-    if error.errno in _FULL:
+    if error.errno in FULL:
         raise DiskFull(reason) from error
     if error.errno == errno.EEXIST:
         raise NameTaken(f"{name} exists already") from error

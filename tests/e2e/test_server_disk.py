@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.harness import freeze
-from tests.e2e.served import Server, Site, site
+from tests.e2e.served import TERMINAL, Server, Site, site
 from tests.e2e.small_disk import fill_up, needs_root, small_disk
 
 LINES = 2_000
@@ -102,6 +103,37 @@ async def test_batch_is_cancelled_out_of_the_reserve_of_a_full_disk(tmp_path: Pa
         assert batch["status"] == "cancelled"
         await here.check(server, batch, repeats_max=0)
         assert (await server.stop()).code == 0
+
+
+async def test_seal_keeps_its_claim_and_waits_for_room(tmp_path: Path) -> None:
+    async with site_on_a_small_disk(tmp_path) as here:
+        server = await here.serve(*FLAGS)
+        batch_id = await server.submit(here.write_input(LINES))
+        await here.simulator.wait_until(lambda stats: stats.ok >= LINES - 200)
+        await server.when(server.ready, lambda _: reserve_of(here).exists())
+        worker = server.worker()
+        freeze(here.data / "state.db", worker)
+        fill_up(ballast_of(here))
+        await server.when(server.ready, lambda _: not reserve_of(here).exists())
+        fill_up(ballast_of(here))
+        # Room for the lines under way and what the database says of them, but not for all results once more.
+        results = sum(path.stat().st_size for path in (here.data / "blobs" / "journal").rglob("*.seg"))
+        os.truncate(ballast_of(here), ballast_of(here).stat().st_size - results * 3 // 4)
+        worker.resume()
+
+        blocked = await server.batch_when(batch_id, lambda batch: "blocked_by" in batch and batch["blocked_by"])
+        await server.when(server.ready, lambda found: "sealing needs" in found[1]["checks"]["workers"]["detail"])
+        ballast_of(here).unlink()
+        ended = await server.batch_when(batch_id, lambda batch: batch["status"] in TERMINAL)
+
+        assert blocked["blocked_by"] == "disk_full"
+        assert blocked["status"] == "finalizing"
+        assert ended["status"] == "completed"
+        assert server.worker() == worker
+        await here.check(server, ended, repeats_max=0)
+        stopped = await server.stop()
+        assert stopped.code == 0
+        assert "seal failed" not in stopped.stderr
 
 
 async def test_server_killed_on_a_full_disk_loses_nothing(tmp_path: Path) -> None:
