@@ -193,6 +193,7 @@ def _outlets(adapters: Adapters, settings: Settings, api_keys: Mapping[str, str]
             upstream=_upstream(adapters, settings, target, api_keys.get(target.name), reading),
             gate=_gate(settings, target, reading),
             aliases=target.aliases,
+            address=target.base_url,
         )
         for target in targets_of(settings)
     ]

@@ -139,6 +139,9 @@ class Fanout:
     def add(self, run: ShardRun) -> None:
         """Take a loaded shard into the rotation."""
         run.on_need = self.on_change
+        if self.lanes.of(run.batch.id) is None:
+            for pool in self.pools:
+                pool.gate.outage.ask_again(self._clock.monotonic_s())
         self.lanes.add(run, self._clock.now())
         self.wake()
 
@@ -182,21 +185,21 @@ class Fanout:
         """
         lost = [pool for pool in self.pools if pool.is_lost]
         if self._board is None or not lost:
-            return lost[0].contact_message if lost else None
+            return lost[0].caller.contact_message if lost else None
         places = {pool.place for pool in lost}
         for pool in lost:
             routes = [self._board.route_of(work) for work in pool.waiting]
             if any(route is not None and places.issuperset(route.places) for route in routes):
-                return f"{pool.name}: {pool.contact_message}"
+                return f"{pool.name}: {pool.caller.contact_message}"
         return None
 
     @property
     def outage_text(self) -> str | None:
         """What the present death of an upstream looks like, None while all answer."""
-        down = [pool for pool in self.pools if pool.is_down]
-        if self._board is None:
-            return f"upstream_down: {down[0].contact_message}" if down else None
-        return f"upstream_down: {'; '.join(f'{each.name}: {each.contact_message}' for each in down)}" if down else None
+        told = [(pool.name, pool.caller.contact_message) for pool in self.pools if pool.is_down]
+        if not told:
+            return None
+        return f"upstream_down: {told[0][1] if self._board is None else '; '.join(map(': '.join, told))}"
 
     async def run(self) -> None:
         """Work until `close`; then return when no exchange is under way."""

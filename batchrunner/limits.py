@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
@@ -29,6 +30,10 @@ SUSPECTS_MIN = 5
 OUTAGE_SPAN_S = 1.0
 # So few in flight seldom fail within one second of each other.
 OUTAGE_FEW = 3
+# An upstream whose door answers for it is down when so many lines, or all there are, have come to nothing for a while.
+SILENT_LINES = 8
+# One line may be refused again and again for what it holds.
+SILENT_LINES_LEAST = 2
 PROBE_FIRST_S = 0.25
 PROBE_MAX_S = 5.0
 # A line in flight at this many deaths of the upstream may be their cause: it is sent alone, and its tries count again.
@@ -182,7 +187,8 @@ class Outage:
 
     The upstream is down when more than half of what was in flight fails with connection errors within 1 s, answers in
     between counting against it. With at most 3 in flight it is also down when as many have failed in a row, however
-    slowly, without an answer in between.
+    slowly, without an answer in between. It is down as well when for 1 s several lines were answered as only a door
+    answers behind which nobody is, and nothing else came.
     """
 
     is_down: bool = False
@@ -195,6 +201,12 @@ class Outage:
     _row: int = 0
     _row_began_s: float = -math.inf
     _row_in_flight: int = 0
+    # Such answers as a door gives: 0 none lately, 1 the first ones, 2 none else to what was sent since then.
+    _silence: int = 0
+    _silent_from_s: float = -math.inf
+    _silent_lines: set[Hashable] = field(default_factory=set)
+    _elders: int = 0
+    _elders_until_s: float = -math.inf
     _probe_at_s: float = 0.0
     _probe_every_s: float = PROBE_FIRST_S
     _is_probing: bool = False
@@ -205,11 +217,7 @@ class Outage:
     def note_failure(self, now_s: float, in_flight: int) -> None:
         """Take in an attempt that found nobody; `in_flight` counts the exchanges under way, this one included."""
         if self.is_down:
-            # Without a probe on its way this is a straggler from before the death.
-            if self._is_probing:
-                self._is_probing = False
-                self._probe_every_s = min(PROBE_MAX_S, 2.0 * self._probe_every_s)
-                self._probe_at_s = now_s + self._probe_every_s
+            self._end_probe(now_s)
             return
         if self._failures == 0 or now_s > self._spell_s + OUTAGE_SPAN_S:
             self._spell_s = now_s
@@ -222,17 +230,70 @@ class Outage:
         self._row_in_flight = max(self._row_in_flight, in_flight)
         is_whole_row = self._row_in_flight <= OUTAGE_FEW and self._row >= self._row_in_flight
         if is_whole_row or 2 * self._failures > self._spell_in_flight:
-            self.is_down = True
-            self._began_s = self._row_began_s if is_whole_row else self._spell_s
-            self._died_s = now_s
-            self._ended_s = math.inf
-            self._is_probing = False
+            self._silence = 0
+            self._go_down(now_s, began_s=self._row_began_s if is_whole_row else self._spell_s, died_s=now_s)
+
+    def note_silence(
+        self, now_s: float, started_at_s: float, line: Hashable, *, in_flight: int, line_count: int
+    ) -> None:
+        """Take in that a line, sent at `started_at_s`, was answered as a door answers.
+
+        The upstream is down when that became of 8 lines, of `line_count` if that is less, but of 2 at least, within no
+        less than 1 s and without a sign of life. Lines count that were sent when it had begun, and all that were in
+        flight then must have come back: a server that is full says 503 too, while it works on others.
+        """
+        if self.is_down:
+            self._end_probe(now_s)
+        elif self._silence == 0:
+            self._silence = 1
+            self._silent_from_s = now_s
+        elif self._silence == 1:
+            if started_at_s > self._silent_from_s:
+                self._silence = 2
+                self._silent_lines = {line}
+                self._elders = in_flight - 1
+                self._elders_until_s = now_s
+        else:
+            if len(self._silent_lines) < SILENT_LINES:
+                self._silent_lines.add(line)
+            # Some come back in other ways, so that there may be fewer than are known.
+            self._elders = min(self._elders - (started_at_s <= self._elders_until_s), in_flight - 1)
+            lines_min = max(SILENT_LINES_LEAST, min(SILENT_LINES, line_count))
+            is_long = now_s >= self._silent_from_s + OUTAGE_SPAN_S
+            if is_long and self._elders <= 0 and len(self._silent_lines) >= lines_min:
+                self._go_down(now_s, began_s=self._silent_from_s, died_s=self._silent_from_s)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it is down by the word of a door, which may refuse one batch's lines for reasons of their own."""
+        return self.is_down and self._silence > 0
+
+    def ask_again(self, now_s: float) -> None:
+        """Probe at once, and soon again: there is a batch that has not been refused yet, and will have a turn."""
+        if self.is_silent:
+            self._probe_at_s = now_s
             self._probe_every_s = PROBE_FIRST_S
-            self._probe_at_s = now_s + PROBE_FIRST_S
+
+    def _go_down(self, now_s: float, *, began_s: float, died_s: float) -> None:
+        """`died_s` is when what was sent before proves nothing any more."""
+        self.is_down = True
+        self._began_s = began_s
+        self._died_s = died_s
+        self._ended_s = math.inf
+        self._is_probing = False
+        self._probe_every_s = PROBE_FIRST_S
+        self._probe_at_s = now_s + PROBE_FIRST_S
+
+    def _end_probe(self, now_s: float) -> None:
+        # Without a probe on its way this is a straggler from before the death.
+        if self._is_probing:
+            self._is_probing = False
+            self._probe_every_s = min(PROBE_MAX_S, 2.0 * self._probe_every_s)
+            self._probe_at_s = now_s + self._probe_every_s
 
     def note_answer(self, started_at_s: float) -> None:
         """Take in a sign of life that a request sent at `started_at_s` brought; one sent since the death ends it."""
-        self._row = 0
+        self._row = self._silence = 0
         if self.is_down:
             if started_at_s > self._died_s:
                 self.is_down = False

@@ -20,12 +20,13 @@ from batchrunner.verdict import RetryPolicy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlet:
-    """An upstream by its name, its gate, and the models that it knows under other names."""
+    """An upstream by its name, its gate, the models that it knows under other names, and its address for people."""
 
     name: str
     upstream: Upstream
     gate: Gate
     aliases: Mapping[str, str] = field(default_factory=dict)
+    address: str = "the upstream"
 
 
 @dataclass(slots=True, kw_only=True)

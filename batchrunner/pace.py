@@ -6,12 +6,10 @@ Pure rules over measurements, with all times passed in; who may send at all is t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum, StrEnum, auto
+from enum import Enum, auto
 
-import msgspec
-
+from batchrunner.sampler import Bound, Sample
 from batchrunner.trouble import Advice, Trouble
 
 WINDOW_START = 16
@@ -44,81 +42,6 @@ CEILING_RETRY_FIRST_S = 5.0
 CEILING_RETRY_MAX_S = 20.0
 FLOOR_AGE_S = 6.0
 FLOOR_AGE_MAX_S = 60.0
-
-
-class Bound(StrEnum):
-    """What keeps the window from being larger, in one word for people."""
-
-    GROWING = "growing"
-    THROUGHPUT = "throughput"
-    REFUSALS = "refusals"
-    FAILURES = "failures"
-    MAXIMUM = "maximum"
-    PINNED = "pinned"
-    INPUT = "input"
-    MEMORY = "memory"
-    RATE = "rate"
-
-
-class Sample(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """What happened in one span of time that ends at `at_s`, in one process or in all.
-
-    `answered` counts answers of any status but 429, 503 and 529, and `latency_sum_s` sums their latencies; `refused`
-    counts 429, 503 and 529; `broken` timeouts and lost connections. `in_flight_mean` is the time-mean of requests in
-    flight, `was_full` its share of the window, at most 1, and `short_of` says what was missing when that is low.
-
-    A place that was refused must stay empty until the window was asked again (or for 50 ms): an upstream that refuses
-    within a millisecond would otherwise be asked a thousand times a second by each place too many.
-    """
-
-    at_s: float
-    span_s: float
-    answered: int = 0
-    refused: int = 0
-    broken: int = 0
-    latency_sum_s: float = 0.0
-    in_flight_mean: float = 0.0
-    was_full: float = 1.0
-    short_of: Bound = Bound.INPUT
-
-
-def merged(samples: Sequence[Sample]) -> Sample:
-    """Give one sample for several processes over the same span; at least one.
-
-    Samples of spans that overlap only in part may be given, as long as each is given exactly once: over several rounds
-    their mean span adds up to the time that has passed.
-    """
-    span_s = sum(sample.span_s for sample in samples) / len(samples)
-    in_flight_s = sum(sample.in_flight_mean * sample.span_s for sample in samples)
-    room_s = sum(sample.in_flight_mean * sample.span_s / max(sample.was_full, 1e-3) for sample in samples)
-    return Sample(
-        at_s=max(sample.at_s for sample in samples),
-        span_s=span_s,
-        answered=sum(sample.answered for sample in samples),
-        refused=sum(sample.refused for sample in samples),
-        broken=sum(sample.broken for sample in samples),
-        latency_sum_s=sum(sample.latency_sum_s for sample in samples),
-        in_flight_mean=in_flight_s / span_s,
-        was_full=min(1.0, in_flight_s / room_s) if room_s > 0.0 else 0.0,
-        short_of=min(samples, key=lambda sample: sample.was_full).short_of,
-    )
-
-
-def joined(samples: Sequence[Sample]) -> Sample:
-    """Give one sample for consecutive spans of one process; at least one."""
-    span_s = sum(sample.span_s for sample in samples)
-    in_flight_s = sum(sample.in_flight_mean * sample.span_s for sample in samples)
-    return Sample(
-        at_s=samples[-1].at_s,
-        span_s=span_s,
-        answered=sum(sample.answered for sample in samples),
-        refused=sum(sample.refused for sample in samples),
-        broken=sum(sample.broken for sample in samples),
-        latency_sum_s=sum(sample.latency_sum_s for sample in samples),
-        in_flight_mean=in_flight_s / span_s,
-        was_full=sum(sample.was_full * sample.span_s for sample in samples) / span_s,
-        short_of=min(samples, key=lambda sample: sample.was_full).short_of,
-    )
 
 
 class _Aim(Enum):
@@ -189,7 +112,7 @@ class Window:
 
     A size is held, a larger one is tried now and then, a smaller one when nothing known says that it would cost
     throughput. Each trial waits until the answers are those of its size and ends when the outcome is clear. Refusals
-    shrink at once, unless shrinking proves to be no cure. Do not feed it while the upstream is down.
+    shrink at once, unless shrinking proves to be no cure, or that the upstream was about to go down.
     """
 
     pinned: int | None = None
@@ -218,9 +141,12 @@ class Window:
     _refusals: Trouble = field(init=False)
     _breakages: Trouble = field(init=False)
     _patient_until_s: float = field(init=False, default=-math.inf)
+    # The size at the last answer.
+    _sound: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.size = self.pinned if self.pinned is not None else min(self.start, self.size_max)
+        self._sound = self.size
         self._trial = _Trial(_Aim.HOLD, self.size, -math.inf)
         self._refusals = Trouble(tolerated=0.0, habit_max=0.2, shrinks_max=4, block=50)
         self._breakages = Trouble(tolerated=0.1, habit_max=0.6, shrinks_max=2, block=20, is_late=True)
@@ -231,6 +157,11 @@ class Window:
         """Take in what the last span (about 100 ms) brought; `size` and `bound_by` may change."""
         if self.pinned is not None:
             return
+        if sample.is_down:
+            self._forget_trouble(sample.at_s)
+            return
+        if sample.answered:
+            self._sound = self.size
         if self._is_troubled(sample):
             return
         trial = self._trial
@@ -472,6 +403,12 @@ class Window:
     def _restore(self, size: int, at_s: float) -> None:
         self._ceiling = math.inf
         self._restart(size, at_s)
+
+    def _forget_trouble(self, at_s: float) -> None:
+        self._refusals.forget()
+        self._breakages.forget()
+        if self.size != self._sound:
+            self._restore(self._sound, at_s)
 
     def _restart(self, size: int, at_s: float) -> None:
         """Go to a size without a claim about it; the next hold measures it anew."""

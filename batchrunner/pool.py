@@ -14,9 +14,9 @@ from batchrunner.caller import Caller
 from batchrunner.limits import DEATHS_ALONE, OUTAGE_SPAN_S, estimate_tokens
 from batchrunner.models import NO_USAGE, Attempt, RecordKind, Usage
 from batchrunner.outlets import Outlet, Shared
-from batchrunner.pace import FULL_LEAST, Bound, Sample
+from batchrunner.pace import FULL_LEAST
 from batchrunner.results import ReplyFacts, reply_facts
-from batchrunner.sampler import Sampler
+from batchrunner.sampler import Bound, Sample, Sampler
 from batchrunner.shards import ShardRun
 from batchrunner.stash import Board
 from batchrunner.verdict import (
@@ -24,11 +24,10 @@ from batchrunner.verdict import (
     Accept,
     GiveUp,
     RetryAfter,
-    is_sign_of_life,
+    is_silent,
     is_unreached,
     judge,
     suspicion,
-    unreached_since_s,
 )
 from batchrunner.work import Waiting, Work
 
@@ -53,11 +52,9 @@ class Pool:
         self.bound_by: str | None = None
         self.waiting = Waiting()
         self.in_flight: set[Work] = set()
-        # What the last attempt met that found nobody.
-        self.contact_message = ""
         self._shared = shared
         self._board, self._clock, self._lanes, self._tally = shared.board, shared.clock, shared.lanes, shared.tally
-        self._caller = Caller(outlet.upstream, outlet.gate.outage, outlet.aliases)
+        self.caller = Caller(outlet)
         self._allowed = 0
         # Places that were refused lately stay empty until the window was asked again, which takes a while over a pipe:
         # an upstream that refuses at once would be asked a thousand times a second by each place too many.
@@ -67,6 +64,7 @@ class Pool:
         self._slot_count = 0
         self._knocking: asyncio.Task[None] | None = None
         self._wants_knock = False
+        self._was_down = False
         self.sampler = Sampler(shared.clock.monotonic_s())
 
     # -- how it stands -----------------------------------------------------------------------------------------------
@@ -107,7 +105,8 @@ class Pool:
 
     def take_sample(self) -> Sample:
         """Give what happened since the last sample, for the window's controller."""
-        return self.sampler.take(self._clock.monotonic_s(), self.effective_window, self.short_of())
+        now_s, window = self._clock.monotonic_s(), self.effective_window
+        return self.sampler.take(now_s, window, self.short_of(), is_down=self.is_down)
 
     def short_of(self) -> Bound:
         """What keeps the window from being full, if anything does."""
@@ -135,6 +134,9 @@ class Pool:
         """Follow the window; about twenty times a second."""
         now_s = self._clock.monotonic_s()
         self.sampler.note_in_flight(now_s, len(self.in_flight))
+        if self._was_down and not self.is_down:
+            self.waiting.hurry(now_s)
+        self._was_down = self.is_down
         if self._shared.is_closed:
             return
         self._allowed = self.effective_window
@@ -266,10 +268,14 @@ class Pool:
         return work
 
     def _probing_line(self, now_s: float) -> Work | None:
-        """Give the line that costs least if it fails: if possible one that is no suspect."""
+        """Give the line that costs least if it fails: if possible one that is no suspect. Where only one batch may be
+        refused, they take turns.
+        """
         first = self.waiting.first()
         is_suspect = first is not None and first.failed_at_s is not None
-        if is_suspect and not self._shared.journal.is_full and (other := self._turn()) is not None:
+        if is_silent := self.gate.outage.is_silent:
+            self._note_due(now_s)
+        if (is_suspect or is_silent) and not self._shared.journal.is_full and (other := self._turn()) is not None:
             return other
         while (waiting := self.waiting.take()) is not None:
             work = self._settled_death(waiting, now_s)
@@ -283,18 +289,11 @@ class Pool:
         try:
             if not (outage.is_down and outage.may_send(self._clock.monotonic_s())):
                 return
-            answer = await self.upstream.knock()
+            is_back = await self.caller.knock(len(self.in_flight))
         finally:
             self._knocking, self._wants_knock = None, False
-        if is_sign_of_life(answer):
-            outage.note_answer(answer.started_at_s)
-            self.gate.first_contact.note_answer()
+        if is_back:
             self.wake()
-            return
-        now_s = self._clock.monotonic_s()
-        outage.note_failure(now_s, len(self.in_flight) + 1)
-        self.gate.first_contact.note_failure(now_s)
-        self.contact_message = answer.message or f"status {answer.status}"
 
     def _note_due(self, now_s: float) -> None:
         """Let retries that are due have their batches' turns."""
@@ -349,7 +348,7 @@ class Pool:
         work.task = asyncio.current_task()
         self._tally.attempts += 1
         try:
-            attempt = await self._caller.send(work)
+            attempt = await self.caller.send(work)
         except asyncio.CancelledError:
             if not work.is_aborted or work.task is None:
                 raise
@@ -426,18 +425,14 @@ class Pool:
     def _note_failure(self, work: Work, attempt: Attempt, now_s: float) -> None:
         gate, error = self.gate, attempt.error
         self._tally.failures[str(error or attempt.status)] += 1
-        if is_unreached(attempt):
-            gate.outage.note_failure(now_s, len(self.in_flight) + 1)
-            gate.first_contact.note_failure(unreached_since_s(attempt))
-            self.contact_message = attempt.message or f"status {attempt.status}"
-            self.sampler.broken += 1
-        elif error is not None:
+        in_flight = len(self.in_flight) + 1
+        self.caller.note_failure(work, attempt, now_s, in_flight=in_flight, line_count=in_flight + self.waiting_count)
+        if error is not None or is_unreached(attempt):
             self.sampler.broken += 1
         elif attempt.status in REFUSALS:
             self.sampler.refused += 1
             self._refused_places += 1
             if attempt.retry_after_s is not None:
-                in_flight = len(self.in_flight) + 1
                 asked_s = min(attempt.retry_after_s, self._shared.policy.retry_after_max_s)
                 gate.cooldown.ask(now_s, asked_s, in_flight=in_flight, uniform=self._shared.rng.uniform())
         else:
@@ -457,6 +452,7 @@ class Pool:
             work.waits += 1
         if attempt.error is None and not 200 <= attempt.status < 300:
             work.generation += 1
+        work.is_held = is_silent(attempt) or (self.is_down and is_unreached(attempt))
         self._tally.retries += 1
         work.run.retry_count += 1
         self._put_back(work, now_s + wait_s, is_for_another=work.failed_at_s is None)

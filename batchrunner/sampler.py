@@ -2,10 +2,93 @@
 
 from __future__ import annotations
 
-from batchrunner.pace import Bound, Sample
+from collections.abc import Sequence
+from enum import StrEnum
+
+import msgspec
 
 _SMOOTH_S = 1.0
 _ASKING_S = 0.5
+
+
+class Bound(StrEnum):
+    """What keeps the window from being larger, in one word for people."""
+
+    GROWING = "growing"
+    THROUGHPUT = "throughput"
+    REFUSALS = "refusals"
+    FAILURES = "failures"
+    MAXIMUM = "maximum"
+    PINNED = "pinned"
+    INPUT = "input"
+    MEMORY = "memory"
+    RATE = "rate"
+
+
+class Sample(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """What happened in one span of time that ends at `at_s`, in one process or in all.
+
+    `answered` counts answers of any status but 429, 503 and 529, and `latency_sum_s` sums their latencies; `refused`
+    counts 429, 503 and 529; `broken` timeouts and lost connections. `in_flight_mean` is the time-mean of requests in
+    flight, `was_full` its share of the window, at most 1, and `short_of` says what was missing when that is low. While
+    the upstream `is_down` nothing of it says what the window should be.
+
+    A place that was refused must stay empty until the window was asked again (or for 50 ms): an upstream that refuses
+    within a millisecond would otherwise be asked a thousand times a second by each place too many.
+    """
+
+    at_s: float
+    span_s: float
+    answered: int = 0
+    refused: int = 0
+    broken: int = 0
+    latency_sum_s: float = 0.0
+    in_flight_mean: float = 0.0
+    was_full: float = 1.0
+    short_of: Bound = Bound.INPUT
+    is_down: bool = False
+
+
+def merged(samples: Sequence[Sample]) -> Sample:
+    """Give one sample for several processes over the same span; at least one.
+
+    Samples of spans that overlap only in part may be given, as long as each is given exactly once: over several rounds
+    their mean span adds up to the time that has passed.
+    """
+    span_s = sum(sample.span_s for sample in samples) / len(samples)
+    in_flight_s = sum(sample.in_flight_mean * sample.span_s for sample in samples)
+    room_s = sum(sample.in_flight_mean * sample.span_s / max(sample.was_full, 1e-3) for sample in samples)
+    return Sample(
+        at_s=max(sample.at_s for sample in samples),
+        span_s=span_s,
+        answered=sum(sample.answered for sample in samples),
+        refused=sum(sample.refused for sample in samples),
+        broken=sum(sample.broken for sample in samples),
+        latency_sum_s=sum(sample.latency_sum_s for sample in samples),
+        in_flight_mean=in_flight_s / span_s,
+        was_full=min(1.0, in_flight_s / room_s) if room_s > 0.0 else 0.0,
+        short_of=min(samples, key=lambda sample: sample.was_full).short_of,
+        # A process without lines to send does not know.
+        is_down=any(sample.is_down for sample in samples) and not any(sample.answered for sample in samples),
+    )
+
+
+def joined(samples: Sequence[Sample]) -> Sample:
+    """Give one sample for consecutive spans of one process; at least one."""
+    span_s = sum(sample.span_s for sample in samples)
+    in_flight_s = sum(sample.in_flight_mean * sample.span_s for sample in samples)
+    return Sample(
+        at_s=samples[-1].at_s,
+        span_s=span_s,
+        answered=sum(sample.answered for sample in samples),
+        refused=sum(sample.refused for sample in samples),
+        broken=sum(sample.broken for sample in samples),
+        latency_sum_s=sum(sample.latency_sum_s for sample in samples),
+        in_flight_mean=in_flight_s / span_s,
+        was_full=sum(sample.was_full * sample.span_s for sample in samples) / span_s,
+        short_of=min(samples, key=lambda sample: sample.was_full).short_of,
+        is_down=samples[-1].is_down,
+    )
 
 
 class Sampler:
@@ -52,7 +135,7 @@ class Sampler:
         """Guess how many lines are handed out, at most, while the store is asked."""
         return int(4 * window + _ASKING_S * self.per_s)
 
-    def take(self, now_s: float, window: int, short_of: Bound) -> Sample:
+    def take(self, now_s: float, window: int, short_of: Bound, *, is_down: bool = False) -> Sample:
         """Give the sample and begin the next one."""
         self.note_in_flight(now_s, self._in_flight)
         span_s = max(1e-6, now_s - self._began_s)
@@ -68,6 +151,7 @@ class Sampler:
             in_flight_mean=mean,
             was_full=min(1.0, mean / max(1, window)),
             short_of=short_of,
+            is_down=is_down,
         )
         self._began_s = now_s
         self._area = 0.0

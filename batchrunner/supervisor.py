@@ -15,9 +15,10 @@ import msgspec
 from batchrunner.errors import DiskFull, StoreUnavailable, WorkerLost
 from batchrunner.holdings import LiveUse, UpstreamLive
 from batchrunner.metrics import Tally, tally_from_wire
-from batchrunner.pace import Sample, Window, joined, merged
+from batchrunner.pace import Window
 from batchrunner.ports import Clock
 from batchrunner.processes import ChildProcess, Grace
+from batchrunner.sampler import Sample, joined, merged
 from batchrunner.settings import Settings, targets_of
 
 logger = logging.getLogger(__name__)

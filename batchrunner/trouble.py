@@ -85,6 +85,10 @@ class Trouble:
         self.habit_at_s = at_s
         return Advice.RESTORE
 
+    def forget(self) -> None:
+        """Judge nothing by the failures since the last judgement."""
+        self.failed = self.attempts = 0
+
     def _turn_page(self) -> None:
         self.failed_before += self.failed
         self.attempts_before += self.attempts

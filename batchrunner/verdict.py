@@ -23,6 +23,7 @@ CONNECTION_ERRORS = frozenset({AttemptError.NOT_CONNECTED, AttemptError.RESET})
 GATEWAY_ERRORS = frozenset({502, 521, 522, 523})
 # What a gateway may say without having asked its server: 503 and 504 come from a server that is full or slow as well.
 _UNSURE_OF_LIFE = GATEWAY_ERRORS | {503, 504}
+_TIMEOUTS = frozenset({AttemptError.TIMEOUT_TOTAL, AttemptError.TIMEOUT_IDLE})
 TRANSIENT_4XX = frozenset({408, 409, 425})
 MEDIA_TYPES = ("audio/", "image/", "video/", "application/octet-stream")
 # Servers that answer an unknown model with 400 name it by this code. Source: OpenAI API, error code `model_not_found`.
@@ -133,6 +134,16 @@ def unreached_since_s(attempt: Attempt) -> float:
     return attempt.started_at_s + attempt.elapsed_s
 
 
+def is_late(attempt: Attempt) -> bool:
+    """Tell whether no answer came in time: the line may ask for too much, or nobody be there."""
+    return attempt.error in _TIMEOUTS or (attempt.error is None and attempt.status == 504)
+
+
+def is_silent(attempt: Attempt) -> bool:
+    """Tell whether a door may have answered behind which nobody is; not if it says when to come back."""
+    return attempt.error is None and attempt.status == 503 and attempt.retry_after_s is None
+
+
 def is_sign_of_life(attempt: Attempt) -> bool:
     """Tell whether only a living upstream answers so, however badly."""
     return attempt.error is None and attempt.status not in _UNSURE_OF_LIFE
@@ -142,7 +153,8 @@ def nobody_there(attempt: Attempt) -> Attempt:
     """Give an exchange as one that did not reach the upstream, which uses up no line's try."""
     return Attempt(
         error=AttemptError.NOT_CONNECTED,
-        message=attempt.message or f"status {attempt.status}",
+        status=attempt.status,
+        message=attempt.message,
         started_at_s=attempt.started_at_s,
         elapsed_s=attempt.elapsed_s,
     )
@@ -270,14 +282,12 @@ _ERROR_WORDS = {
     AttemptError.ABORTED: "the request was aborted on our side",
 }
 
-# Here the transport's own words say all that ours do, with the numbers.
-_TIMEOUTS = (AttemptError.TIMEOUT_TOTAL, AttemptError.TIMEOUT_IDLE)
-
 
 def _describe(attempt: Attempt, *, has_error: bool) -> str:
     """Say what happened, with the transport's own words behind; never a byte of the body."""
     status = attempt.status
     if attempt.error in _TIMEOUTS and attempt.message:
+        # The transport's own words say all that ours do, with the numbers.
         return attempt.message
     if attempt.error is not None:
         what = f"{_ERROR_WORDS[attempt.error]} after {attempt.elapsed_s:.1f} s"

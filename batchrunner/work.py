@@ -23,13 +23,14 @@ class Work:
 
     `failed_at_s` is the moment of a failed attempt that has not been counted yet: whether it was the line's own or
     part of the upstream's death shows only a moment later, so it is counted when the line is due again. `last` is then
-    the verdict that stands if it was the line's own. `is_excused`: it is sent next without being blamed. `model` and
-    `route` are known only where there is a choice of upstreams.
+    the verdict that stands if it was the line's own. `is_excused`: it is sent next without being blamed. `is_held`: it
+    waits for an upstream that may be down, and no longer than that. `model` and `route` are known only where there is
+    a choice of upstreams.
     """
 
     __slots__ = (
-        "cost_tokens", "deaths", "failed_at_s", "generation", "is_aborted", "is_excused", "last", "line", "model",
-        "route", "run", "task", "tries", "waits",
+        "cost_tokens", "deaths", "failed_at_s", "generation", "is_aborted", "is_excused", "is_held", "last",
+        "line", "model", "route", "run", "task", "tries", "waits",
     )  # fmt: skip
 
     def __init__(self, run: ShardRun, line: RequestLine) -> None:
@@ -46,6 +47,7 @@ class Work:
         self.last: tuple[Attempt, GiveUp] | None = None
         self.is_aborted = False
         self.is_excused = False
+        self.is_held = False
         self.task: asyncio.Task[None] | None = None
 
     def open_asset(self, content_type: str) -> AssetSink:
@@ -110,6 +112,13 @@ class Waiting:
     def put_alone(self, work: Work) -> None:
         """Keep a line until nothing else is left to send."""
         self._alone.append(work)
+
+    def hurry(self, now_s: float) -> None:
+        """Let the lines that waited for their upstream become due, now that it is back."""
+        self._heap = [
+            (min(due_s, now_s) if work.is_held else due_s, serial, work) for due_s, serial, work in self._heap
+        ]
+        heapq.heapify(self._heap)
 
     def is_due(self, now_s: float) -> bool:
         """Whether a line has become due since it was put here."""

@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import sqlite3
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -74,6 +75,25 @@ async def test_upstream_that_is_down_for_a_while_is_waited_for_and_uses_no_try(t
 
         assert ended.code == 0, ended.stderr
         assert "waiting:" in ended.stderr
+        assert "going on" in ended.stderr
+        run.check(repeats_max=0)
+
+
+async def test_upstream_that_answers_503_to_everything_for_a_while_is_waited_for(tmp_path: Path) -> None:
+    """A proxy stands before a server that starts anew, or the server is there and loads its model."""
+    async with bench(tmp_path, latency="50ms") as run:
+        run.write_input(LINES)
+
+        command = await run.start("--max-tries", "1")
+        await run.reach(lambda stats: stats.ok >= 100, command)
+        up = run.simulator.settings
+        run.simulator.change(replace(up, is_down=True))
+        said = await command.said("waiting:")
+        run.simulator.change(up)
+        ended = await command.ended()
+
+        assert f"upstream_down: {run.simulator.url} answers 503 to everything" in said
+        assert ended.code == 0, ended.stderr
         assert "going on" in ended.stderr
         run.check(repeats_max=0)
 

@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from batchrunner.pace import Bound, Sample, Window
+from batchrunner.pace import Window
+from batchrunner.sampler import Bound, Sample
 
 TICK_S = 0.1
 

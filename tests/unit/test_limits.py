@@ -348,6 +348,79 @@ def test_stragglers_do_not_lengthen_the_backoff() -> None:
     assert outage.may_send(0.25)
 
 
+def silent_outage(lines: int, *, in_flight: int = 1, line_count: int = 100) -> Outage:
+    outage = Outage()
+    outage.note_silence(10.0, 9.0, 0, in_flight=in_flight, line_count=line_count)
+    for line in range(lines):
+        outage.note_silence(11.0 + line / 100, 10.995 + line / 100, line, in_flight=in_flight, line_count=line_count)
+    return outage
+
+
+@pytest.mark.parametrize(("line_count", "lines_min"), [(100, 8), (3, 3), (1, 2)])
+def test_silence_of_many_lines_or_of_all_but_never_of_one_is_an_outage(line_count: int, lines_min: int) -> None:
+    assert not silent_outage(lines_min - 1, line_count=line_count).is_down
+
+    outage = silent_outage(lines_min, line_count=line_count)
+
+    assert outage.is_down
+    assert outage.is_silent
+    assert outage.covers(10.0)
+
+
+def test_one_line_that_is_refused_many_times_is_no_outage() -> None:
+    outage = Outage()
+    for moment in range(100):
+        outage.note_silence(float(moment), moment - 0.1, "line", in_flight=1, line_count=1)
+
+    assert not outage.is_down
+
+
+def test_silence_is_no_outage_while_anything_is_under_way_that_is_older() -> None:
+    outage = silent_outage(8, in_flight=2)
+    assert not outage.is_down
+
+    outage.note_silence(12.0, 10.9, 9, in_flight=1, line_count=100)
+    assert outage.is_down
+
+
+def test_silence_of_less_than_a_second_is_no_outage() -> None:
+    outage = Outage()
+    for moment in range(99):
+        outage.note_silence(moment / 100, (moment - 0.5) / 100, moment, in_flight=1, line_count=100)
+    assert not outage.is_down
+
+    outage.note_silence(1.0, 0.9, 100, in_flight=1, line_count=100)
+    assert outage.is_down
+
+
+def test_any_answer_begins_the_silence_anew() -> None:
+    outage = silent_outage(7)
+    outage.note_answer(5.0)
+    for line in range(8):
+        outage.note_silence(11.5, 11.4, line, in_flight=1, line_count=100)
+
+    assert not outage.is_down
+
+
+def test_silence_ends_with_an_answer_to_whatever_was_sent_since_it_began() -> None:
+    outage = silent_outage(8)
+    outage.note_answer(9.9)
+    assert outage.is_down
+
+    outage.note_answer(10.1)
+    assert not outage.is_down
+    assert not outage.is_silent
+
+
+def test_new_batch_is_asked_for_at_once_in_a_silence_only() -> None:
+    silent, dead = silent_outage(8), dead_outage(at_s=11.0)
+    for outage in (silent, dead):
+        outage.ask_again(11.1)
+
+    assert silent.may_send(11.1)
+    assert not dead.may_send(11.1)
+
+
 def test_the_first_answer_to_a_probe_ends_the_outage() -> None:
     outage = dead_outage(at_s=0.0)
     assert outage.may_send(0.3)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from batchrunner.pace import WINDOW_START, Bound, Sample, Window, merged
+from batchrunner.pace import WINDOW_START, Window
+from batchrunner.sampler import Bound, Sample, merged
 from batchrunner.trouble import Advice, Trouble
 from tests.unit.queueing import Loop, Server, Service, batching, constant, lognormal, uniform
 
@@ -226,6 +227,31 @@ def test_after_a_spell_of_refusals_the_window_recovers() -> None:
     loop.run_until(80)
 
     assert loop.rate(70, 80) >= 0.9 * 64 / LATENCY_S
+
+
+def test_what_the_window_lost_while_its_upstream_went_down_comes_back() -> None:
+    window = Window(start=64)
+    window.observe(Sample(at_s=0.1, span_s=0.1, answered=30, latency_sum_s=6.0, in_flight_mean=64.0))
+    for tick in range(2, 20):
+        window.observe(Sample(at_s=tick / 10, span_s=0.1, refused=window.size, was_full=0.1))
+    assert window.size <= 4
+
+    for tick in range(20, 100):
+        window.observe(Sample(at_s=tick / 10, span_s=0.1, refused=1, was_full=0.1, is_down=True))
+    window.observe(Sample(at_s=10.0, span_s=0.1, answered=30, latency_sum_s=6.0, in_flight_mean=64.0))
+
+    assert window.size == 64
+    assert window.bound_by is not Bound.REFUSALS
+
+
+def test_upstream_is_down_for_all_when_one_process_finds_it_so_and_none_gets_an_answer() -> None:
+    idle = Sample(at_s=1.0, span_s=0.1)
+    down = Sample(at_s=1.0, span_s=0.1, refused=1, is_down=True)
+    answered = Sample(at_s=1.0, span_s=0.1, answered=1)
+
+    assert merged([idle, down]).is_down
+    assert not merged([answered, down]).is_down
+    assert not merged([idle, idle]).is_down
 
 
 def test_timeouts_by_the_score_shrink_the_window() -> None:

@@ -18,7 +18,8 @@ from batchrunner.clock import SystemClock
 from batchrunner.errors import WorkerLost
 from batchrunner.holdings import LiveUse
 from batchrunner.metrics import Tally
-from batchrunner.pace import Sample, Window
+from batchrunner.pace import Window
+from batchrunner.sampler import Sample
 from batchrunner.settings import Settings
 from batchrunner.supervisor import Activity, Part, Report, Share, Supervisor, encode_message
 from batchrunner.targets import Target

@@ -19,7 +19,9 @@ from batchrunner.verdict import (
     RetryAfter,
     RetryPolicy,
     Verdict,
+    is_late,
     is_sign_of_life,
+    is_silent,
     is_unreached,
     judge,
     parse_retry_after,
@@ -341,6 +343,28 @@ def test_gateway_that_answers_in_place_of_its_server_tells_of_nobody(status: int
 def test_answer_that_server_or_gateway_may_have_given_proves_neither_life_nor_death(status: int) -> None:
     assert not is_unreached(answer(status))
     assert not is_sign_of_life(answer(status))
+
+
+@pytest.mark.parametrize(
+    ("attempt", "late", "silent"),
+    [
+        (answer(503), False, True),
+        (answer(504), True, False),
+        (failed(E.TIMEOUT_TOTAL), True, False),
+        (failed(E.TIMEOUT_IDLE), True, False),
+        (answer(503, retry_after_s=1.0), False, False),
+        (answer(500), False, False),
+        (answer(502), False, False),
+        (answer(429), False, False),
+        (failed(E.RESET), False, False),
+        (failed(E.TRUNCATED, status=503), False, False),
+    ],
+)
+def test_door_answers_503_without_a_time_to_come_back_and_what_comes_too_late_is_another_thing(
+    attempt: Attempt, late: bool, silent: bool
+) -> None:
+    assert is_late(attempt) is late
+    assert is_silent(attempt) is silent
 
 
 @pytest.mark.parametrize("status", [200, 400, 401, 404, 429, 500, 529])
