@@ -76,6 +76,19 @@ def open_adapters(folder: Path, settings: Settings | None = None) -> Adapters:
     )
 
 
+def open_to_read(folder: Path, settings: Settings) -> Adapters:
+    """Open a folder for one thread that only reads, which a full disk does not hinder. Raises as `open_adapters`."""
+    try:
+        return open_adapters(folder, settings)
+    except DiskFull as error:
+        clock, rng = SystemClock(), SystemRng()
+        try:
+            store = SqliteStore.open_alone(folder / "state.db", clock)
+        except StoreUnavailable:
+            raise error from None
+        return Adapters(blobs=open_blobs(folder, settings, clock, rng), store=store, clock=clock, rng=rng)
+
+
 def schema_versions(folder: Path) -> tuple[str | None, str]:
     """Tell the schema of a folder's database, None without one, and this program's. Changes nothing. Blocks."""
     path = folder / "state.db"

@@ -14,7 +14,8 @@ import click
 from batchrunner import __version__
 from batchrunner.cli.ending import Ending
 from batchrunner.cli.exits import ExitCode
-from batchrunner.errors import BatchrunnerError
+from batchrunner.durable import FULL
+from batchrunner.errors import BatchrunnerError, DiskFull
 
 # Name -> (module, one line of help). The help stands here so that listing the commands imports none of them.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -101,6 +102,10 @@ def main(arguments: list[str] | None = None) -> Any:
         code = ExitCode.TROUBLE
     except BatchrunnerError as error:
         code = ending.failed(error)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        code = ending.failed(DiskFull(f"{error.filename or 'the disk'}: {error.strerror}"))
     except BaseExceptionGroup as group:
         first = _first_error(group)
         if first is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -9,6 +10,7 @@ import shlex
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,36 +28,47 @@ from batchrunner.cli.preparing import Prepared
 from batchrunner.cli.run_folder import Fingerprint, fingerprint
 from batchrunner.cli.run_request import RunRequest
 from batchrunner.cli.summary import ErrorGroup, Outcome, Summary, counts_of, exit_code_for, given_up_because, usage_of
-from batchrunner.durable import sync_folder, write_whole
+from batchrunner.durable import FULL, sync_folder, write_whole
 from batchrunner.errors import BlobsUnavailable, DiskFull
 from batchrunner.lifecycle import TERMINAL
 from batchrunner.models import Batch, File
 from batchrunner.ports import TenantScope
+from batchrunner.room import Room
 
 _SAMPLES = 3
 _TOP = 5
 _COPY_BYTES = 1 << 22
 _KERNEL_BYTES = 1 << 30
+# What the file system itself may need for a file.
+_MARGIN_BYTES = 1 << 16
 # The kernel, the file system or the pair of file systems cannot.
 _NO_KERNEL_COPY = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM})
 _NONE: Mapping[Path, File] = {}
 
 
-def finish(request: RunRequest, prepared: Prepared, runner: Runner, scope: TenantScope, outcome: Outcome) -> Summary:
-    """Export what a batch that has ended holds, write the manifest, remember the end. Blocks."""
+def finish(
+    request: RunRequest, prepared: Prepared, runner: Runner, scope: TenantScope, outcome: Outcome, *, room: Room
+) -> Summary:
+    """Export what a batch that has ended holds, write the manifest, remember the end. Blocks.
+
+    Raises:
+        DiskFull: there was no room, and nobody waits any more; the next run does it.
+    """
     batch = outcome.batch
     if batch.status not in TERMINAL or given_up_because(batch) is not None:
-        prepared.folder.save(prepared.record)
+        # What the next run needs of it was written when this one began.
+        with contextlib.suppress(DiskFull):
+            prepared.folder.save(prepared.record)
         return _summary(request, prepared, outcome, batch, None, code=outcome.code or ExitCode.TROUBLE)
-    folded = fold(runner, scope, prepared.record.batches, prepared.folder.path)
+    folded = room.until_done(partial(fold, runner, scope, prepared.record.batches, prepared.folder.path))
     batch = folded.batch
     code = exit_code_for(batch)
     if batch.total_count:
-        _export(request, prepared, runner, folded, _sealed_files(prepared, scope, folded))
+        _export(request, prepared, runner, folded, _sealed_files(prepared, scope, folded), room=room)
         prepared.record.finished_exit_code = int(code)
     summary = _summary(request, prepared, outcome, batch, folded, code=code)
     prepared.record.summary = orjson.dumps(msgspec.to_builtins(summary)).decode()
-    prepared.folder.save(prepared.record)
+    room.until_done(partial(prepared.folder.save, prepared.record))
     return summary
 
 
@@ -78,19 +91,20 @@ def assets_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.assets")
 
 
-def _export_assets(prepared: Prepared, runner: Runner) -> None:
+def _export_assets(prepared: Prepared, runner: Runner, room: Room) -> None:
     """Copy the media answers of all batches of the run beside OUTPUT; none, no folder."""
     blobs, folder = runner.adapters.blobs, assets_folder(prepared.assets_base)
     address = prepared.places.objects.get(prepared.assets_base)
     for batch_id in prepared.record.batches:
         for name in blobs.list(f"assets/{batch_id}/asset_"):
             if address is not None:
-                _store_asset(prepared.places, blobs.path(name), address.beside(folder.name).below(Path(name).name))
+                below = address.beside(folder.name).below(Path(name).name)
+                room.until_done(partial(_store_asset, prepared.places, blobs.path(name), below), is_there=_never)
                 continue
             folder.mkdir(exist_ok=True)
             target = folder / Path(name).name
             if not target.exists():
-                _place(blobs.path(name), target)
+                _place_in(room, blobs.path(name), target)
 
 
 def _store_asset(places: Places, source: Path, address: S3Address) -> None:
@@ -107,20 +121,22 @@ def _sealed_files(prepared: Prepared, scope: TenantScope, folded: Folded) -> dic
     return {path: scope.file(file_id) for path, file_id in pairs if path is not None and file_id is not None}
 
 
-def _export(request: RunRequest, prepared: Prepared, runner: Runner, folded: Folded, sealed: dict[Path, File]) -> None:
+def _export(
+    request: RunRequest, prepared: Prepared, runner: Runner, folded: Folded, sealed: dict[Path, File], *, room: Room
+) -> None:
     """Put the files at their places, OUTPUT last: whoever sees it sees the errors and the manifest too."""
     crash.point("export.before")
-    _export_assets(prepared, runner)
+    _export_assets(prepared, runner, room)
     exported: dict[str, Fingerprint] = {}
     if folded.errors is None:
         _clear(prepared, prepared.errors_path)
     else:
-        exported |= _put(prepared, folded.errors, prepared.errors_path, sealed)
+        exported |= _put(prepared, folded.errors, prepared.errors_path, sealed, room)
     crash.point("export.errors_placed")
-    _write_manifest(prepared, runner, folded, sealed)
+    room.until_done(partial(_write_manifest, prepared, runner, folded, sealed))
     crash.point("export.manifest_written")
     if not request.is_streaming:
-        exported |= _put(prepared, folded.output, prepared.output_path, sealed)
+        exported |= _put(prepared, folded.output, prepared.output_path, sealed, room)
         crash.point("export.output_placed")
     prepared.record.exported = exported
 
@@ -134,14 +150,34 @@ def _clear(prepared: Prepared, target: Path) -> None:
         prepared.places.remove(address)
 
 
-def _put(prepared: Prepared, source: Path | None, target: Path, sealed: Mapping[Path, File]) -> dict[str, Fingerprint]:
+def _put(
+    prepared: Prepared, source: Path | None, target: Path, sealed: Mapping[Path, File], room: Room
+) -> dict[str, Fingerprint]:
     """Have the bytes of `source` at a place, on this disk or in a bucket. Raises as `_place`."""
     address = prepared.places.objects.get(target)
     if address is None:
-        return _place(source, target, sealed)
+        return _place_in(room, source, target, sealed)
     if source is not None and source.stat().st_size != (wanted := _size_bytes(source, sealed)):
         raise BlobsUnavailable(f"{source} has {source.stat().st_size:,} bytes, {wanted:,} were sealed")
-    return prepared.places.store(source, address)
+    return room.until_done(partial(prepared.places.store, source, address), is_there=_never)
+
+
+def _place_in(
+    room: Room, source: Path | None, target: Path, sealed: Mapping[Path, File] = _NONE
+) -> dict[str, Fingerprint]:
+    """Place a file as soon as there is room for it."""
+
+    def is_there() -> bool:
+        space = os.statvfs(target.parent)
+        needed = source.stat().st_size if source is not None else 0
+        return space.f_bavail * space.f_frsize >= needed + _MARGIN_BYTES
+
+    return room.until_done(partial(_place, source, target, sealed), is_there=is_there)
+
+
+def _never() -> bool:
+    """Stands where nothing tells of room, and trying is dear."""
+    return False
 
 
 def _place(source: Path | None, target: Path, sealed: Mapping[Path, File] = _NONE) -> dict[str, Fingerprint]:
@@ -167,7 +203,7 @@ def _place(source: Path | None, target: Path, sealed: Mapping[Path, File] = _NON
         sync_folder(target.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        kind = DiskFull if error.errno == errno.ENOSPC else BlobsUnavailable
+        kind = DiskFull if error.errno in FULL else BlobsUnavailable
         hint = "Every result is kept. Make room, or mend the folder, then run the same command again."
         raise kind(f"{target} cannot be written: {error.strerror}", hint=hint) from error
     return {str(target.resolve()): fingerprint(target)}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from batchrunner.app import Runner
 from batchrunner.choosing import custom_id_of, numbered_lines, read_id
+from batchrunner.durable import telling_full
 from batchrunner.errors import ReconciliationError
 from batchrunner.models import Batch, BatchId, FileId, Order, Usage
 from batchrunner.pipeline import read_blob
@@ -88,11 +89,11 @@ def _fold_in(base: _Layer, child: _Layer, folder: Path, suffix: str, *, places: 
     output = folder / f"folded-{suffix}.jsonl"
     errors = folder / f"folded-{suffix}.errors.jsonl"
     parts = (_lines(base.output), _lines(child.output))
-    with output.open("wb") as writing:
+    with telling_full(output), output.open("wb") as writing:
         writing.writelines(chain(*parts) if places is None else _by_input(places, *parts))
     healed = {read_id(line).custom_id for line in _lines(child.output)}
     again = {read_id(line).custom_id: line for line in _lines(child.errors)}
-    with errors.open("wb") as writing:
+    with telling_full(errors), errors.open("wb") as writing:
         for line in _lines(base.errors):
             custom_id = read_id(line).custom_id
             if custom_id is None or custom_id not in healed:

@@ -13,6 +13,7 @@ import click
 
 from batchrunner.blobs.s3_address import S3Address, is_s3, parse_address
 from batchrunner.cli.run_folder import Fingerprint
+from batchrunner.durable import telling_full
 from batchrunner.errors import OutputExists, UsageError
 from batchrunner.settings import Settings
 
@@ -72,7 +73,7 @@ class Places:
         """Copy the input into a file, whole or not at all."""
         assert self.source is not None
         temporary = target.with_name(f".{target.name}.tmp")
-        with self.open() as files:
+        with telling_full(temporary), self.open() as files:
             files.fetch(self.source, temporary)
         temporary.replace(target)
 

@@ -19,7 +19,7 @@ from batchrunner.blobs.s3_address import is_s3
 from batchrunner.cli.console import say
 from batchrunner.cli.run_folder import RunFolder, RunRecord
 from batchrunner.cli.server_address import is_batch_id, server_of, server_option
-from batchrunner.cli.server_folder import open_store
+from batchrunner.cli.server_folder import open_store_to_read
 from batchrunner.errors import NotFound, UsageError
 from batchrunner.frames import Damage, read_payload
 from batchrunner.lifecycle import TERMINAL
@@ -126,7 +126,7 @@ def open_run(path: Path) -> Iterator[OpenRun]:
         raise NotFound(f"{folder.record_path} is not there: {path} is no run folder", hint="Name OUTPUT.run of a run.")
     if not (folder.path / "state.db").is_file():
         raise NotFound(f"{folder.path / 'state.db'} is not there: this run has not started")
-    with open_store(folder.path) as adapters:
+    with open_store_to_read(folder.path) as adapters:
         yield OpenRun(folder, record, adapters.blobs, adapters.store.scope(LOCAL_TENANT))
 
 

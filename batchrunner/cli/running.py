@@ -7,9 +7,11 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,10 +30,11 @@ from batchrunner.cli.preparing import Prepared, prepare
 from batchrunner.cli.run_folder import RunFolder
 from batchrunner.cli.run_request import RunRequest, check_request, state_path
 from batchrunner.cli.streaming import LineStream
-from batchrunner.cli.summary import Outcome, given_up_because, report
+from batchrunner.cli.summary import Outcome, Summary, given_up_because, report
 from batchrunner.errors import (
     AuthenticationRefused,
     BatchrunnerError,
+    DiskFull,
     ModelUnknown,
     NotFound,
     TaskParked,
@@ -40,6 +43,7 @@ from batchrunner.errors import (
 from batchrunner.lifecycle import TERMINAL, BatchStatus
 from batchrunner.models import LOCAL_TENANT, Batch, BatchId, NewBatch, OnInvalid, OnUnknown, Order, PauseReason
 from batchrunner.ports import TenantScope
+from batchrunner.room import Room
 from batchrunner.settings import Settings, parse_duration, targets_of
 from batchrunner.supervisor import Live
 from batchrunner.tuning import tune_process
@@ -123,6 +127,8 @@ class _Run:
         self._api_keys = api_keys
         self._stop = _Stop()
         self._interrupts = 0
+        self._interrupted = threading.Event()
+        self._waits_for_room = False
         self._panel = Panel(is_json=request.is_json)
         self._ending = ending
         self._crew: Crew | None = None
@@ -156,7 +162,9 @@ class _Run:
                 reason=self._stop.reason,
                 error=self._stop.error,
             )
-            summary = await asyncio.to_thread(export.finish, self._request, self._prepared, runner, scope, outcome)
+            summary = await self._finish(runner, scope, outcome)
+        if summary is None:
+            return self._ending.interrupted()
         if batch.status in TERMINAL:
             await _tell(self._prepared, batch.id, self._settings)
         report(summary, batch=batch, reason=outcome.reason, is_json=self._request.is_json)
@@ -165,6 +173,25 @@ class _Run:
             say(f"  next: {self._request.same_command}")
             return ExitCode.TROUBLE
         return ExitCode(summary.exit_code)
+
+    async def _finish(self, runner: Runner, scope: TenantScope, outcome: Outcome) -> Summary | None:
+        """Write the files, waiting for room where there is none; None when that was interrupted."""
+        room = Room(pause=self._interrupted.wait, tell=self._tell_room)
+        finish = partial(export.finish, self._request, self._prepared, runner, scope, outcome, room=room)
+        try:
+            return await asyncio.to_thread(finish)
+        except DiskFull:
+            if not self._interrupts:
+                raise
+            return None
+
+    def _tell_room(self, error: DiskFull | None) -> None:
+        """Say once what is waited for, and once that it is there."""
+        if error is not None and not self._waits_for_room:
+            self._panel.say(f"waiting: {error.code}: {error}")
+        elif error is None and self._waits_for_room and not self._interrupts:
+            self._panel.say("going on")
+        self._waits_for_room = error is not None
 
     def _stream(self, runner: Runner, scope: TenantScope) -> LineStream | None:
         if not self._request.is_streaming:
@@ -269,6 +296,7 @@ class _Run:
     def interrupt(self, number: int) -> None:
         """Take in SIGINT or SIGTERM: drain and sum up, or at the second one end at once."""
         self._interrupts += 1
+        self._interrupted.set()
         self._stop = _Stop(ExitCode.INTERRUPTED, "interrupted")
         is_first, word = self._interrupts == 1, signal.Signals(number).name
         if self._crew is None or not self._is_crew_working:

@@ -45,10 +45,26 @@ def home_folder() -> Path:
 def open_store(folder: Path) -> Iterator[Adapters]:
     """Open the folder's store for a while, beside a server or run or without one."""
     from batchrunner.app import open_adapters
+
+    with _closing(open_adapters, folder) as adapters:
+        yield adapters
+
+
+@contextmanager
+def open_store_to_read(folder: Path) -> Iterator[Adapters]:
+    """Open it for this thread alone, which only reads; a full disk is no hindrance."""
+    from batchrunner.app import open_to_read
+
+    with _closing(open_to_read, folder) as adapters:
+        yield adapters
+
+
+@contextmanager
+def _closing(opened: Callable[[Path, Settings], Adapters], folder: Path) -> Iterator[Adapters]:
     from batchrunner.cli.configuring import load_settings
 
     settings, _ = load_settings({})
-    adapters = open_adapters(folder, settings)
+    adapters = opened(folder, settings)
     try:
         yield adapters
     finally:

@@ -76,7 +76,7 @@ def translated(error: SQLAlchemyError) -> BatchrunnerError:
     """Give the error in our words; anything but a full disk or an unreachable file is a bug of ours."""
     cause = error.orig if isinstance(error, DBAPIError) else None
     code = getattr(cause, "sqlite_errorcode", None)
-    if isinstance(code, int) and code & 0xFF == sqlite3.SQLITE_FULL:
+    if isinstance(code, int) and (code & 0xFF == sqlite3.SQLITE_FULL or code == sqlite3.SQLITE_IOERR_SHMSIZE):
         return DiskFull(f"the database cannot grow: {cause}")
     if isinstance(code, int) and code & 0xFF in _UNAVAILABLE:
         return StoreUnavailable(f"the database does not answer: {cause}")
@@ -110,15 +110,18 @@ def require_local_disk(path: Path, *, mounts: Path = _MOUNTS) -> None:
         raise FolderUnsuitable(f"{path} lies on {point}, which is {kind}: the database needs a local disk")
 
 
-def _connect(path: Path, *, is_reader: bool) -> sqlite3.Connection:
+def _connect(path: Path, *, is_reader: bool, is_alone: bool = False) -> sqlite3.Connection:
     connection = sqlite3.connect(
         path,
-        timeout=_BUSY_TIMEOUT_S if is_reader else _LOOK_S,
+        timeout=_BUSY_TIMEOUT_S if is_reader and not is_alone else _LOOK_S,
         isolation_level=None,
         check_same_thread=False,
         cached_statements=256,
     )
     try:
+        if is_alone:
+            # Before anything is read: then the index of the log is kept in memory.
+            connection.execute("PRAGMA locking_mode=EXCLUSIVE")
         connection.execute("PRAGMA foreign_keys=ON")
         connection.execute("PRAGMA synchronous=FULL")
         if is_reader:
@@ -148,14 +151,14 @@ def _begin_immediate(conn: Connection) -> None:
     conn.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _engine(path: Path, *, is_reader: bool, connections: int) -> Engine:
+def _engine(path: Path, *, is_reader: bool, connections: int, is_alone: bool = False) -> Engine:
     engine = create_engine(
         "sqlite://",
-        creator=partial(_connect, path, is_reader=is_reader),
+        creator=partial(_connect, path, is_reader=is_reader, is_alone=is_alone),
         poolclass=QueuePool,
         pool_size=connections,
         # Each thread reads at its own time, and how many there are is for whoever starts them.
-        max_overflow=0 if not is_reader else -1,
+        max_overflow=0 if is_alone or not is_reader else -1,
         pool_reset_on_return=None if is_reader else "rollback",
         isolation_level="AUTOCOMMIT" if is_reader else None,
     )
@@ -234,11 +237,11 @@ class SqliteRenewer:
 class SqliteStore(SqlStore):
     """Store in one file of a local disk, shared by the processes of one host. Methods may be called from any thread."""
 
-    def __init__(self, path: Path, clock: Clock) -> None:
+    def __init__(self, path: Path, clock: Clock, *, is_alone: bool = False) -> None:
         super().__init__(clock)
         self._path = path
         self._writer = Writer(path, self.availability)
-        self._readers = _engine(path, is_reader=True, connections=_READERS)
+        self._readers = _engine(path, is_reader=True, connections=1 if is_alone else _READERS, is_alone=is_alone)
 
     @classmethod
     def open(cls, path: Path, clock: Clock) -> SqliteStore:
@@ -254,6 +257,24 @@ class SqliteStore(SqlStore):
         store = cls(path, clock)
         try:
             store.prepare()
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    @classmethod
+    def open_alone(cls, path: Path, clock: Clock) -> SqliteStore:
+        """Open a file of this version that no other process has open, for one thread to read: on a full disk there may
+        be no room for what processes share beside it.
+
+        Raises:
+            SchemaNewer: it has another version.
+            StoreUnavailable: another process has it open, or it cannot be read.
+        """
+        store = cls(path, clock, is_alone=True)
+        try:
+            with store.reading() as conn:
+                schema.check(conn)
         except BaseException:
             store.close()
             raise

@@ -216,6 +216,7 @@ def failure(code: int) -> DBAPIError:
     ("code", "expected"),
     [
         (sqlite3.SQLITE_FULL, DiskFull),
+        (sqlite3.SQLITE_IOERR_SHMSIZE, DiskFull),
         (sqlite3.SQLITE_BUSY, StoreUnavailable),
         (sqlite3.SQLITE_BUSY_SNAPSHOT, StoreUnavailable),
         (sqlite3.SQLITE_LOCKED, StoreUnavailable),
@@ -617,3 +618,19 @@ def test_whoever_shares_a_database_may_go_on_to(path: Path) -> None:
     SqliteStore.open(path, SystemClock()).close()
 
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_file_that_nobody_has_open_is_read_without_anything_beside_it(path: Path) -> None:
+    clock = SystemClock()
+    with contextlib.closing(SqliteStore.open(path, clock)):
+        pass
+
+    with contextlib.closing(SqliteStore.open_alone(path, clock)) as store:
+        assert list(store.scope(LOCAL_TENANT).batches(limit=1)) == []
+        assert not path.with_name(f"{path.name}-shm").exists()
+
+
+def test_file_that_somebody_has_open_is_not_opened_alone(path: Path) -> None:
+    clock = SystemClock()
+    with contextlib.closing(SqliteStore.open(path, clock)), pytest.raises(StoreUnavailable):
+        SqliteStore.open_alone(path, clock)
