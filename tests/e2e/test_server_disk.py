@@ -13,11 +13,13 @@ import pytest
 from tests.e2e.harness import freeze
 from tests.e2e.served import TERMINAL, Server, Site, site
 from tests.e2e.small_disk import fill_up, needs_root, small_disk
+from tests.hostile.peer import until
 
 LINES = 2_000
 WINDOW = 16
 # One commit group and what was in flight, for each kill.
 REPEATS_PER_KILL = WINDOW + 256
+RESERVE_BYTES = 4 << 20
 FLAGS = ("--workers", "1", "--concurrency", str(WINDOW))
 
 pytestmark = [pytest.mark.slow, needs_root]
@@ -49,6 +51,11 @@ async def stand_still(here: Site, server: Server) -> None:
         return await server.ready()
 
     await server.when(ready_while_full, lambda found: "disk_full" in found[1]["checks"]["workers"].get("detail", ""))
+
+
+def free_bytes(here: Site) -> int:
+    space = os.statvfs(here.folder)
+    return space.f_bavail * space.f_frsize
 
 
 def reserve_of(here: Site) -> Path:
@@ -108,17 +115,20 @@ async def test_batch_is_cancelled_out_of_the_reserve_of_a_full_disk(tmp_path: Pa
 async def test_seal_keeps_its_claim_and_waits_for_room(tmp_path: Path) -> None:
     async with site_on_a_small_disk(tmp_path) as here:
         server = await here.serve(*FLAGS)
-        batch_id = await server.submit(here.write_input(LINES))
-        await here.simulator.wait_until(lambda stats: stats.ok >= LINES - 200)
         await server.when(server.ready, lambda _: reserve_of(here).exists())
+        batch_id = await server.submit(here.write_input(LINES))
+        await here.simulator.wait_until(lambda stats: stats.ok >= LINES // 2)
         worker = server.worker()
         freeze(here.data / "state.db", worker)
         fill_up(ballast_of(here))
-        await server.when(server.ready, lambda _: not reserve_of(here).exists())
-        fill_up(ballast_of(here))
-        # Room for the lines under way and what the database says of them, but not for all results once more.
-        results = sum(path.stat().st_size for path in (here.data / "blobs" / "journal").rglob("*.seg"))
-        os.truncate(ballast_of(here), ballast_of(here).stat().st_size - results * 3 // 4)
+        # The server gives its reserve up, whose name goes before its space does.
+        await until(lambda: free_bytes(here) > RESERVE_BYTES // 2)
+        journal = sum(path.stat().st_size for path in (here.data / "blobs" / "journal").rglob("*.seg"))
+        results = journal * LINES // here.simulator.stats().ok
+        # Room for the lines to come and what the database says of them, but not for all results once more.
+        room = results - journal + results * 6 // 10
+        with ballast_of(here).open("ab") as ballast:
+            ballast.write(bytes(free_bytes(here) - room))
         worker.resume()
 
         blocked = await server.batch_when(batch_id, lambda batch: "blocked_by" in batch and batch["blocked_by"])
