@@ -70,20 +70,16 @@ def prepare(request: RunRequest, settings: Settings) -> Prepared:
 def _prepare_locked(request: RunRequest, folder: RunFolder, settings: Settings) -> Prepared:
     output, errors = request.output_path, errors_path(request)
     old = folder.load()
-    source, hashed, mark = _source(request, folder, old)
-    new = RunRecord(
-        input=_shown_input(request),
-        input_sha256=hashed.sha256,
-        input_bytes=hashed.size_bytes,
-        line_count_up_to=hashed.line_count_up_to,
-        fingerprint=mark,
-        output=request.places.shown(output),
-        errors=request.places.shown(errors),
-        endpoint=request.endpoint,
-        on_invalid=request.on_invalid,
-        on_unknown=request.on_unknown,
-    )
-    record = _same_or_new(folder, settings, old, new)
+    kept = folder.path.resolve() / "input.jsonl"
+    # Only the input of this very run takes the place of its copy: one that is refused must not.
+    offered = kept.with_name(".input.jsonl.new")
+    try:
+        source, hashed, mark = _source(request, old, kept, offered)
+        record = _same_or_new(folder, settings, old, _record(request, hashed, mark))
+        if source == offered:
+            source = offered.replace(kept)
+    finally:
+        offered.unlink(missing_ok=True)
     if not record.batches and not request.is_fresh:
         for path, what in ((output, "OUTPUT"), (errors, "the errors file")):
             is_stream = request.is_streaming and what == "OUTPUT"
@@ -98,6 +94,21 @@ def _prepare_locked(request: RunRequest, folder: RunFolder, settings: Settings) 
         line_count_up_to=hashed.line_count_up_to,
         output_path=output,
         errors_path=errors,
+    )
+
+
+def _record(request: RunRequest, hashed: Hashed, mark: Fingerprint | None) -> RunRecord:
+    return RunRecord(
+        input=_shown_input(request),
+        input_sha256=hashed.sha256,
+        input_bytes=hashed.size_bytes,
+        line_count_up_to=hashed.line_count_up_to,
+        fingerprint=mark,
+        output=request.places.shown(request.output_path),
+        errors=request.places.shown(errors_path(request)),
+        endpoint=request.endpoint,
+        on_invalid=request.on_invalid,
+        on_unknown=request.on_unknown,
     )
 
 
@@ -125,28 +136,33 @@ def _same_or_new(folder: RunFolder, settings: Settings, old: RunRecord | None, n
     return old
 
 
-def _source(request: RunRequest, folder: RunFolder, old: RunRecord | None) -> tuple[Path, Hashed, Fingerprint | None]:
-    """Find the plain input file; what was hashed before and looks unchanged is not read again."""
-    spooled = folder.path.resolve() / "input.jsonl"
+def _source(
+    request: RunRequest, old: RunRecord | None, kept: Path, offered: Path
+) -> tuple[Path, Hashed, Fingerprint | None]:
+    """Find the plain input file; what was hashed before and looks unchanged is not read again.
+
+    One that came packed, from stdin or from a bucket is the copy `kept`, or a new one in `offered`.
+    """
     if request.is_from_stdin:
-        write_pieces(spooled, _piped())
-        return spooled, hash_file(spooled), None
+        write_pieces(offered, _piped())
+        return offered, hash_file(offered), None
     path, places = request.input_path, request.places
     mark = fingerprint(path) if places.source is None else places.mark(places.source)
-    is_known = old is not None and old.fingerprint == mark
+    known = old if old is not None and old.fingerprint == mark else None
     is_packed = path.suffix in PACKED
-    is_spooled = is_packed or places.source is not None
-    if is_spooled and not (is_known and spooled.is_file()):
+    is_copied = is_packed or places.source is not None
+    if is_copied and not (known is not None and kept.is_file()):
         if places.source is not None:
-            path = folder.path / f"fetched{path.suffix}" if is_packed else spooled
+            path = kept.with_name(f"fetched{path.suffix}") if is_packed else offered
             places.fetch_source(path)
         if is_packed:
-            write_pieces(spooled, plain(path))
+            write_pieces(offered, plain(path))
         if is_packed and places.source is not None:
             path.unlink()
-    source = spooled if is_spooled else path.resolve()
-    if is_known and old is not None:
-        return source, Hashed(old.input_sha256, old.input_bytes, old.line_count_up_to), mark
+        return offered, hash_file(offered), mark
+    source = kept if is_copied else path.resolve()
+    if known is not None:
+        return source, Hashed(known.input_sha256, known.input_bytes, known.line_count_up_to), mark
     return source, hash_file(source), mark
 
 

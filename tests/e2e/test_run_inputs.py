@@ -34,6 +34,25 @@ async def test_packed_input_is_run_and_resumed(tmp_path: Path, suffix: str) -> N
         run.check(repeats_max=0)
 
 
+async def test_a_refused_packed_input_does_not_replace_that_of_the_run(tmp_path: Path) -> None:
+    async with bench(tmp_path, latency="5ms") as run:
+        run.write_input(LINES)
+        packed, original = tmp_path / "in.jsonl.gz", tmp_path / "original"
+        packed.write_bytes(gzip.compress(run.input.read_bytes()))
+        arguments = ["run", str(packed), "-o", str(run.output), "-u", run.simulator.url]
+
+        held = await (await start([*arguments, "--limit", "50"], tmp_path, {})).ended()
+        packed.rename(original)
+        packed.write_bytes(gzip.compress(chat_line(1)))
+        refused = await (await start(arguments, tmp_path, {})).ended()
+        # The very file, which looks as it did.
+        original.replace(packed)
+        ended = await (await start(arguments, tmp_path, {})).ended()
+
+        assert (held.code, refused.code, ended.code) == (6, 2, 0), ended.stderr
+        run.check(repeats_max=0)
+
+
 async def test_broken_packed_input_is_a_usage_error(tmp_path: Path) -> None:
     async with bench(tmp_path) as run:
         packed = tmp_path / "in.jsonl.gz"
