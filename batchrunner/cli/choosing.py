@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from batchrunner.app import Runner
 from batchrunner.choosing import failed_ids, write_chosen
 from batchrunner.cli.folding import fold
@@ -13,6 +15,11 @@ from batchrunner.ports import TenantScope
 from batchrunner.seal import refused_numbers
 
 
+def not_finished() -> UsageError:
+    """Give the refusal to run failed lines again while others have not run at all."""
+    return UsageError("--retry-failed: this run has not finished yet", hint="Run it without --retry-failed first.")
+
+
 def choose_failed(runner: Runner, scope: TenantScope, prepared: Prepared, wanted: str) -> str:
     """Write the line numbers of the failed lines into a blob and give its name. Blocks.
 
@@ -21,7 +28,7 @@ def choose_failed(runner: Runner, scope: TenantScope, prepared: Prepared, wanted
     """
     record, blobs = prepared.record, runner.adapters.blobs
     if not record.batches or record.finished_exit_code is None:
-        raise UsageError("--retry-failed: this run has not finished yet", hint="Run it without --retry-failed first.")
+        raise not_finished()
     codes = None if wanted == "all" else {code.strip() for code in wanted.split(",")}
     folded = fold(runner, scope, record.batches, prepared.folder.path)
     failed: set[str] = set()
@@ -41,6 +48,7 @@ def choose_failed(runner: Runner, scope: TenantScope, prepared: Prepared, wanted
     )
     if count == 0:
         raise UsageError(
-            f"--retry-failed: no failed line{'' if codes is None else f' with code {wanted}'} to run again"
+            f"--retry-failed: no failed line{'' if codes is None else f' with code {wanted}'} to run again",
+            hint=f"`batchrunner errors {shlex.quote(str(prepared.folder.path))}` shows what failed, and how.",
         )
     return name

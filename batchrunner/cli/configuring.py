@@ -46,6 +46,15 @@ def check_upstreams(settings: Settings) -> None:
         join_url(target.base_url, "/v1/chat/completions")
 
 
+def check_endpoint(settings: Settings, endpoint: str | None) -> None:
+    """Refuse an --endpoint that no line may name. Raises: UsageError."""
+    if endpoint is not None and endpoint not in settings.endpoints:
+        raise UsageError(
+            f"--endpoint {endpoint}: lines may go to {', '.join(settings.endpoints)}",
+            hint="Name one of these; the setting `endpoints` says which there are.",
+        )
+
+
 def config_paths() -> list[Path]:
     """The config files that are looked at, strongest first."""
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")

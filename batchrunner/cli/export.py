@@ -325,6 +325,10 @@ def _next_command(request: RunRequest, prepared: Prepared, batch: Batch, code: E
                 return f"batchrunner errors {shlex.quote(str(prepared.folder.path))}"
             return f"{request.same_command} --retry-failed"
         case ExitCode.INPUT_INVALID if batch.status in TERMINAL:
-            return f"batchrunner validate {shlex.quote(prepared.record.input)}"
+            # What was on stdin or in a bucket cannot be named there, but the run has a copy.
+            has_name = not request.is_from_stdin and request.places.source is None
+            source = prepared.record.input if has_name else str(prepared.folder.path / prepared.source.name)
+            rules = [] if request.endpoint is None else ["--endpoint", request.endpoint]
+            return f"batchrunner validate {shlex.join([source, *rules])}"
         case _:
             return request.same_command

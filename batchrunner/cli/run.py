@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from batchrunner.blobs.s3_address import S3Address
-from batchrunner.cli.configuring import check_upstreams, check_webhook_url, load_settings, read_api_keys
+from batchrunner.cli.configuring import check_endpoint, check_upstreams, check_webhook_url, load_settings, read_api_keys
 from batchrunner.cli.ending import Ending
 from batchrunner.cli.exits import ExitCode
 from batchrunner.cli.inputs import PACKED
@@ -157,6 +157,7 @@ def run(ending: Ending, /, input_place: Path | S3Address, output_place: Path | S
             hint="Give -u URL or set OPENAI_BASE_URL; without a server, try `batchrunner simulate`.",
         )
     check_upstreams(settings)
+    check_endpoint(settings, request.endpoint)
     _check_webhook(settings)
     code = run_to_end(request, settings, read_api_keys(settings), ending)
     sys.exit(int(code or ExitCode.OK))

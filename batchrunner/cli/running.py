@@ -21,7 +21,7 @@ from batchrunner import crash
 from batchrunner.app import Crew, Runner
 from batchrunner.child import arm_crash_point
 from batchrunner.cli import export
-from batchrunner.cli.choosing import choose_failed
+from batchrunner.cli.choosing import choose_failed, not_finished
 from batchrunner.cli.console import counted, say
 from batchrunner.cli.ending import Ending
 from batchrunner.cli.exits import MEANINGS, ExitCode
@@ -209,6 +209,8 @@ class _Run:
                 # What it has is paid: nothing is begun anew unless somebody says so.
                 return batch
             if batch is not None and batch.status is not BatchStatus.FAILED:
+                if request.retry_failed is not None and batch.parent_id is None:
+                    raise not_finished()
                 scope.resume(batch.id)
                 scope.adjust(batch.id, hold_at=request.limit, order=self._order(is_retry=batch.parent_id is not None))
                 return scope.batch(batch.id)

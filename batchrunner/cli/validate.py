@@ -15,7 +15,7 @@ import click
 import msgspec
 import orjson
 
-from batchrunner.cli.configuring import load_settings
+from batchrunner.cli.configuring import check_endpoint, load_settings
 from batchrunner.cli.console import say
 from batchrunner.cli.exits import ExitCode
 from batchrunner.cli.inputs import pieces_of, plain
@@ -44,6 +44,7 @@ def validate(*, input_path: Path, endpoint: str | None, is_json: bool) -> None:
     Exit codes: 0 sound, 5 there are problems.
     """
     settings, _ = load_settings({})
+    check_endpoint(settings, endpoint)
     clock = SystemClock()
     began_s = clock.monotonic_s()
     with ExitStack() as stack:

@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,6 +117,19 @@ def test_a_rejected_input_is_called_so(url, tmp_path):
     assert called.code == 5
     assert "input invalid: 31 problems, nothing was sent\n" in called.err
     assert f"next: batchrunner validate {EVERY_ERROR}" in called.err
+
+
+@pytest.mark.slow
+def test_the_command_after_a_rejection_finds_the_same_problems(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("run", "-", "-o", "out.jsonl", "-u", url, "--endpoint", "/v1/embeddings")
+
+    rejected = call(*arguments, stdin=chat_line("a"))
+    command = rejected.err.splitlines()[-1].removeprefix("  next: batchrunner ")
+    validated = call(*shlex.split(command))
+
+    assert (rejected.code, validated.code) == (5, 5), command
+    assert validated.out.splitlines() == [line for line in rejected.err.splitlines() if line.startswith("line 1: ")]
 
 
 @pytest.mark.slow

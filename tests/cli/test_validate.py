@@ -38,6 +38,18 @@ def test_every_problem_of_the_sample_is_printed_and_exits_5():
     assert "32 problems" in called.err
 
 
+@pytest.mark.parametrize("arguments", [("validate",), ("run", "-o", "out.jsonl", "-u", "http://127.0.0.1:9/v1")])
+@pytest.mark.parametrize("endpoint", ["chat/completions", "http://localhost/v1/chat/completions", "/v1/../admin", ""])
+def test_an_endpoint_that_no_line_may_name_is_a_usage_error(tmp_path, arguments, endpoint):
+    (tmp_path / "in.jsonl").write_bytes(chat_line("a"))
+
+    called = call(*arguments, "in.jsonl", "--endpoint", endpoint)
+
+    assert called.code == 2
+    assert f"error: --endpoint {endpoint}: lines may go to /v1/chat/completions, " in called.err
+    assert not (tmp_path / "out.jsonl.run").exists()
+
+
 def test_json_is_one_object_with_every_problem():
     called = call("validate", SAMPLES / "every_error.jsonl", "--endpoint", CHAT, "--json")
 

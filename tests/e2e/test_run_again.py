@@ -189,8 +189,21 @@ async def test_retry_that_heals_every_line_removes_the_errors_file(tmp_path: Pat
         second = await run.run("--retry-failed=400")
 
         assert (first.code, nothing.code, second.code) == (3, 2, 0), second.stderr
+        assert f"hint: `batchrunner errors {run.output}.run` shows what failed" in nothing.stderr
         assert not run.errors.exists()
         run.check(repeats_max=0)
+
+
+async def test_a_run_that_has_not_finished_is_not_retried(tmp_path: Path) -> None:
+    async with bench(tmp_path) as run:
+        run.input.write_bytes(b"".join(chat_line(number, simulate=["400"]) for number in range(10)))
+
+        held = await run.run("--limit", "5")
+        refused = await run.run("--retry-failed")
+
+        assert (held.code, refused.code) == (6, 2), refused.stderr
+        assert "this run has not finished yet" in refused.stderr
+        assert run.simulator.stats().total == 5
 
 
 async def test_killed_retry_goes_on_and_ends_whole(tmp_path: Path) -> None:
