@@ -204,11 +204,13 @@ class FailureGroups:
             line = orjson.loads(raw)
         except orjson.JSONDecodeError as error:
             raise UsageError(f"line {self.total + 1:,} of the errors is not JSON: {error.msg}") from error
-        if not isinstance(line, dict) or "custom_id" not in line:
-            raise UsageError(
-                f"line {self.total + 1:,} is not a result line", hint="Name OUTPUT.run or OUTPUT.errors.jsonl."
-            )
-        self.add_failure(read_failure(line), _text(line.get("custom_id")), _text(line.get("id")))
+        hint = "Name OUTPUT.run or OUTPUT.errors.jsonl."
+        if not isinstance(line, dict) or "custom_id" not in line or line.keys().isdisjoint(("response", "error")):
+            raise UsageError(f"line {self.total + 1:,} is not a result line", hint=hint)
+        failure = read_failure(line)
+        if line.get("error") is None and failure.status is not None and 200 <= failure.status < 300:
+            raise UsageError(f"line {self.total + 1:,} has not failed: its status is {failure.status}", hint=hint)
+        self.add_failure(failure, _text(line.get("custom_id")), _text(line.get("id")))
 
     def add_failure(self, failure: Failure, custom_id: str | None, line_id: str | None) -> None:
         """Take one failure; `line_id` is the id of its result line, None where it has none."""

@@ -9,7 +9,7 @@ import click
 import orjson
 
 from batchrunner.cli.console import counted, say
-from batchrunner.cli.results import open_run
+from batchrunner.cli.results import folder_of, open_run
 from batchrunner.cli.run_folder import RunFolder, fingerprint
 from batchrunner.cli.server_address import is_batch_id, server_of, server_option
 from batchrunner.errors import NotFound
@@ -51,7 +51,11 @@ def tell_groups(total: int, groups: Sequence[Group], *, is_json: bool) -> None:
 
 
 def _failed_lines(source: Path) -> Iterator[bytes]:
-    """Give the failed lines of an errors file, of a finished run's own one, or of a run that has not ended."""
+    """Give the failed lines of an errors file, of a finished run's own one, or of a run that has not ended.
+
+    OUTPUT stands for its run.
+    """
+    source = folder_of(source)
     if source.is_file():
         yield from _of_file(source)
         return

@@ -50,7 +50,7 @@ def _gunzipped(path: Path) -> Iterator[bytes]:
         with gzip.open(path, "rb") as stream:
             yield from pieces_of(stream)
     except (OSError, EOFError) as error:
-        raise UsageError(f"{path} cannot be unpacked: {error}") from error
+        raise _cannot_unpack(path, str(error), tool="gzip") from error
 
 
 def _unzstandarded(path: Path) -> Iterator[bytes]:
@@ -67,7 +67,11 @@ def _unzstandarded(path: Path) -> Iterator[bytes]:
                     rest = frame.unused_data
                     frame = None if frame.eof else frame
     except (OSError, zstandard.ZstdError) as error:
-        raise UsageError(f"{path} cannot be unpacked: {error}") from error
+        raise _cannot_unpack(path, str(error), tool="zstd") from error
     if frame is not None:
         # What a reader of streams gives up to there looks like a whole file.
-        raise UsageError(f"{path} cannot be unpacked: it ends within a frame; is it cut short?")
+        raise _cannot_unpack(path, "it ends within a frame; is it cut short?", tool="zstd")
+
+
+def _cannot_unpack(path: Path, why: str, *, tool: str) -> UsageError:
+    return UsageError(f"{path} cannot be unpacked: {why}", hint=f"See what `{tool} -t {path}` says; pack it anew.")

@@ -120,7 +120,7 @@ def open_run(path: Path) -> Iterator[OpenRun]:
     Raises:
         NotFound: there is no run.
     """
-    folder = RunFolder(_folder_of(path))
+    folder = RunFolder(folder_of(path))
     record = folder.load()
     if record is None:
         raise NotFound(f"{folder.record_path} is not there: {path} is no run folder", hint="Name OUTPUT.run of a run.")
@@ -130,7 +130,8 @@ def open_run(path: Path) -> Iterator[OpenRun]:
         yield OpenRun(folder, record, adapters.blobs, adapters.store.scope(LOCAL_TENANT))
 
 
-def _folder_of(path: Path) -> Path:
+def folder_of(path: Path) -> Path:
+    """Give the run folder that belongs to an OUTPUT; a path that is none as it is."""
     if path.is_dir():
         return path
     beside = path.with_name(f"{path.name}.run")

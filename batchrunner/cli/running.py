@@ -266,7 +266,7 @@ class _Run:
             if batch.total_count
             else "starting"
         )
-        folder = self._prepared.folder.path
+        folder = shlex.quote(str(self._prepared.folder.path))
         return f"{done}; finished lines until the end: batchrunner results {folder}"
 
     # -- watch -------------------------------------------------------------------------------------------------------

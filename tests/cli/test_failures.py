@@ -156,6 +156,21 @@ def test_a_file_of_something_else_exits_2_and_names_the_line(tmp_path):
     assert "line 2 of the errors is not JSON" in called.err
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [(chat_line("a"), "line 2 is not a result line"), (error_line(2, status=200, body={}), "line 2 has not failed")],
+    ids=["input", "output"],
+)
+def test_a_file_of_other_lines_exits_2_and_names_the_first(tmp_path, line, says):
+    path = tmp_path / "e.jsonl"
+    path.write_bytes(error_line(1, code="connection_error") + line)
+
+    called = call("errors", path)
+
+    assert called.code == 2
+    assert says in called.err
+
+
 def test_a_missing_run_exits_1(tmp_path):
     assert call("errors", tmp_path / "nothing.run").code == 1
 
@@ -180,8 +195,10 @@ def test_a_run_folder_tells_the_same_before_and_after_its_end(tmp_path):
         before = call("errors", tmp_path / "out.jsonl.run", "--json").json
         ended = finish(spawn(*command, url))
     after = call("errors", tmp_path / "out.jsonl.run", "--json").json
+    by_output = call("errors", tmp_path / "out.jsonl", "--json").json
 
     assert ended.code == 3
+    assert by_output == after
     assert [(each["code"], each["count"]) for each in before["groups"]] == [("404 invalid_request_error", 3)]
     assert {each["code"]: each["count"] for each in after["groups"]} == {
         "404 invalid_request_error": 3,

@@ -245,6 +245,7 @@ def test_a_packed_input_that_is_cut_short_is_refused(suffix, is_late):
 
     assert called.code == 2
     assert f"cut{suffix} cannot be unpacked" in called.err
+    assert f" -t cut{suffix}`" in called.err
     assert not Path("out.jsonl.run/run.json").exists()
 
 

@@ -120,6 +120,19 @@ def test_a_rejected_input_is_called_so(url, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_command_of_the_first_line_can_be_typed_as_it_stands(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_bytes(chat_line("a"))
+
+    called = call("run", "in.jsonl", "-o", "my results.jsonl", "-u", url)
+    command = called.err.splitlines()[0].partition("batchrunner ")[2]
+    shown = call(*shlex.split(command))
+
+    assert (called.code, shown.code) == (0, 0), shown.err
+    assert "1 lines; the run has ended" in shown.err
+
+
+@pytest.mark.slow
 def test_the_command_after_a_rejection_finds_the_same_problems(url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ("run", "-", "-o", "out.jsonl", "-u", url, "--endpoint", "/v1/embeddings")
