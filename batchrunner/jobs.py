@@ -19,6 +19,8 @@ from batchrunner.models import Batch, BatchId, NewBatch, ShardCut
 
 # So many jobs a batch has at most. Source: inference.club's batches.
 JOBS_MAX = 256
+# Jobs join an intake batch in this part of its life only: the last to join has the rest of it.
+INTAKE_SHARE = 1 / 15
 
 
 class InferenceType(StrEnum):

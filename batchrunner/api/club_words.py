@@ -193,6 +193,8 @@ def counts_of(batch: Batch, *, in_flight: int) -> Mapping[JobStatus, int]:
 
 def club_batch(batch: Batch, counts: Mapping[JobStatus, int]) -> ClubBatch:
     """Show a batch whose jobs stand so."""
+    # Of a batch that was not made of jobs these are the counts of the other views, in which expired lines did not fail.
+    failed = counts[JobStatus.FAILED] if batch.has_jobs else batch.failed_count
     return ClubBatch(
         id=batch.id,
         label=label_of(batch),
@@ -205,7 +207,7 @@ def club_batch(batch: Batch, counts: Mapping[JobStatus, int]) -> ClubBatch:
         created=seconds_of(batch.created_at),
         canceled=counts[JobStatus.CANCELED],
         created_at=seconds_of(batch.created_at),
-        request_counts=RequestCounts(sum(counts.values()), counts[JobStatus.PROCESSED], counts[JobStatus.FAILED]),
+        request_counts=RequestCounts(sum(counts.values()), counts[JobStatus.PROCESSED], failed),
     )
 
 

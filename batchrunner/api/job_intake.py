@@ -23,7 +23,7 @@ from batchrunner.api.http import LONG_BODY_BYTES, ApiParts, Call
 from batchrunner.api.job_groups import JobLine
 from batchrunner.errors import QuotaExceeded
 from batchrunner.holdings import KeyId, KeyLimits, Replay
-from batchrunner.jobs import InferenceType, Job, NewJob
+from batchrunner.jobs import INTAKE_SHARE, InferenceType, Job, NewJob
 from batchrunner.lines import parse_line
 from batchrunner.models import CLUB, BatchId, LineProblem, NewBatch, ShardCut, TenantId
 from batchrunner.ports import TenantScope
@@ -99,6 +99,7 @@ class _Intake:
     def _batch(self) -> NewBatch:
         """Make what jobs join where the tenant has nothing that they could: an open batch that nobody is shown."""
         parts = self.parts
+        life_s = parts.settings.job_retention_s / (1 - INTAKE_SHARE)
         return NewBatch(
             id=BatchId(f"batch_{parts.rng.token_hex(16)}"),
             tenant=self.tenant,
@@ -107,7 +108,7 @@ class _Intake:
             input_file_id=None,
             source="",
             completion_window=None,
-            deadline_at=parts.clock.now() + timedelta(seconds=parts.settings.job_retention_s),
+            deadline_at=parts.clock.now() + timedelta(seconds=life_s),
             is_open=True,
             is_intake=True,
             created_by=self.key_id,

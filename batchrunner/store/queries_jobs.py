@@ -23,9 +23,9 @@ from sqlalchemy import (
 
 from batchrunner.additions import NewAddition
 from batchrunner.errors import NotFound, TransitionRefused
-from batchrunner.jobs import JobBatchCounts, NewJob
+from batchrunner.jobs import INTAKE_SHARE, JobBatchCounts, NewJob
 from batchrunner.lifecycle import ACTIVE_JOBS, RETRYABLE_JOBS, TERMINAL, BatchStatus, JobStatus
-from batchrunner.models import Batch, BatchId, NewExtent, RecordKind, TaskId, TenantId
+from batchrunner.models import Batch, BatchId, NewBatch, NewExtent, RecordKind, TaskId, TenantId
 from batchrunner.store.moments import Moment
 from batchrunner.store.tables import batches, jobs, tasks
 
@@ -42,10 +42,14 @@ def next_number(conn: Connection) -> str:
     return str(conn.execute(select(func.coalesce(func.max(batches.c.serial), 0) + 1)).scalar_one())
 
 
-def intake_of_tenant(conn: Connection, tenant: TenantId, moment: Moment) -> RowMapping | None:
-    """Find the batch that a tenant's jobs join now, locked."""
-    fresh = (batches.c.total_count < _INTAKE_LINES_MAX, batches.c.created_at > moment.wall - _INTAKE_AGE_MAX)
-    mine = (batches.c.tenant == tenant, batches.c.status == BatchStatus.IN_PROGRESS, batches.c.is_intake)
+def intake_of_tenant(conn: Connection, new: NewBatch, moment: Moment) -> RowMapping | None:
+    """Find the batch that a tenant's jobs join now, locked; None where they should rather join the `new` one."""
+    age_max = _INTAKE_AGE_MAX
+    if new.deadline_at is not None:
+        # What joins late must not find the deadline near.
+        age_max = min(age_max, (new.deadline_at - moment.wall) * INTAKE_SHARE)
+    fresh = (batches.c.total_count < _INTAKE_LINES_MAX, batches.c.created_at > moment.wall - age_max)
+    mine = (batches.c.tenant == new.tenant, batches.c.status == BatchStatus.IN_PROGRESS, batches.c.is_intake)
     query = select(batches).where(*mine, *fresh).order_by(batches.c.serial.desc()).limit(1)
     return conn.execute(query.with_for_update()).mappings().one_or_none()
 

@@ -100,7 +100,7 @@ class SqlTenantJobs(SqlTenantLines):
         moment: Moment,
         limits: KeyLimits,
     ) -> list[Job]:
-        row = queries_jobs.intake_of_tenant(conn, self._tenant, moment)
+        row = queries_jobs.intake_of_tenant(conn, intake, moment)
         if row is None:
             row = create_batch(conn, intake, moment, replay=None, limits=NO_LIMITS)
         return self._let_in(conn, row, lines, jobs, moment=moment, limits=limits)

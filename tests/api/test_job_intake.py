@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from batchrunner.api.http import Answer, Call, Route, json_answer
 from batchrunner.api.job_intake import submit
 from batchrunner.api.routes import ROUTES
 from batchrunner.blobs.local import LocalBlobs
+from batchrunner.clock import SystemClock
 from batchrunner.errors import DiskFull, StoreUnavailable
 from batchrunner.holdings import KeyLimits, KeyScope, Replay
 from batchrunner.housekeeping import clear
@@ -21,6 +24,7 @@ from batchrunner.jobs import InferenceType
 from batchrunner.lifecycle import JobStatus
 from batchrunner.models import BatchId, TenantId
 from batchrunner.ports import TenantScope
+from batchrunner.settings import Settings
 from batchrunner.store.tenant_jobs import SqlTenantJobs
 from tests.api.serving import Reply, Served, serving
 
@@ -204,3 +208,27 @@ async def test_callers_that_hang_up_leave_their_neighbours_alone(tmp_path: Path)
         stayed = [each for each in replies[1::2] if isinstance(each, Reply)]
         assert [each.status for each in stayed] == [202] * 20
         assert len({each.json["number"] for each in stayed}) == 20
+
+
+@dataclass(slots=True)
+class MovedClock(SystemClock):
+    """The machine's clock, put forward by hand."""
+
+    ahead_s: float = 0.0
+
+    def now(self) -> datetime:
+        return datetime.now(UTC) + timedelta(seconds=self.ahead_s)
+
+
+async def test_every_job_has_the_whole_retention_to_be_done(tmp_path: Path):
+    clock = MovedClock()
+    async with serving(tmp_path, settings=Settings(job_retention_s=3600.0), clock=clock, routes=TABLE) as api:
+        early = (await post(api, chat("early"))).json
+        clock.ahead_s = 55 * 60.0
+        late = (await post(api, chat("late"))).json
+        clock.ahead_s += 59 * 60.0
+
+        over = [batch_id for batch_id, _ in api.parts.store.sweep().moved]
+
+        assert early["batch_id"] in over
+        assert late["batch_id"] not in over

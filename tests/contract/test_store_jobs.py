@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -297,6 +297,21 @@ def test_intake_that_is_old_takes_no_more(world: World) -> None:
     (job,) = world.scope.add_jobs(intake(world, id=BatchId("later")), lines(1, source="add-2"), asked(1))
 
     assert (job.batch_id, job.line_number) == ("later", 1)
+
+
+def test_job_that_comes_late_does_not_join_an_intake_that_is_soon_over(world: World) -> None:
+    def deadline() -> datetime:
+        return world.clock.wall + timedelta(hours=1)
+
+    world.scope.add_jobs(intake(world, deadline_at=deadline()), lines(1), asked(1))
+    world.clock.advance(3 * 60)
+    (soon,) = world.scope.add_jobs(intake(world, deadline_at=deadline()), lines(1, source="add-2"), asked(1))
+    world.clock.advance(50 * 60)
+
+    late = intake(world, id=BatchId("later"), deadline_at=deadline())
+    (job,) = world.scope.add_jobs(late, lines(1, source="add-3"), asked(1))
+
+    assert (soon.batch_id, job.batch_id) == ("asked", "later")
 
 
 def test_tenants_have_intakes_of_their_own(world: World) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from batchrunner.api.club_words import STATUSES, ClubError, club_batch, counts_of, failure_of
 from batchrunner.api.envelope import Refusal, unparseable_json
+from batchrunner.batch_object import RequestCounts
 from batchrunner.lifecycle import BatchStatus, JobStatus
 from batchrunner.models import CLUB, LOCAL_TENANT, NO_USAGE, OPENAI, Batch, BatchId, LineCode
 from batchrunner.results import ResultLines
@@ -112,6 +113,15 @@ def test_a_batch_stands_as_its_jobs_do(counts: dict[JobStatus, int], expected: s
     found = club_batch(batch(BatchStatus.IN_PROGRESS, dialect=CLUB), dict.fromkeys(JobStatus, 0) | counts)
 
     assert found.status == expected
+
+
+def test_request_counts_are_those_of_the_other_views() -> None:
+    found = batch(BatchStatus.EXPIRED, total_count=4, succeeded_count=1, failed_count=1, expired_count=2)
+
+    seen = club_batch(found, counts_of(found, in_flight=0))
+
+    assert seen.failed == 3
+    assert seen.request_counts == RequestCounts(total=4, completed=1, failed=1)
 
 
 def test_a_failure_says_whose_it_is() -> None:
