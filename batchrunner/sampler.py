@@ -58,6 +58,20 @@ def merged(samples: Sequence[Sample]) -> Sample:
     span_s = sum(sample.span_s for sample in samples) / len(samples)
     in_flight_s = sum(sample.in_flight_mean * sample.span_s for sample in samples)
     room_s = sum(sample.in_flight_mean * sample.span_s / max(sample.was_full, 1e-3) for sample in samples)
+    was_full = min(1.0, in_flight_s / room_s) if room_s > 0.0 else 0.0
+    # A process without lines to send does not know.
+    is_down = any(sample.is_down for sample in samples) and not any(sample.answered for sample in samples)
+    return _summed(samples, span_s=span_s, was_full=was_full, is_down=is_down)
+
+
+def joined(samples: Sequence[Sample]) -> Sample:
+    """Give one sample for consecutive spans of one process; at least one."""
+    span_s = sum(sample.span_s for sample in samples)
+    was_full = sum(sample.was_full * sample.span_s for sample in samples) / span_s
+    return _summed(samples, span_s=span_s, was_full=was_full, is_down=samples[-1].is_down)
+
+
+def _summed(samples: Sequence[Sample], *, span_s: float, was_full: float, is_down: bool) -> Sample:
     return Sample(
         at_s=max(sample.at_s for sample in samples),
         span_s=span_s,
@@ -65,29 +79,10 @@ def merged(samples: Sequence[Sample]) -> Sample:
         refused=sum(sample.refused for sample in samples),
         broken=sum(sample.broken for sample in samples),
         latency_sum_s=sum(sample.latency_sum_s for sample in samples),
-        in_flight_mean=in_flight_s / span_s,
-        was_full=min(1.0, in_flight_s / room_s) if room_s > 0.0 else 0.0,
+        in_flight_mean=sum(sample.in_flight_mean * sample.span_s for sample in samples) / span_s,
+        was_full=was_full,
         short_of=min(samples, key=lambda sample: sample.was_full).short_of,
-        # A process without lines to send does not know.
-        is_down=any(sample.is_down for sample in samples) and not any(sample.answered for sample in samples),
-    )
-
-
-def joined(samples: Sequence[Sample]) -> Sample:
-    """Give one sample for consecutive spans of one process; at least one."""
-    span_s = sum(sample.span_s for sample in samples)
-    in_flight_s = sum(sample.in_flight_mean * sample.span_s for sample in samples)
-    return Sample(
-        at_s=samples[-1].at_s,
-        span_s=span_s,
-        answered=sum(sample.answered for sample in samples),
-        refused=sum(sample.refused for sample in samples),
-        broken=sum(sample.broken for sample in samples),
-        latency_sum_s=sum(sample.latency_sum_s for sample in samples),
-        in_flight_mean=in_flight_s / span_s,
-        was_full=sum(sample.was_full * sample.span_s for sample in samples) / span_s,
-        short_of=min(samples, key=lambda sample: sample.was_full).short_of,
-        is_down=samples[-1].is_down,
+        is_down=is_down,
     )
 
 
