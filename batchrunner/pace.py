@@ -36,6 +36,9 @@ SURPRISING = 3.0
 # With fewer answers a second only coarse steps can be told apart.
 COARSE_RATE = 100.0
 
+# Until every process has heard of a smaller window and keeps to it, failures are those of the size before.
+HEARD_S = 0.25
+
 PROBE_FIRST_S = 3.0
 PROBE_EVERY_MAX_S = 12.0
 CEILING_RETRY_FIRST_S = 5.0
@@ -140,6 +143,7 @@ class Window:
     _probe_every_s: float = field(init=False, default=PROBE_FIRST_S)
     _refusals: Trouble = field(init=False)
     _breakages: Trouble = field(init=False)
+    _heard_at_s: float = field(init=False, default=-math.inf)
     _patient_until_s: float = field(init=False, default=-math.inf)
     # The size at the last answer.
     _sound: int = field(init=False)
@@ -148,7 +152,7 @@ class Window:
         self.size = self.pinned if self.pinned is not None else min(self.start, self.size_max)
         self._sound = self.size
         self._trial = _Trial(_Aim.HOLD, self.size, -math.inf)
-        self._refusals = Trouble(tolerated=0.0, habit_max=0.2, shrinks_max=4, block=50)
+        self._refusals = Trouble(tolerated=0.0, habit_max=0.2, shrinks_max=3, block=50)
         self._breakages = Trouble(tolerated=0.1, habit_max=0.6, shrinks_max=2, block=20, is_late=True)
         if self.pinned is not None:
             self.bound_by = Bound.PINNED
@@ -162,7 +166,7 @@ class Window:
             return
         if sample.answered:
             self._sound = self.size
-        if self._is_troubled(sample):
+        if sample.at_s - sample.span_s < self._heard_at_s or self._is_troubled(sample):
             return
         trial = self._trial
         if sample.at_s - sample.span_s < trial.from_s - 1e-9:
@@ -258,11 +262,12 @@ class Window:
             self._probe_every_s = min(PROBE_EVERY_MAX_S, 1.5 * self._probe_every_s)
             self._retreat(at_s)
             return
-        if level.size >= self._ceiling:
+        self._known = level
+        self._is_climbing = level.size < self._ceiling
+        if not self._is_climbing:
+            # The upstream takes more than it did, maybe by little.
             self._ceiling = math.inf
             self._ceiling_retry_s = CEILING_RETRY_FIRST_S
-        self._known = level
-        self._is_climbing = True
         self._stretch = 2.0 if gain >= 0.5 * steps else 1.5
         self._probe_at_s = at_s
         self._probe_every_s = PROBE_FIRST_S
@@ -368,9 +373,7 @@ class Window:
     def _is_troubled(self, sample: Sample) -> bool:
         """Shrink for refusals and breakages, or go back when shrinking proved useless."""
         at_s = sample.at_s
-        is_patient = at_s < self._patient_until_s
-        size = self._known.size if self._known is not None else self.size
-        advice = self._refusals.note(sample.refused, sample.answered, size=size, at_s=at_s, is_patient=is_patient)
+        advice = self._advice(self._refusals, sample.refused, sample)
         if advice is Advice.SHRINK:
             # In flight is what was not refused: about what the upstream has room for.
             fitting = max(min(self.size - 1, int(self.size * sample.was_full * 0.97)), self.size // 2)
@@ -378,12 +381,17 @@ class Window:
         elif advice is Advice.RESTORE:
             self._restore(self._refusals.size_before, at_s)
         else:
-            advice = self._breakages.note(sample.broken, sample.answered, size=size, at_s=at_s, is_patient=is_patient)
+            advice = self._advice(self._breakages, sample.broken, sample)
             if advice is Advice.SHRINK:
                 self._shrink(int(self.size * 0.7), at_s, Bound.FAILURES)
             elif advice is Advice.RESTORE:
                 self._restore(self._breakages.size_before, at_s)
         return advice is not Advice.NOTHING
+
+    def _advice(self, trouble: Trouble, failed: int, sample: Sample) -> Advice:
+        held = self._known.size if self._known is not None else self.size
+        is_patient = sample.at_s < self._patient_until_s
+        return trouble.note(failed, sample.answered, size=self.size, held=held, at_s=sample.at_s, is_patient=is_patient)
 
     def _shrink(self, size: int, at_s: float, bound: Bound) -> None:
         self._ceiling = max(self.size, size + 1, 2)
@@ -397,6 +405,7 @@ class Window:
             self._enter(_Aim.HOLD, self._known.size, at_s)
         else:
             self._restart(max(1, size), at_s)
+        self._heard_at_s = at_s + HEARD_S
         self._patient_until_s = self._trial.from_s + (1.0 if bound is Bound.FAILURES else 0.0)
         self._name_bound()
 

@@ -30,8 +30,8 @@ class Sample(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
     `answered` counts answers of any status but 429, 503 and 529, and `latency_sum_s` sums their latencies; `refused`
     counts 429, 503 and 529; `broken` timeouts and lost connections. `in_flight_mean` is the time-mean of requests in
-    flight, `was_full` its share of the window, at most 1, and `short_of` says what was missing when that is low. While
-    the upstream `is_down` nothing of it says what the window should be.
+    flight, `window` that of how many were allowed, and `short_of` says what was missing where fewer were in flight.
+    While the upstream `is_down` nothing of it says what the window should be.
 
     A place that was refused must stay empty until the window was asked again (or for 50 ms): an upstream that refuses
     within a millisecond would otherwise be asked a thousand times a second by each place too many.
@@ -44,34 +44,39 @@ class Sample(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     broken: int = 0
     latency_sum_s: float = 0.0
     in_flight_mean: float = 0.0
-    was_full: float = 1.0
+    window: float = 0.0
     short_of: Bound = Bound.INPUT
     is_down: bool = False
+
+    @property
+    def was_full(self) -> float:
+        """What part of the window was in use, at most 1."""
+        return min(1.0, self.in_flight_mean / max(1.0, self.window))
 
 
 def merged(samples: Sequence[Sample]) -> Sample:
     """Give one sample for several processes over the same span; at least one.
 
     Samples of spans that overlap only in part may be given, as long as each is given exactly once: over several rounds
-    their mean span adds up to the time that has passed.
+    their mean span adds up to the time that has passed. What is allowed to a process without lines is no part of the
+    window that was to be filled; to one that pauses it is.
     """
     span_s = sum(sample.span_s for sample in samples) / len(samples)
-    in_flight_s = sum(sample.in_flight_mean * sample.span_s for sample in samples)
-    room_s = sum(sample.in_flight_mean * sample.span_s / max(sample.was_full, 1e-3) for sample in samples)
-    was_full = min(1.0, in_flight_s / room_s) if room_s > 0.0 else 0.0
+    wanted = [sample for sample in samples if sample.in_flight_mean or sample.short_of is Bound.REFUSALS]
+    window = sum(sample.window * sample.span_s for sample in wanted) / span_s
     # A process without lines to send does not know.
     is_down = any(sample.is_down for sample in samples) and not any(sample.answered for sample in samples)
-    return _summed(samples, span_s=span_s, was_full=was_full, is_down=is_down)
+    return _summed(samples, span_s=span_s, window=window, is_down=is_down)
 
 
 def joined(samples: Sequence[Sample]) -> Sample:
     """Give one sample for consecutive spans of one process; at least one."""
     span_s = sum(sample.span_s for sample in samples)
-    was_full = sum(sample.was_full * sample.span_s for sample in samples) / span_s
-    return _summed(samples, span_s=span_s, was_full=was_full, is_down=samples[-1].is_down)
+    window = sum(sample.window * sample.span_s for sample in samples) / span_s
+    return _summed(samples, span_s=span_s, window=window, is_down=samples[-1].is_down)
 
 
-def _summed(samples: Sequence[Sample], *, span_s: float, was_full: float, is_down: bool) -> Sample:
+def _summed(samples: Sequence[Sample], *, span_s: float, window: float, is_down: bool) -> Sample:
     return Sample(
         at_s=max(sample.at_s for sample in samples),
         span_s=span_s,
@@ -80,7 +85,7 @@ def _summed(samples: Sequence[Sample], *, span_s: float, was_full: float, is_dow
         broken=sum(sample.broken for sample in samples),
         latency_sum_s=sum(sample.latency_sum_s for sample in samples),
         in_flight_mean=sum(sample.in_flight_mean * sample.span_s for sample in samples) / span_s,
-        was_full=was_full,
+        window=window,
         short_of=min(samples, key=lambda sample: sample.was_full).short_of,
         is_down=is_down,
     )
@@ -134,7 +139,6 @@ class Sampler:
         """Give the sample and begin the next one."""
         self.note_in_flight(now_s, self._in_flight)
         span_s = max(1e-6, now_s - self._began_s)
-        mean = self._area / span_s
         self.per_s += min(1.0, span_s / _SMOOTH_S) * (self.answered / span_s - self.per_s)
         sample = Sample(
             at_s=now_s,
@@ -143,8 +147,8 @@ class Sampler:
             refused=self.refused,
             broken=self.broken,
             latency_sum_s=self.latency_sum_s,
-            in_flight_mean=mean,
-            was_full=min(1.0, mean / max(1, window)),
+            in_flight_mean=self._area / span_s,
+            window=window,
             short_of=short_of,
             is_down=is_down,
         )

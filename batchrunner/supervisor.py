@@ -351,7 +351,10 @@ class Supervisor:
             return sample
         taken = self.windows[place].size - self._left(place)
         return msgspec.structs.replace(
-            sample, in_flight_mean=sample.in_flight_mean + taken, refused=sample.refused + refused
+            sample,
+            in_flight_mean=sample.in_flight_mean + taken,
+            window=sample.window + taken,
+            refused=sample.refused + refused,
         )
 
     def _left(self, place: int) -> int:
@@ -380,7 +383,7 @@ class Supervisor:
         parts = []
         for child in running:
             taken = sum(max(wanted[other], other.may_use(place)) for other in running if other is not child)
-            window = max(0, min(wanted[child], whole - taken))
+            window = min(wanted[child], max(whole - taken, child.may_use(place), 0))
             child.grants[place] = (child.grants.get(place, (0, 0))[1], window)
             if child in sharing and not window:
                 self._turns[place].begin()

@@ -135,7 +135,7 @@ class Loop:
                 broken=self.broken,
                 latency_sum_s=sum(self.latencies),
                 in_flight_mean=self.area / TICK_S,
-                was_full=min(1.0, self.area / TICK_S / self.window.size),
+                window=self.window.size,
             )
         )
         self.held = 0

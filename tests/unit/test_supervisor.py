@@ -7,11 +7,10 @@ import itertools
 import random
 import re
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-import msgspec
 import pytest
 
 from batchrunner.clock import SystemClock
@@ -21,79 +20,25 @@ from batchrunner.metrics import Tally
 from batchrunner.pace import Window
 from batchrunner.sampler import Sample
 from batchrunner.settings import Settings
-from batchrunner.supervisor import Activity, Part, Report, Share, Supervisor, encode_message
+from batchrunner.supervisor import Activity, Report, Supervisor, encode_message
 from batchrunner.targets import Target
 from tests.hostile.peer import until
+from tests.unit.crewing import (
+    GREETING,
+    Crew,
+    last_share,
+    nobody_dies,
+    report,
+    supervisor_of,
+    told,
+)
 from tests.unit.fanning import VirtualClock
+from tests.unit.queueing import Server, Service, constant, lognormal
 
 LIMIT_S = 30.0
-GREETING = b'{"hello":1}\n'
-
-
-def report(*, in_flight: int = 0, waiting: int = 0, **fields: Any) -> Report:
-    tally = fields.pop("tally", Tally())
-    sample = fields.pop("sample", Sample(at_s=0.0, span_s=0.1))
-    activity = Activity(sample=sample, in_flight=in_flight, waiting=waiting)
-    return Report(activities=(activity,), waiting=waiting, tally=tally.to_wire(), **fields)
 
 
 # -- shares, without processes ---------------------------------------------------------------------------------------
-
-
-class PaperStdin:
-    """What a child was told."""
-
-    def __init__(self) -> None:
-        self.shares: list[Share] = []
-
-    def write(self, line: bytes) -> None:
-        self.shares.append(msgspec.json.decode(line, type=Share))
-
-    def is_closing(self) -> bool:
-        return False
-
-    @property
-    def transport(self) -> PaperStdin:
-        return self
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-
-class PaperProcess:
-    """A child that only listens."""
-
-    def __init__(self) -> None:
-        self.stdin = PaperStdin()
-        self.pid = 0
-
-
-async def nobody_dies() -> None:
-    """Bury nobody."""
-
-
-def supervisor_of(count: int, *, clock: Any = None, **settings: Any) -> tuple[Supervisor, list[Any]]:
-    made = Supervisor(
-        command=["never"],
-        greeting=GREETING,
-        worker_count=count,
-        settings=Settings(**settings),
-        clock=clock or VirtualClock(),
-        bury=nobody_dies,
-    )
-    children: list[Any] = made._children
-    for child in children:
-        child.process = PaperProcess()
-    return made, children
-
-
-def told(child: Any, place: int = 0) -> Part:
-    return last_share(child).parts[place]
-
-
-def last_share(child: Any) -> Share:
-    share: Share = child.process.stdin.shares[-1]
-    return share
 
 
 @pytest.mark.parametrize(("count", "window"), [*itertools.product([1, 2, 3, 8], [8, 9, 100])])
@@ -162,7 +107,7 @@ def test_window_is_measured_as_if_lines_were_in_the_places_of_others(monkeypatch
     monkeypatch.setattr(Window, "observe", lambda _, sample: seen.append(sample))
     made.yield_to([LiveUse(places=4, refused=2)])
     sample = Sample(at_s=1.0, span_s=0.1, answered=12, latency_sum_s=1.2, in_flight_mean=12.0)
-    idle = Sample(at_s=1.1, span_s=0.1, was_full=0.0)
+    idle = Sample(at_s=1.1, span_s=0.1)
     for each in (sample, sample, idle):
         made.yield_to([LiveUse(places=4)])
         children[0].hear(encode_message(report(sample=each)))
@@ -205,6 +150,37 @@ def test_all_together_never_exceed_the_window_whatever_they_report(seed: int) ->
             in_flight = draw.randint(0, max(limit, min(held, limit)))
             child.report = report(in_flight=in_flight, waiting=draw.choice([0, 5]))
         assert sum(told(child).window for child in children) <= 24
+
+
+def test_a_share_that_shrinks_falls_no_lower_than_it_must() -> None:
+    """What the others may still have under way is no reason to leave own places empty that stay one's own."""
+    made, children = supervisor_of(2)
+    made.windows[0].size = 64
+    for child in children:
+        child.report = report(in_flight=32, waiting=50)
+    for _ in range(3):
+        made._hand_out()
+    assert [told(child).window for child in children] == [32, 32]
+
+    made.windows[0].size = 40
+    made._hand_out()
+
+    assert [told(child).window for child in children] == [20, 20]
+
+
+@pytest.mark.parametrize("slots", [4, 8, 64])
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("service", [constant, lognormal])
+def test_a_crew_fills_an_upstream_without_a_queue_and_is_rarely_refused(
+    slots: int, count: int, service: Callable[[float], Service]
+) -> None:
+    """Pauses of single workers, words under way and stragglers are not taken for what the upstream does."""
+    crew = Crew(Server(slots, service(0.2), queue=0), count, seed=slots + count)
+
+    crew.run_until(90.0)
+
+    assert crew.rate(30.0, 90.0) >= 0.95 * slots / 0.2
+    assert crew.refused_share(30.0, 90.0) < 0.01
 
 
 def in_rounds(made: Supervisor, children: list[Any], clock: VirtualClock, *, over_s: float) -> list[list[int]]:
