@@ -383,7 +383,7 @@ class Supervisor:
         parts = []
         for child in running:
             taken = sum(max(wanted[other], other.may_use(place)) for other in running if other is not child)
-            window = min(wanted[child], max(whole - taken, child.may_use(place), 0))
+            window = min(wanted[child], max(whole - taken, child.may_use(place)))
             child.grants[place] = (child.grants.get(place, (0, 0))[1], window)
             if child in sharing and not window:
                 self._turns[place].begin()
