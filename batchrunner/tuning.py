@@ -17,17 +17,15 @@ GC_THRESHOLDS = (100_000, 50, 100)
 # Names and numbers are those of glibc's <malloc.h>.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-_MMAP_THRESHOLD_BYTES = 4 * 1024 * 1024
-_TRIM_THRESHOLD_BYTES = 16 * 1024 * 1024
+_MMAP_THRESHOLD_BYTES = 1024 * 1024
+_TRIM_THRESHOLD_BYTES = 4 * 1024 * 1024
 
 
 def tune_process(*, use_uvloop: bool = True) -> Callable[[], asyncio.AbstractEventLoop]:
     """Set thresholds and give the factory of the fastest event loop there is, for `asyncio.Runner`."""
     gc.set_threshold(*GC_THRESHOLDS)
-    factory = find_loop_factory() if use_uvloop else asyncio.new_event_loop
-    if factory is asyncio.new_event_loop:
-        raise_mmap_threshold()
-    return factory
+    raise_mmap_threshold()
+    return find_loop_factory() if use_uvloop else asyncio.new_event_loop
 
 
 def find_loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
@@ -42,7 +40,8 @@ def find_loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 
 
 def raise_mmap_threshold() -> bool:
-    """Keep buffers below 4 MiB on the heap: asyncio asks for 256 KiB per read, which glibc would map and unmap.
+    """Keep buffers below 1 MiB on the heap: input and results are read 256 KiB at a time, as asyncio reads, and glibc
+    would map, fill with zeros and unmap that much each time, which takes a third of validation.
 
     False where there is no glibc; nothing is changed then.
     """

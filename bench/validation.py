@@ -1,7 +1,8 @@
 """Whole-file validation against the plainest reader there is, `orjson.loads` of each line, on the same lines.
 
 Run it: python -m bench.validation [LINES]. Wall and CPU of this process with all threads, medians of pairs. The digest
-of the input is given, as `run` gives it: it hashes its input in an earlier pass, which is not measured here.
+of the input is given, as `run` gives it: it hashes its input in an earlier pass, which is not measured here. The
+allocator is set up as in every process of ours, for both readers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import orjson
 
 from batchrunner.lines import CHAT_COMPLETIONS, LineRules
 from batchrunner.models import OnInvalid
+from batchrunner.tuning import raise_mmap_threshold
 from batchrunner.validation import Validation, Validator
 
 LINES = 200_000
@@ -159,6 +161,7 @@ def memory_per_line(folder: Path, lines: int) -> float:
 def main(lines: int = LINES) -> dict[str, dict[str, float]]:
     """Measure every corpus, print a table, and give the figures."""
     figures: dict[str, dict[str, float]] = {}
+    raise_mmap_threshold()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         print(f"{lines} lines; us per line, wall (CPU); ratio = orjson / ours, above 1 is faster than orjson")

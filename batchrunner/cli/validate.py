@@ -24,6 +24,7 @@ from batchrunner.cutting import Block, Cutter, LongLine
 from batchrunner.errors import NotFound
 from batchrunner.models import LineProblem
 from batchrunner.settings import Settings
+from batchrunner.tuning import raise_mmap_threshold
 from batchrunner.validation import Validation, validator_of
 
 _SPOOLED_BYTES = 16 << 20
@@ -45,6 +46,7 @@ def validate(*, input_path: Path, endpoint: str | None, is_json: bool) -> None:
     """
     settings, _ = load_settings({})
     check_endpoint(settings, endpoint)
+    raise_mmap_threshold()
     clock = SystemClock()
     began_s = clock.monotonic_s()
     with ExitStack() as stack:
