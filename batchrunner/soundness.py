@@ -20,8 +20,12 @@ class _WholeLine(Struct, gc=False):
     url: str | None = None
 
 
+class _Object(Struct, gc=False):
+    """An object of which nothing is kept."""
+
+
 class _UniformBody(Protocol):
-    content: Raw
+    content: Raw | list[_Object]
 
 
 class _UniformLine(Protocol):
@@ -31,10 +35,18 @@ class _UniformLine(Protocol):
     body: _UniformBody
 
 
+class _IdOfLine(Struct, gc=False):
+    custom_id: str
+
+
+_decode_ids = msgspec.json.Decoder(_IdOfLine).decode_lines
 _decode_line = msgspec.json.Decoder(_WholeLine).decode
 _decode_lines = msgspec.json.Decoder(_WholeLine).decode_lines
 
 
+_MESSAGES = "messages"
+# Every sound line is an object, and so is its body.
+_OPENED = 2
 # With shorter ones, looking at many stretches costs more than looking at each byte.
 _STEP_BYTES_MIN = 4096
 # Longer ones, copied twice, leave the nearest cache.
@@ -42,10 +54,14 @@ _STEP_BYTES_MAX = 32 * 1024
 
 
 class SoundLines(NamedTuple):
-    """What is known of a block in which every line is sound: ids in line order, and the models that occur."""
+    """What is known of a block in which every line is sound: ids in line order, and the models that occur.
+
+    `opened`: so many brackets open at least, of whichever line one leaves out those.
+    """
 
     custom_ids: list[str]
     models: set[str | None]
+    opened: int
 
 
 def sound_lines(block: bytes, count: int, rules: LineRules) -> SoundLines | None:
@@ -57,23 +73,32 @@ def sound_lines(block: bytes, count: int, rules: LineRules) -> SoundLines | None
     if len(block) > rules.line_bytes_max or not is_utf8(block):
         return None
     found = _uniform_lines(block, count, rules) or _typed_lines(block, count, rules)
-    return None if found is None or _is_any_too_deep(block, count, rules.depth_max) else found
+    return None if found is None or _is_any_too_deep(block, count, found.opened, rules.depth_max) else found
 
 
-def _is_any_too_deep(block: bytes, count: int, depth_max: int) -> bool:
+def custom_ids_of(content: bytes) -> list[str]:
+    """Give the custom_ids of lines that were sound."""
+    return [line.custom_id for line in _decode_ids(content)]
+
+
+def _is_any_too_deep(block: bytes, count: int, opened: int, depth_max: int) -> bool:
     """Tell whether more brackets than allowed open in any line; some may lie in strings or side by side."""
-    if _are_openers_few(block, count, depth_max):
+    if _are_openers_few(block, count, opened, depth_max):
         return False
     return b"[" * (depth_max + 1) in block.translate(AS_SQUARE, NOT_OPENERS)
 
 
-def _are_openers_few(block: bytes, count: int, openers_max: int) -> bool:
-    """Tell quickly whether no more brackets open even in stretches of many lines.
+def _are_openers_few(block: bytes, count: int, opened: int, openers_max: int) -> bool:
+    """Tell quickly whether no more brackets open in any line: beside those of the others, or in stretches of lines.
 
     Rare bytes are found several times faster than each byte is looked at.
     """
-    # Three quarters of what is allowed, if all lines are like the first.
-    line_count = 3 * openers_max // (4 * (_opener_count(block[: block.find(b"\n")]) or 1))
+    in_first = _opener_count(block[: block.find(b"\n")]) or 1
+    # Looked at only if it may come out well, all lines being like the first.
+    if in_first * count - opened <= openers_max and _opener_count(block) - opened <= openers_max:
+        return True
+    # Three quarters of what is allowed.
+    line_count = 3 * openers_max // (4 * in_first)
     step_bytes = min(len(block) // count * (line_count - 1), _STEP_BYTES_MAX)
     if step_bytes < _STEP_BYTES_MIN:
         return False
@@ -106,15 +131,20 @@ def _uniform_lines(block: bytes, count: int, rules: LineRules) -> SoundLines | N
     if len(lines) != count or "\0" in "".join(custom_ids):
         return None
     contents = [line.body.content for line in lines]
+    opened = _OPENED * (count - 1)
+    if needs.fields[0] == _MESSAGES:
+        lengths = [len(content) for content in contents]
+        opened += count - 1 + sum(lengths) - max(lengths)
     # Comparing lengths first spares the comparison of contents.
-    if len(NULL) in map(len, contents) and NULL in contents:
+    elif len(NULL) in map(len, contents) and NULL in contents:
         return None
-    return SoundLines(custom_ids, {first.body.model})
+    return SoundLines(custom_ids, {first.body.model}, opened)
 
 
 @lru_cache(maxsize=16)
 def _uniform_decoder(url: str, model: str, field: str, id_chars_max: int) -> Callable[[bytes], list[_UniformLine]]:
-    content = ("content", Raw, msgspec.field(name=field))
+    # Not kept, a list of objects costs no more than its bytes would, and each is known to open a bracket.
+    content = ("content", list[_Object] if field == _MESSAGES else Raw, msgspec.field(name=field))
     custom_id = Annotated[str, msgspec.Meta(min_length=1, max_length=id_chars_max)]
     body = msgspec.defstruct("_Body", [("model", Literal[model]), content, ("stream", None, None)], gc=False)
     line = msgspec.defstruct(
@@ -133,7 +163,7 @@ def _typed_lines(block: bytes, count: int, rules: LineRules) -> SoundLines | Non
     if len(lines) != count:
         return None
     bodies = [line.body for line in lines]
-    found = SoundLines([line.custom_id for line in lines], {body.model for body in bodies})
+    found = SoundLines([line.custom_id for line in lines], {body.model for body in bodies}, _OPENED * (count - 1))
     if _are_alike_and_sound(lines, bodies, found, rules):
         return found
     urls = (accepted_url(line.custom_id, line.url, line.body, rules) for line in lines)

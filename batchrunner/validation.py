@@ -27,9 +27,10 @@ from batchrunner.lines import (
     too_long_message,
 )
 from batchrunner.models import LineProblem, OnInvalid, RequestLine, ShardCut
+from batchrunner.problems import Problems
 from batchrunner.repeats import Order, repeated_hashes
 from batchrunner.settings import Settings
-from batchrunner.soundness import sound_lines
+from batchrunner.soundness import custom_ids_of, sound_lines
 
 # Real ids are held for this many hashes at a time while hits are confirmed, so that memory stays bounded in a file that
 # was appended to itself.
@@ -57,7 +58,9 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Look(msgspec.Struct, frozen=True):
-    """A byte range of the input that may hold a duplicate: to be read again and handed to `confirm`."""
+    """A byte range of the input that may hold a duplicate, or ids that it must be compared with: to be read again and
+    handed to `confirm`.
+    """
 
     byte_start: int
     byte_end: int
@@ -65,15 +68,19 @@ class Look(msgspec.Struct, frozen=True):
 
 
 class _Cut(msgspec.Struct, gc=False):
-    """What is remembered of a block: its place, and 8 bytes for each custom_id. It is a shard if any line is to run."""
+    """What is remembered of a range of lines: its place, and 8 bytes for each custom_id once they are needed.
+
+    It is a shard if any line is to run. `is_sound`: all its lines were taken together.
+    """
 
     byte_start: int
     byte_end: int
     first_line: int
     checksum: int
     line_count: int
-    hashes: array[int]
+    hashes: array[int] | None
     skipped: list[int]
+    is_sound: bool = True
 
 
 class Validator:
@@ -83,8 +90,9 @@ class Validator:
             for look in looks:
                 validator.confirm(look, read(look.byte_start, look.byte_end))
 
-    A file without duplicates has no candidates. Memory: 8 bytes a line while feeding, 8 more up to 2,000,000 lines when
-    the ids are compared, one block with its parsed lines; the numbers of refused lines too when these are skipped.
+    A file whose ids ascend has no candidates. In any other, the ids before the first that does not are looked at again
+    first, and then those that may be duplicates. Memory: 8 bytes a line where ids do not ascend, 8 more up to 2,000,000
+    lines when they are compared, one block with its parsed lines; the numbers of refused lines when these are skipped.
     """
 
     def __init__(
@@ -112,7 +120,7 @@ class Validator:
         self._bytes_max = bytes_max
         self._chosen = chosen
         self._cutter = Cutter(lines_max=shard_lines_max, bytes_max=shard_bytes_max, line_bytes_max=rules.line_bytes_max)
-        self._problems = _Problems(problems_max, on_problem)
+        self._problems = Problems(problems_max, on_problem)
         self._sha256 = sha256
         self._digest = _Digest()
         self._fed_bytes = 0
@@ -121,7 +129,8 @@ class Validator:
         self._refused_count = 0
         self._cuts: list[_Cut] = []
         self._models: set[str | None] = set()
-        self._repeated: array[int] = array("q")
+        # None until all ids have hashes.
+        self._repeated: array[int] | None = None
         self._confirmed_count = 0
         self._confirming: set[int] = set()
         self._seen: set[str] = set()
@@ -147,18 +156,26 @@ class Validator:
     def candidates(self) -> tuple[Look, ...]:
         """Give the ranges to read again and confirm, in this order; empty when nothing is left. Ends the feeding."""
         self._end()
+        unhashed = [self._look(place) for place, cut in enumerate(self._cuts) if cut.hashes is None]
+        if self._repeated is None and unhashed:
+            return tuple(unhashed)
+        if self._repeated is None:
+            self._repeated = repeated_hashes([cut.hashes for cut in self._cuts if cut.hashes is not None])
         hashes = self._repeated[self._confirmed_count : self._confirmed_count + _CONFIRMED_AT_ONCE]
         self._confirmed_count += len(hashes)
         self._confirming = set(hashes)
         self._seen = set()
         return tuple(
-            Look(cut.byte_start, cut.byte_end, place)
+            self._look(place)
             for place, cut in enumerate(self._cuts)
-            if hashes and not self._confirming.isdisjoint(cut.hashes)
+            if hashes and not self._confirming.isdisjoint(cut.hashes or ())
         )
 
+    def _look(self, place: int) -> Look:
+        return Look(self._cuts[place].byte_start, self._cuts[place].byte_end, place)
+
     def confirm(self, look: Look, content: bytes) -> None:
-        """Compare the real ids of a range of the input.
+        """Compare the ids of a range of the input, or take them in to be compared.
 
         Raises:
             InputChanged: these are not the bytes that were fed.
@@ -166,6 +183,9 @@ class Validator:
         cut = self._cuts[look.place]
         if crc32(content) != cut.checksum:
             raise InputChanged(f"the input changed between its bytes {look.byte_start} and {look.byte_end}")
+        if cut.hashes is None:
+            cut.hashes = _hashes(self._ids_of(cut, content))
+            return
         for line_number, raw in self._requests(content, cut.first_line):
             found = parse_line(raw, line_number, self._rules)
             custom_id = found.custom_id
@@ -184,7 +204,7 @@ class Validator:
             ValueError: there are candidates left to confirm.
         """
         self._end()
-        if self._confirmed_count < len(self._repeated):
+        if self._repeated is None or self._confirmed_count < len(self._repeated):
             raise ValueError("candidates() has to be called, and its ranges confirmed, until it gives none")
         is_fatal = self._refused_count > 0 and self._on_invalid is OnInvalid.FAIL
         is_rejected = is_fatal or self._problems.has_any_of_file
@@ -219,8 +239,8 @@ class Validator:
     def _close(self) -> None:
         if not self._has_ended:
             self._has_ended = True
-            if not self._order.is_ascending:
-                self._repeated = repeated_hashes([cut.hashes for cut in self._cuts])
+            if self._order.is_ascending:
+                self._repeated = array("q")
 
     def _take(self, cut: Block | LongLine) -> None:
         if isinstance(cut, LongLine) or cut.is_first:
@@ -234,7 +254,9 @@ class Validator:
                 self._refuse(LineProblem(ProblemCode.LINE_TOO_LONG, message, None, cut.line_number))
         else:
             if cut.is_first:
-                self._cuts.append(_Cut(cut.byte_start, cut.byte_start, cut.first_line, 0, 0, array("q"), []))
+                # Ids that ascend cannot repeat, and may never have to be hashed.
+                hashes = None if self._order.is_ascending else array("q")
+                self._cuts.append(_Cut(cut.byte_start, cut.byte_start, cut.first_line, 0, 0, hashes, []))
             if not (cut.is_plain and self._take_sound(cut)):
                 self._take_one_by_one(cut)
 
@@ -260,8 +282,7 @@ class Validator:
             return False
         self._total_count += block.line_count
         self._note_models(sound.models)
-        self._order.note(sound.custom_ids)
-        self._remember(block, block.line_count, array("q", list(map(hash, sound.custom_ids))), [])
+        self._remember(block, block.line_count, sound.custom_ids, [])
         return True
 
     def _learn_from_first(self, block: Block) -> None:
@@ -273,7 +294,7 @@ class Validator:
             self._rules = self._rules.learn_model(found)
 
     def _take_one_by_one(self, block: Block) -> None:
-        hashes = array("q")
+        self._cuts[-1].is_sound = False
         custom_ids = []
         skipped = []
         line_count = 0
@@ -288,7 +309,6 @@ class Validator:
             self._rules = self._rules.learn_url(raw)
             found = parse_line(raw, line_number, self._rules)
             if found.custom_id is not None:
-                hashes.append(hash(found.custom_id))
                 custom_ids.append(found.custom_id)
             if isinstance(found, RequestLine):
                 line_count += 1
@@ -298,8 +318,15 @@ class Validator:
             else:
                 self._refuse(found)
                 skipped.append(line_number)
-        self._order.note(custom_ids)
-        self._remember(block, line_count, hashes, skipped)
+        self._remember(block, line_count, custom_ids, skipped)
+
+    def _ids_of(self, cut: _Cut, content: bytes) -> list[str]:
+        """Give the ids that were noted of a range of the input."""
+        if cut.is_sound:
+            return custom_ids_of(content)
+        lines = self._requests(content, cut.first_line)
+        each = (parse_line(raw, line_number, self._rules).custom_id for line_number, raw in lines)
+        return [custom_id for custom_id in each if custom_id is not None]
 
     def _requests(self, content: bytes, first_line: int) -> Iterator[tuple[int, bytes]]:
         """Give the lines that count: not blank, and chosen."""
@@ -327,12 +354,14 @@ class Validator:
         if len(self._models) < 2:
             self._models |= models
 
-    def _remember(self, block: Block, line_count: int, hashes: array[int], skipped: list[int]) -> None:
+    def _remember(self, block: Block, line_count: int, custom_ids: list[str], skipped: list[int]) -> None:
+        self._order.note(custom_ids)
         cut = self._cuts[-1]
         cut.byte_end = block.byte_end
         cut.checksum = crc32(block.content, cut.checksum)
         cut.line_count += line_count
-        cut.hashes.extend(hashes)
+        if cut.hashes is not None:
+            cut.hashes.extend(_hashes(custom_ids))
         # A shard leaves out lines not chosen and refused ones; without on_invalid=skip the latter leave no shard.
         if self._on_invalid is OnInvalid.SKIP or self._chosen is not None:
             cut.skipped.extend(skipped)
@@ -406,6 +435,10 @@ def validator_of(
     )
 
 
+def _hashes(custom_ids: list[str]) -> array[int]:
+    return array("q", list(map(hash, custom_ids)))
+
+
 class _Digest:
     """SHA-256 of all bytes, reckoned beside the judging: hashing a large chunk needs no interpreter lock."""
 
@@ -432,57 +465,3 @@ class _Digest:
         if self._pending is not None:
             self._pending.result()
             self._pending = None
-
-
-class _Problems:
-    """Counts all problems, hands each on, and keeps the first ones for the batch object."""
-
-    def __init__(self, kept_max: int, on_problem: Callable[[LineProblem], None] | None) -> None:
-        self.count = 0
-        self._kept_max = kept_max
-        self._on_problem = on_problem
-        self._of_file: list[LineProblem] = []
-        self._kept: list[LineProblem] = []
-        self._late: list[LineProblem] = []
-
-    @property
-    def has_any_of_file(self) -> bool:
-        """Tell whether the file as a whole was refused."""
-        return bool(self._of_file)
-
-    def add_of_file(self, code: ProblemCode, message: str) -> None:
-        """Take a problem of the whole file; these are listed first, whatever the cap."""
-        problem = LineProblem(code, message, None, None)
-        self._hand_on(problem)
-        self._of_file.append(problem)
-
-    def add(self, problem: LineProblem) -> None:
-        """Take the next problem in line order."""
-        self._hand_on(problem)
-        if len(self._kept) < self._kept_max:
-            self._kept.append(problem)
-
-    def add_late(self, problem: LineProblem) -> None:
-        """Take a problem of any line."""
-        self._hand_on(problem)
-        self._late.append(problem)
-        if len(self._late) > 2 * self._kept_max:
-            self._late = sorted(self._late, key=_line_of)[: self._kept_max]
-
-    def listed(self) -> tuple[LineProblem, ...]:
-        """Give the first problems, and a last one that tells how many there are when these are not all."""
-        kept = sorted(self._kept + self._late, key=_line_of)[: self._kept_max]
-        problems = self._of_file + kept
-        if len(problems) < self.count:
-            message = f"There are {self.count} problems in all; this list holds the first {len(problems)}."
-            problems.append(LineProblem(ProblemCode.TOO_MANY_ERRORS, message, None, None))
-        return tuple(problems)
-
-    def _hand_on(self, problem: LineProblem) -> None:
-        self.count += 1
-        if self._on_problem is not None:
-            self._on_problem(problem)
-
-
-def _line_of(problem: LineProblem) -> int:
-    return problem.line_number or 0

@@ -241,7 +241,25 @@ def test_candidates_come_in_several_rounds_when_there_are_many(monkeypatch: pyte
     assert codes(found) == [(number, "duplicate_custom_id") for number in range(21, 31)]
 
 
-def test_a_file_without_duplicates_has_nothing_to_read_again() -> None:
+def test_ids_that_ascend_are_looked_at_again_once_one_does_not() -> None:
+    rows = [line(f"{number:02}") for number in [*range(1, 8), 3, 9]]
+    content = b"\n".join(rows)
+    starts = [content.index(rows[at]) for at in (0, 2, 4, 6)]
+    validator = Validator(CHAT, OnInvalid.SKIP, lines_max=10, bytes_max=10_000, shard_lines_max=2)
+    validator.feed(content)
+
+    rounds = []
+    while looks := validator.candidates():
+        rounds.append([look.byte_start for look in looks])
+        for look in looks:
+            validator.confirm(look, content[look.byte_start : look.byte_end])
+
+    # The 3 is in the second pair and in the fourth, with which the order ends; the fifth was hashed when it came.
+    assert rounds == [starts, [starts[1], starts[3]]]
+    assert codes(validator.finish()) == [(8, "duplicate_custom_id")]
+
+
+def test_a_file_whose_ids_ascend_has_nothing_to_read_again() -> None:
     validator = Validator(CHAT, OnInvalid.FAIL, lines_max=10, bytes_max=10_000)
     validator.feed(line("a") + b"\n" + line("b"))
 
