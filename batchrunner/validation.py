@@ -156,10 +156,10 @@ class Validator:
     def candidates(self) -> tuple[Look, ...]:
         """Give the ranges to read again and confirm, in this order; empty when nothing is left. Ends the feeding."""
         self._end()
-        unhashed = [self._look(place) for place, cut in enumerate(self._cuts) if cut.hashes is None]
-        if self._repeated is None and unhashed:
-            return tuple(unhashed)
         if self._repeated is None:
+            unhashed = tuple(self._look(place) for place, cut in enumerate(self._cuts) if cut.hashes is None)
+            if unhashed:
+                return unhashed
             self._repeated = repeated_hashes([cut.hashes for cut in self._cuts if cut.hashes is not None])
         hashes = self._repeated[self._confirmed_count : self._confirmed_count + _CONFIRMED_AT_ONCE]
         self._confirmed_count += len(hashes)
