@@ -121,10 +121,14 @@ async def add_part(call: Call) -> Answer:
 async def complete_upload(call: Call) -> Answer:
     """Lay the parts together in the order given. A completed upload answers with its file again."""
     wanted = await call.json(CompleteUpload)
+    upload_id = UploadId(call.path_params["upload_id"])
+    with refused_if_missing(no_such_upload(upload_id)):
+        known = await call.blocking(call.scope.parts, upload_id)
+    # Parts end with their upload, so that they have to be those that it had while it is seen to be open.
     upload = await _upload_of(call)
     if upload.status is not UploadStatus.COMPLETED:
         _check_pending(upload)
-        parts = _in_order(await call.blocking(call.scope.parts, upload.id), wanted.part_ids)
+        parts = _in_order(known, wanted.part_ids)
         _check_sum(upload, parts)
         async with call.parts.heavy:
             call.require_listener()

@@ -16,9 +16,10 @@ from batchrunner.api import uploads
 from batchrunner.api.envelope import Refusal
 from batchrunner.api.uploads import present_part
 from batchrunner.clock import SystemClock
-from batchrunner.holdings import UploadId
+from batchrunner.holdings import UploadId, UploadPart
 from batchrunner.housekeeping import clear
 from batchrunner.ports import Blobs, TenantScope
+from batchrunner.store.scope import SqlTenantScope
 from tests.api.serving import FORM_HEADERS, LINE, Served, form, serving
 
 PARTS = (LINE * 3, LINE * 2, LINE[:20], LINE[20:])
@@ -125,6 +126,34 @@ async def test_completing_twice_gives_the_same_file(api: Served) -> None:
     assert [reply.status for reply in replies] == [200] * 4
     assert len({reply.json["file"]["id"] for reply in replies}) == 1
     assert len((await api.call("GET", "/v1/files")).json["data"]) == 1
+
+
+@pytest.mark.parametrize(("end", "status"), [("complete", 200), ("cancel", 400)])
+async def test_upload_that_ends_before_its_parts_are_looked_at_is_told_as_it_ended(
+    api: Served, monkeypatch: pytest.MonkeyPatch, end: str, status: int
+) -> None:
+    """With its end its parts are gone."""
+    upload_id = await announce(api, len(LINE))
+    wanted = {"part_ids": [await send_part(api, upload_id, LINE)]}
+    loop, parts, others = asyncio.get_running_loop(), SqlTenantScope.parts, []
+
+    def late_parts(scope: SqlTenantScope, upload: UploadId) -> list[UploadPart]:
+        if not others:
+            others.append(None)
+            ending = api.call("POST", f"/v1/uploads/{upload_id}/{end}", json=wanted)
+            others.append(asyncio.run_coroutine_threadsafe(ending, loop).result())
+        return parts(scope, upload)
+
+    monkeypatch.setattr(SqlTenantScope, "parts", late_parts)
+
+    done = await api.call("POST", f"/v1/uploads/{upload_id}/complete", json=wanted)
+
+    assert others[-1].status == 200
+    assert done.status == status
+    if end == "complete":
+        assert done.json == others[-1].json
+    else:
+        assert "is cancelled and cannot be changed" in done.json["error"]["message"]
 
 
 async def test_cancel_needs_no_body_and_may_be_repeated(api: Served) -> None:
