@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,7 +136,8 @@ async def test_upload_that_ends_before_its_parts_are_looked_at_is_told_as_it_end
     """With its end its parts are gone."""
     upload_id = await announce(api, len(LINE))
     wanted = {"part_ids": [await send_part(api, upload_id, LINE)]}
-    loop, parts, others = asyncio.get_running_loop(), SqlTenantScope.parts, []
+    loop, parts = asyncio.get_running_loop(), SqlTenantScope.parts
+    others: list[Any] = []
 
     def late_parts(scope: SqlTenantScope, upload: UploadId) -> list[UploadPart]:
         if not others:
