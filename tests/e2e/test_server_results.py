@@ -47,7 +47,8 @@ async def test_no_line_is_torn_or_given_twice_over_a_kill(tmp_path: Path, victim
 
 
 async def test_progress_tells_what_the_workers_do(tmp_path: Path) -> None:
-    async with site(tmp_path, latency="100ms") as here:
+    # Six seconds: workers report once a second, and a guess needs more than one report.
+    async with site(tmp_path, latency="250ms") as here:
         server = await here.serve("--workers", "1", "--concurrency", str(WINDOW))
         batch_id = await server.submit(here.write_input(LINES))
 
