@@ -126,9 +126,11 @@ async def test_service_that_fails_for_a_while_stops_the_sending_and_the_run_goes
 
         proxy.rule = failures
         await command.said("waiting:")
+        # Nothing is in flight for a moment between two turns too; what has stopped stays so from try to try.
+        await failures.wait(2)
         await run.reach(lambda stats: stats.in_flight == 0, command)
         stopped_at = run.simulator.stats().total
-        await failures.wait(2)
+        await failures.wait(3)
         still_at = run.simulator.stats().total
         proxy.rule = lambda _request: None
         proxy.release()
