@@ -17,7 +17,7 @@ from batchrunner.child import run_child
 from batchrunner.fanout import Fanout
 from batchrunner.ports import Clock
 from batchrunner.supervisor import Activity, Report, Share, WorkerGreeting, encode_message
-from batchrunner.tuning import freeze_start_up
+from batchrunner.tuning import freeze_start_up, take_long_turns
 from batchrunner.worker import Worker
 
 # Where workers keep every core busy, whoever asks the API must not wait for them.
@@ -96,6 +96,7 @@ async def _obey(worker: Worker, pacer: _PipePacer, stdin: asyncio.StreamReader) 
 
 async def _worker_process(stdin: asyncio.StreamReader) -> None:
     greeting = msgspec.json.decode(await stdin.readline(), type=WorkerGreeting)
+    take_long_turns()
     if greeting.is_server:
         os.nice(_WORKER_NICENESS)
     freeze_start_up()

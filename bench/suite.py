@@ -52,7 +52,7 @@ def _memory(is_quick: bool) -> list[Figure]:  # noqa: FBT001
 
 
 def _scaling(is_quick: bool) -> list[Figure]:  # noqa: FBT001
-    return scaling.measure(lines=20_000, pairs=1) if is_quick else scaling.measure(lines=200_000, pairs=3)
+    return scaling.measure(lines=20_000, pairs=1) if is_quick else scaling.measure(lines=100_000, pairs=9)
 
 
 def _starting(is_quick: bool) -> list[Figure]:  # noqa: FBT001

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -71,7 +72,15 @@ async def test_workers_let_the_api_go_first(tmp_path: Path) -> None:
 
         assert server.worker().nice() == server.api().nice() + 5
         assert server.api().nice() == psutil.Process().nice()
+        if sys.platform == "linux":
+            assert policies(server.worker()) == {os.SCHED_BATCH}
+            assert policies(server.api()) == {os.SCHED_OTHER}
         assert (await server.stop()).code == 0
+
+
+def policies(process: psutil.Process) -> set[int]:
+    """How the system shares its cores out to the threads of a process."""
+    return {os.sched_getscheduler(thread.id) for thread in process.threads()}
 
 
 async def test_workers_take_turns_at_an_upstream_that_takes_one_request_at_a_time(tmp_path: Path) -> None:

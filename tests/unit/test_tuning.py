@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from batchrunner.tuning import take_long_turns
 
 SCRIPT = """
 import asyncio, gc, sys
@@ -94,3 +97,42 @@ def test_open_files_are_allowed_as_far_as_the_system_lets_them(
     )
 
     assert tuple(map(int, completed.stdout.split())) == granted
+
+
+TURNS_SCRIPT = """
+import os, threading
+from batchrunner.tuning import take_long_turns
+taken = take_long_turns()
+policies = []
+thread = threading.Thread(target=lambda: policies.append(os.sched_getscheduler(0)))
+thread.start()
+thread.join()
+print(taken, policies == [os.SCHED_BATCH])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux has the policy")
+def test_threads_inherit_long_turns() -> None:
+    completed = subprocess.run(
+        [sys.executable, "-c", TURNS_SCRIPT], capture_output=True, text=True, timeout=60, check=True
+    )
+
+    assert completed.stdout.split() == ["True", "True"]
+
+
+def refuse(*_: object) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux has the policy")
+def test_process_goes_on_where_long_turns_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+
+    assert not take_long_turns()
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def test_process_goes_on_where_there_is_no_such_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "SCHED_BATCH", raising=False)
+
+    assert not take_long_turns()
