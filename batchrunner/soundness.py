@@ -47,6 +47,8 @@ _decode_lines = msgspec.json.Decoder(_WholeLine).decode_lines
 _MESSAGES = "messages"
 # Every sound line is an object, and so is its body.
 _OPENED = 2
+# The smallest objects take eight times their bytes once they are listed.
+_LISTED_BYTES_MAX = 1 << 20
 # With shorter ones, looking at many stretches costs more than looking at each byte.
 _STEP_BYTES_MIN = 4096
 # Longer ones, copied twice, leave the nearest cache.
@@ -56,7 +58,7 @@ _STEP_BYTES_MAX = 32 * 1024
 class SoundLines(NamedTuple):
     """What is known of a block in which every line is sound: ids in line order, and the models that occur.
 
-    `opened`: so many brackets open at least, of whichever line one leaves out those.
+    `opened`: at least so many brackets open in the other lines, whichever single line is left out.
     """
 
     custom_ids: list[str]
@@ -124,7 +126,10 @@ def _uniform_lines(block: bytes, count: int, rules: LineRules) -> SoundLines | N
             return None
         if rules.model is not None and first.body.model != rules.model:
             return None
-        lines = _uniform_decoder(first.url, first.body.model, needs.fields[0], rules.custom_id_chars_max)(block)
+        is_listed = needs.fields[0] == _MESSAGES and len(block) <= _LISTED_BYTES_MAX
+        # A list of objects takes no more time than its bytes would, and each is known to open a bracket.
+        held = list[_Object] if is_listed else Raw
+        lines = _uniform_decoder(first.url, first.body.model, needs.fields[0], held, rules.custom_id_chars_max)(block)
     except (msgspec.DecodeError, RecursionError):
         return None
     custom_ids = [line.custom_id for line in lines]
@@ -132,7 +137,7 @@ def _uniform_lines(block: bytes, count: int, rules: LineRules) -> SoundLines | N
         return None
     contents = [line.body.content for line in lines]
     opened = _OPENED * (count - 1)
-    if needs.fields[0] == _MESSAGES:
+    if is_listed:
         lengths = [len(content) for content in contents]
         opened += count - 1 + sum(lengths) - max(lengths)
     # Comparing lengths first spares the comparison of contents.
@@ -142,9 +147,10 @@ def _uniform_lines(block: bytes, count: int, rules: LineRules) -> SoundLines | N
 
 
 @lru_cache(maxsize=16)
-def _uniform_decoder(url: str, model: str, field: str, id_chars_max: int) -> Callable[[bytes], list[_UniformLine]]:
-    # Not kept, a list of objects costs no more than its bytes would, and each is known to open a bracket.
-    content = ("content", list[_Object] if field == _MESSAGES else Raw, msgspec.field(name=field))
+def _uniform_decoder(
+    url: str, model: str, field: str, held: object, id_chars_max: int
+) -> Callable[[bytes], list[_UniformLine]]:
+    content = ("content", held, msgspec.field(name=field))
     custom_id = Annotated[str, msgspec.Meta(min_length=1, max_length=id_chars_max)]
     body = msgspec.defstruct("_Body", [("model", Literal[model]), content, ("stream", None, None)], gc=False)
     line = msgspec.defstruct(

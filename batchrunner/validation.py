@@ -1,6 +1,7 @@
-"""Judges a whole input in one streaming pass: every problem, every duplicate custom_id, and the shards.
+"""Judges a whole input as it streams by: every problem, every duplicate custom_id, and the shards.
 
-It is fed bytes and never reads; how they are chunked makes no difference to what comes out.
+It is fed bytes and never reads; how they are chunked makes no difference to what comes out. Ranges whose ids have to be
+compared it asks for again.
 """
 
 from __future__ import annotations
@@ -59,12 +60,12 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True):
 
 class Look(msgspec.Struct, frozen=True):
     """A byte range of the input that may hold a duplicate, or ids that it must be compared with: to be read again and
-    handed to `confirm`.
+    handed to `confirm`. It is as long as a shard at most.
     """
 
     byte_start: int
     byte_end: int
-    place: int
+    places: range
 
 
 class _Cut(msgspec.Struct, gc=False):
@@ -119,6 +120,7 @@ class Validator:
         self._lines_max = lines_max
         self._bytes_max = bytes_max
         self._chosen = chosen
+        self._shard_bytes_max = shard_bytes_max
         self._cutter = Cutter(lines_max=shard_lines_max, bytes_max=shard_bytes_max, line_bytes_max=rules.line_bytes_max)
         self._problems = Problems(problems_max, on_problem)
         self._sha256 = sha256
@@ -157,22 +159,29 @@ class Validator:
         """Give the ranges to read again and confirm, in this order; empty when nothing is left. Ends the feeding."""
         self._end()
         if self._repeated is None:
-            unhashed = tuple(self._look(place) for place, cut in enumerate(self._cuts) if cut.hashes is None)
-            if unhashed:
+            if unhashed := self._looks(lambda cut: cut.hashes is None):
                 return unhashed
             self._repeated = repeated_hashes([cut.hashes for cut in self._cuts if cut.hashes is not None])
         hashes = self._repeated[self._confirmed_count : self._confirmed_count + _CONFIRMED_AT_ONCE]
         self._confirmed_count += len(hashes)
         self._confirming = set(hashes)
         self._seen = set()
-        return tuple(
-            self._look(place)
-            for place, cut in enumerate(self._cuts)
-            if hashes and not self._confirming.isdisjoint(cut.hashes or ())
-        )
+        if not hashes:
+            return ()
+        return self._looks(lambda cut: not self._confirming.isdisjoint(cut.hashes or ()))
 
-    def _look(self, place: int) -> Look:
-        return Look(self._cuts[place].byte_start, self._cuts[place].byte_end, place)
+    def _looks(self, is_wanted: Callable[[_Cut], bool]) -> tuple[Look, ...]:
+        """Give where the wanted cuts lie, small ones that follow each other in one range."""
+        looks: list[Look] = []
+        for place, cut in enumerate(self._cuts):
+            if not is_wanted(cut):
+                continue
+            start, first = cut.byte_start, place
+            if looks and looks[-1].byte_end == start and cut.byte_end - looks[-1].byte_start <= self._shard_bytes_max:
+                before = looks.pop()
+                start, first = before.byte_start, before.places.start
+            looks.append(Look(start, cut.byte_end, range(first, place + 1)))
+        return tuple(looks)
 
     def confirm(self, look: Look, content: bytes) -> None:
         """Compare the ids of a range of the input, or take them in to be compared.
@@ -180,9 +189,13 @@ class Validator:
         Raises:
             InputChanged: these are not the bytes that were fed.
         """
-        cut = self._cuts[look.place]
+        for cut in self._cuts[look.places.start : look.places.stop]:
+            start, end = cut.byte_start - look.byte_start, cut.byte_end - look.byte_start
+            self._confirm(cut, content[start:end])
+
+    def _confirm(self, cut: _Cut, content: bytes) -> None:
         if crc32(content) != cut.checksum:
-            raise InputChanged(f"the input changed between its bytes {look.byte_start} and {look.byte_end}")
+            raise InputChanged(f"the input changed between its bytes {cut.byte_start} and {cut.byte_end}")
         if cut.hashes is None:
             cut.hashes = _hashes(self._ids_of(cut, content))
             return

@@ -94,7 +94,7 @@ def validate(path: Path) -> Validation:
     for chunk in chunks(path):
         validator.feed(chunk)
     while validator.candidates():
-        raise SystemExit("the lines are unique, yet there are candidates")
+        raise SystemExit("the ids ascend, yet there are candidates")
     return validator.finish()
 
 

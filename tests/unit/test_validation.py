@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tracemalloc
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from batchrunner import validation
@@ -255,8 +256,25 @@ def test_ids_that_ascend_are_looked_at_again_once_one_does_not() -> None:
             validator.confirm(look, content[look.byte_start : look.byte_end])
 
     # The 3 is in the second pair and in the fourth, with which the order ends; the fifth was hashed when it came.
-    assert rounds == [starts, [starts[1], starts[3]]]
+    assert rounds == [[starts[0]], [starts[1], starts[3]]]
     assert codes(validator.finish()) == [(8, "duplicate_custom_id")]
+
+
+def test_ranges_that_are_read_again_are_no_longer_than_a_shard() -> None:
+    rows = [line(f"{number:02}") + b"\n" for number in [*range(1, 8), 3]]
+    size_bytes = len(rows[0])
+    content = b"".join(rows)
+    validator = Validator(
+        CHAT, OnInvalid.SKIP, lines_max=10, bytes_max=10_000, shard_lines_max=1, shard_bytes_max=3 * size_bytes
+    )
+    validator.feed(content)
+
+    looks = validator.candidates()
+
+    assert [(look.byte_start // size_bytes, look.byte_end // size_bytes) for look in looks] == [(0, 3), (3, 6), (6, 8)]
+    for look in looks:
+        validator.confirm(look, content[look.byte_start : look.byte_end])
+    assert [look.places for look in validator.candidates()] == [range(2, 3), range(7, 8)]
 
 
 def test_a_file_whose_ids_ascend_has_nothing_to_read_again() -> None:
@@ -438,26 +456,56 @@ def test_a_line_unlike_the_first_is_judged_as_it_is_alone(odd: bytes, rules: Lin
     assert (sound_lines(odd + b"\n" + line("a"), 2, rules) is not None) == is_sound
 
 
-@given(
-    st.lists(st.sampled_from([0, 1, 20, 60, 122, 123, 124, 125, 126, 127]), min_size=1, max_size=40),
-    st.integers(0, 900),
-    st.booleans(),
-)
-def test_lines_taken_together_are_nested_no_deeper_than_each_may_be(
-    depths: list[int], text_chars: int, has_end: bool
-) -> None:
+def nested(depth: int) -> object:
+    return json.loads("[" * depth + "1" + "]" * depth)
+
+
+@st.composite
+def nested_lines(draw: st.DrawFn, depths: st.SearchStrategy[int]) -> bytes:
+    """A line with lists in lists, beside its body or within one of a few messages."""
+    nest = nested(draw(depths))
+    text = "y" * draw(st.integers(0, 900))
+    messages: list[object] = [{} for _ in range(draw(st.integers(0, 5)))]
+    is_within = draw(st.booleans())
+    if messages and is_within:
+        messages[draw(st.integers(0, len(messages) - 1))] = draw(st.sampled_from([{"content": nest}, nest]))
+        return line("a", body={"model": "m", "messages": messages}, y=text)
+    return line("a", body={"model": "m", "messages": messages}, x=nest, y=text)
+
+
+DEPTHS = st.sampled_from([0, 1, 20, 60, *range(119, 132)])
+ONE_MESSAGE = line("a", body=BODY | {"messages": [{}]})
+
+
+@given(rows=st.lists(nested_lines(DEPTHS), min_size=1, max_size=3), has_end=st.booleans())
+@example(rows=[ONE_MESSAGE, line("b", body=BODY | {"messages": [{"c": nested(125)}]})], has_end=True)
+@example(rows=[ONE_MESSAGE, line("b", body=BODY | {"messages": [{"c": nested(125)}, {}]})], has_end=True)
+def test_lines_taken_together_are_nested_no_deeper_than_each_may_be(rows: list[bytes], has_end: bool) -> None:
     """The brackets of many lines are counted together; what is too deep for one line is never taken for sound."""
     rules = replace(CHAT, wants_url=True)
-    nests = [json.loads("[" * depth + "1" + "]" * depth) for depth in depths]
-    rows = [line(f"{at:03}", x=nest, y="y" * text_chars) for at, nest in enumerate(nests)]
 
     found = sound_lines(b"\n".join(rows) + (b"\n" if has_end else b""), len(rows), rules)
 
     is_each_sound = all(isinstance(parse_line(raw, 1, rules), RequestLine) for raw in rows)
-    assert is_each_sound == (max(depths) <= 127)
     assert (found is not None) <= is_each_sound
-    if max(depths) <= 60:
-        assert found is not None
+
+
+@given(st.lists(nested_lines(st.integers(0, 60)), min_size=1, max_size=40), st.booleans())
+def test_lines_that_are_hardly_nested_are_taken_together(rows: list[bytes], has_end: bool) -> None:
+    assert sound_lines(b"\n".join(rows) + (b"\n" if has_end else b""), len(rows), replace(CHAT, wants_url=True))
+
+
+def test_a_long_line_of_small_objects_takes_little_more_than_its_bytes() -> None:
+    content = line("a", body=BODY | {"messages": [{}] * 500_000})
+
+    tracemalloc.start()
+    try:
+        assert sound_lines(content, 1, replace(CHAT, wants_url=True)) is None
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak_bytes < 3 * len(content)
 
 
 @pytest.mark.parametrize("is_strict", [False, True])
