@@ -64,11 +64,13 @@ def take_long_turns() -> bool:
     it before other threads start: those inherit it.
 
     A thread that wakes up for Python's lock could not go on anyway, and processes that share a core would empty each
-    other's caches many times more often. False where nothing is changed.
+    other's caches many times more often. False where nothing is changed: a policy that somebody chose stays.
     """
     if not hasattr(os, "SCHED_BATCH"):
         return False
     try:
+        if os.sched_getscheduler(0) != os.SCHED_OTHER:
+            return False
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     except OSError as error:
         logger.debug("the system keeps its turns: %s", error, extra={"action": "long_turns_refused"})

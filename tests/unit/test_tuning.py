@@ -100,36 +100,45 @@ def test_open_files_are_allowed_as_far_as_the_system_lets_them(
 
 
 TURNS_SCRIPT = """
-import os, threading
+import os, sys, threading
 from batchrunner.tuning import take_long_turns
+os.sched_setscheduler(0, getattr(os, sys.argv[1]), os.sched_param(0))
 taken = take_long_turns()
 policies = []
 thread = threading.Thread(target=lambda: policies.append(os.sched_getscheduler(0)))
 thread.start()
 thread.join()
-print(taken, policies == [os.SCHED_BATCH])
+print(taken, policies == [getattr(os, sys.argv[2])])
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux has the policy")
-def test_threads_inherit_long_turns() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the policy")
+@pytest.mark.parametrize(
+    ("before", "after", "is_taken"),
+    [
+        pytest.param("SCHED_OTHER", "SCHED_BATCH", True, id="the-usual-policy"),
+        pytest.param("SCHED_IDLE", "SCHED_IDLE", False, id="a-chosen-policy"),
+    ],
+)
+def test_threads_inherit_long_turns(before: str, after: str, is_taken: bool) -> None:
     completed = subprocess.run(
-        [sys.executable, "-c", TURNS_SCRIPT], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", TURNS_SCRIPT, before, after], capture_output=True, text=True, timeout=60, check=True
     )
 
-    assert completed.stdout.split() == ["True", "True"]
+    assert completed.stdout.split() == [str(is_taken), "True"]
 
 
 def refuse(*_: object) -> None:
     raise PermissionError(1, "Operation not permitted")
 
 
-@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux has the policy")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the policy")
 def test_process_goes_on_where_long_turns_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    before = os.sched_getscheduler(0)
 
     assert not take_long_turns()
-    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+    assert os.sched_getscheduler(0) == before
 
 
 def test_process_goes_on_where_there_is_no_such_policy(monkeypatch: pytest.MonkeyPatch) -> None:
