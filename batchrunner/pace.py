@@ -36,7 +36,7 @@ SURPRISING = 3.0
 # With fewer answers a second only coarse steps can be told apart.
 COARSE_RATE = 100.0
 
-# Until every process has heard of a smaller window and keeps to it, failures are those of the size before.
+# Until every process has heard of a smaller window and keeps to it, what comes in tells of the size before.
 HEARD_S = 0.25
 
 PROBE_FIRST_S = 3.0
@@ -143,6 +143,7 @@ class Window:
     _probe_every_s: float = field(init=False, default=PROBE_FIRST_S)
     _refusals: Trouble = field(init=False)
     _breakages: Trouble = field(init=False)
+    # From when on everybody keeps to the last smaller size.
     _heard_at_s: float = field(init=False, default=-math.inf)
     _patient_until_s: float = field(init=False, default=-math.inf)
     # The size at the last answer.

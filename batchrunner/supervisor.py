@@ -246,6 +246,8 @@ class Supervisor:
         self._grace = Grace(clock)
         self._uses = (_UNUSED,) * len(self._targets)
         self._refused = [0] * len(self._targets)
+        # Since the windows last saw what came.
+        self._rounds = 0
         self._turns = [_Turns(clock) for _ in self._targets]
 
     @property
@@ -320,15 +322,17 @@ class Supervisor:
     # -- shares ------------------------------------------------------------------------------------------------------
 
     async def _pace(self) -> None:
-        rounds = 0
         while True:
-            rounds += 1
-            if self._all_have_reported() or rounds >= _ROUNDS_MAX:
-                rounds = 0
-                self._observe()
-            self._hand_out()
+            self._go_round()
             self._end_late_workers()
             await self._clock.sleep(_PACE_S)
+
+    def _go_round(self) -> None:
+        self._rounds += 1
+        if self._all_have_reported() or self._rounds >= _ROUNDS_MAX:
+            self._rounds = 0
+            self._observe()
+        self._hand_out()
 
     def _all_have_reported(self) -> bool:
         return all(child.fresh for child in self._children if child.process is not None)

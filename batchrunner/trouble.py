@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-# So small a share is nobody's habit: one failure among so many says nothing, two close together do.
+# So small a share is nobody's habit: one failure among so many says nothing, several at once do.
 STRAY = 0.002
 # Standard errors above the usual share that count as more than chance.
 CERTAIN = 3.0
@@ -69,7 +69,7 @@ class Trouble:
     size_before: int = 0
     # What went well in a row.
     clean: int = 0
-    # What came since the last judgement, from the first failure on.
+    # What came since the last judgement, from the first failure on; of what was no more than chance a part stays.
     page: _Count = field(default_factory=_Count)
     # What came since the spell of trouble began, by the size that the window had.
     spell: defaultdict[int, _Count] = field(default_factory=lambda: defaultdict(_Count))
@@ -99,8 +99,9 @@ class Trouble:
         return self._blame(held, at_s)
 
     def forget(self) -> None:
-        """Judge nothing by the failures since the last judgement."""
+        """Judge nothing by what failed so far."""
         self.page = _Count()
+        self._end_spell()
 
     def _is_chance(self, at_s: float) -> bool:
         """Whether the page holds no more than chance makes of what is tolerated, or of the habit."""

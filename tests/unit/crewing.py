@@ -126,7 +126,6 @@ class Crew:
         self.began_s = self.clock.now_s
         self._chance = random.Random(seed)
         self._serving = 0
-        self._rounds = 0
         self._serial = 0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._pools = [_Pool(child, self.clock.now_s) for child in children]
@@ -158,12 +157,7 @@ class Crew:
         heapq.heappush(self._events, (self.clock.now_s + delay_s, self._serial, lambda: happen(*arguments)))
 
     def _pace(self) -> None:
-        supervisor = self.supervisor
-        self._rounds += 1
-        if supervisor._all_have_reported() or self._rounds >= 3:
-            self._rounds = 0
-            supervisor._observe()
-        supervisor._hand_out()
+        self.supervisor._go_round()
         self.sizes.append(self.window.size)
         self.answered.append(0)
         self.refused.append(0)

@@ -370,7 +370,19 @@ def test_a_failure_now_and_then_shrinks_nothing() -> None:
     advice = {noted(trouble, 1, 600) for _ in range(100)}
 
     assert advice == {Advice.NOTHING}
+    assert noted(trouble, 5, 30) is Advice.SHRINK
     assert noted(refusals(), 2, 30) is Advice.SHRINK
+
+
+def test_what_failed_before_an_outage_is_not_held_against_what_comes_after() -> None:
+    trouble = refusals()
+    noted(trouble, 20, 40, size=64)
+    noted(trouble, 0, 200, size=44)
+
+    trouble.forget()
+    advice = [noted(trouble, 2, 30, size=64 - step) for step in range(4)]
+
+    assert advice == [Advice.SHRINK] * 3 + [Advice.RESTORE]
 
 
 def test_a_cured_spell_is_not_held_against_the_next() -> None:

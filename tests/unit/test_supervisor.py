@@ -106,14 +106,18 @@ def test_window_is_measured_as_if_lines_were_in_the_places_of_others(monkeypatch
     seen: list[Sample] = []
     monkeypatch.setattr(Window, "observe", lambda _, sample: seen.append(sample))
     made.yield_to([LiveUse(places=4, refused=2)])
-    sample = Sample(at_s=1.0, span_s=0.1, answered=12, latency_sum_s=1.2, in_flight_mean=12.0)
+    sample = Sample(at_s=1.0, span_s=0.1, answered=12, latency_sum_s=1.2, in_flight_mean=12.0, window=20.0)
     idle = Sample(at_s=1.1, span_s=0.1)
     for each in (sample, sample, idle):
         made.yield_to([LiveUse(places=4)])
         children[0].hear(encode_message(report(sample=each)))
         made._observe()
 
-    assert [(each.in_flight_mean, each.refused) for each in seen] == [(16.0, 2), (16.0, 0), (0.0, 0)]
+    assert [(each.in_flight_mean, each.window, each.refused) for each in seen] == [
+        (16.0, 24.0, 2),
+        (16.0, 24.0, 0),
+        (0.0, 0.0, 0),
+    ]
 
 
 def test_share_grows_only_by_what_others_have_let_go_of() -> None:
