@@ -5,11 +5,12 @@ the input.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
+from itertools import chain
 
 import msgspec
 import orjson
 
-from batchrunner.cutting import Block, Cutter, LongLine, split_lines
+from batchrunner.cutting import Cutter, split_lines
 from batchrunner.grouping import read_failure
 from batchrunner.lines import ProblemCode
 from batchrunner.ports import Blobs
@@ -126,12 +127,7 @@ def lines_of(chunks: Iterable[bytes]) -> Iterator[bytes]:
 def numbered_lines(source: Iterable[bytes], line_bytes_max: int) -> Iterator[tuple[int, bytes]]:
     """Give the lines of an input with their numbers, but for those too long; `source` is in pieces of any size."""
     cutter = Cutter(lines_max=_BLOCK_LINES, bytes_max=_BLOCK_BYTES, line_bytes_max=line_bytes_max)
-    for chunk in source:
-        yield from _lines_in(cutter.feed(chunk))
-    yield from _lines_in(cutter.finish())
-
-
-def _lines_in(pieces: Iterator[Block | LongLine]) -> Iterator[tuple[int, bytes]]:
-    for piece in pieces:
-        if isinstance(piece, Block):
-            yield from split_lines(piece.content, piece.first_line)
+    for run in chain(chain.from_iterable(map(cutter.feed, source)), cutter.finish()):
+        if isinstance(run, bytes):
+            for block in cutter.blocks(run):
+                yield from split_lines(block.content, block.first_line)

@@ -1,4 +1,4 @@
-"""Cuts a stream of bytes into blocks of whole lines, split at 0x0A only, and tells where shards begin; flat memory.
+"""Cuts a stream of bytes into whole lines, split at 0x0A only, and these into shards; flat memory.
 
 How the bytes are chunked makes no difference to where shards begin. What a line means is somebody else's business.
 """
@@ -6,28 +6,21 @@ How the bytes are chunked makes no difference to where shards begin. What a line
 from __future__ import annotations
 
 from collections.abc import Iterator
-from io import BytesIO
-from operator import itemgetter
+from io import SEEK_CUR, BytesIO
+from itertools import islice
 
 import msgspec
 
 _BOM = b"\xef\xbb\xbf"
-_OPEN, _CLOSE = b"{}"
-_first = itemgetter(0)
-_last_but_one = itemgetter(-2)
 
 
 class Block(msgspec.Struct, frozen=True, gc=False):
-    """Consecutive physical lines of one shard, as many as arrived together.
-
-    `is_first`: a shard begins with it. `is_plain`: each line begins with `{` and ends with `}` before its line end.
-    """
+    """Consecutive physical lines of one shard, as many as arrived together. `is_first`: a shard begins with it."""
 
     content: bytes
     byte_start: int
     first_line: int
     line_count: int
-    is_plain: bool
     is_first: bool
 
     @property
@@ -58,8 +51,14 @@ def split_lines(block: bytes, first_line: int) -> Iterator[tuple[int, bytes]]:
 class Cutter:
     """One pass over one input. A shard has at most `lines_max` lines and `bytes_max` bytes, or is a single longer line.
 
-    Blocks are consecutive and cover the input, but for a byte order mark at its start and lines over `line_bytes_max`.
-    Nothing is held but the line that has not ended yet: a block is given while its bytes are still in the cache.
+        for run in cutter.feed(chunk):
+            if isinstance(run, bytes):
+                for block in cutter.blocks(run):
+
+    A run is the whole lines that came together. It is cut into blocks before the next is taken, or what comes later is
+    numbered wrong. Blocks are consecutive and cover the input, but for a byte order mark at its start and lines over
+    `line_bytes_max`. Nothing is held but the line that has not ended yet: a run is given while its bytes are still in
+    the cache.
     """
 
     def __init__(self, *, lines_max: int, bytes_max: int, line_bytes_max: int) -> None:
@@ -77,7 +76,7 @@ class Cutter:
         # Bytes of a line that is too long and has not ended yet; they are counted, not kept.
         self._dropped_bytes = 0
 
-    def feed(self, chunk: bytes) -> Iterator[Block | LongLine]:
+    def feed(self, chunk: bytes) -> Iterator[bytes | LongLine]:
         """Take the next bytes and give what they complete. The iterator has to be used up before the next call."""
         if not self._has_begun:
             self._buffer += chunk
@@ -93,14 +92,28 @@ class Cutter:
             chunk = chunk[end + 1 :]
         yield from self._split(chunk)
 
-    def finish(self) -> Iterator[Block | LongLine]:
+    def finish(self) -> Iterator[bytes | LongLine]:
         """Give what is left; the last line needs no 0x0A. Nothing can be fed after it."""
         if not self._has_begun:
             yield from self._split(self._begin())
         if self._dropped_bytes:
             yield self._long_line(self._dropped_bytes)
         elif self._buffer:
-            yield from self._cut(bytes(self._buffer))
+            yield from self._runs(bytes(self._buffer))
+
+    def blocks(self, run: bytes, line_count: int | None = None) -> Iterator[Block]:
+        """Cut a run where shards begin. To know its number of lines spares most of the work."""
+        lines = BytesIO(run)
+        start = 0
+        while start < len(run):
+            if line_count is not None and self._has_room(line_count, len(run) - start):
+                taken_count, end = line_count, len(run)
+            else:
+                taken_count, end = self._fit(lines, len(run) - start), lines.tell()
+            yield self._block(run[start:end], taken_count)
+            if line_count is not None:
+                line_count -= taken_count
+            start = end
 
     def _begin(self) -> bytes:
         """Give the first bytes without their mark."""
@@ -112,60 +125,66 @@ class Cutter:
             return content[len(_BOM) :]
         return content
 
-    def _split(self, chunk: bytes) -> Iterator[Block | LongLine]:
+    def _split(self, chunk: bytes) -> Iterator[bytes | LongLine]:
         end = chunk.rfind(b"\n") + 1
         if not end:
             self._buffer += chunk
         else:
             content = b"".join((self._buffer, memoryview(chunk)[:end])) if self._buffer else chunk[:end]
             self._buffer[:] = chunk[end:]
-            yield from self._cut(content)
+            yield from self._runs(content)
         if len(self._buffer) > self._line_bytes_max:
             self._dropped_bytes = len(self._buffer)
             self._buffer.clear()
 
-    def _cut(self, content: bytes) -> Iterator[Block | LongLine]:
-        """Give whole lines as the blocks that they make, and one by one those that are too long."""
-        lines = BytesIO(content).readlines()
-        start = position = 0
-        while start < len(lines):
-            if len(lines[start]) - 1 > self._line_bytes_max:
-                line_count, size_bytes = 1, len(lines[start])
-                yield self._long_line(size_bytes - 1)
-            else:
-                line_count, size_bytes = self._fit(lines, start, len(content) - position)
-                part = lines if line_count == len(lines) else lines[start : start + line_count]
-                yield self._block(content[position : position + size_bytes], part)
-            start += line_count
-            position += size_bytes
+    def _runs(self, content: bytes) -> Iterator[bytes | LongLine]:
+        """Give whole lines together, but one by one those that are too long."""
+        if len(content) <= self._line_bytes_max:
+            yield content
+            return
+        start = end = 0
+        for line in BytesIO(content):
+            if len(line) - 1 > self._line_bytes_max:
+                if start < end:
+                    yield content[start:end]
+                yield self._long_line(len(line) - 1)
+                start = end + len(line)
+            end += len(line)
+        if start < end:
+            yield content[start:end]
 
-    def _fit(self, lines: list[bytes], start: int, size_bytes: int) -> tuple[int, int]:
-        """Give how many lines, and bytes, go into one shard: the one begun, or another if not even the first fits."""
-        line_bytes = len(lines[start])
-        is_full = self._shard_lines == self._lines_max or self._shard_bytes + line_bytes > self._bytes_max
-        if self._shard_lines and is_full:
+    def _has_room(self, line_count: int, size_bytes: int) -> bool:
+        return self._shard_lines + line_count <= self._lines_max and self._shard_bytes + size_bytes <= self._bytes_max
+
+    def _fit(self, lines: BytesIO, size_bytes: int) -> int:
+        """Read the lines that go into one shard: the one begun, or another if not even the first fits. `size_bytes`: of
+        all that are left.
+        """
+        taken_bytes = len(lines.readline())
+        if self._shard_lines and not self._has_room(1, taken_bytes):
             self._shard_lines = self._shard_bytes = 0
-        line_count = min(len(lines) - start, self._lines_max - self._shard_lines)
         room_bytes = self._bytes_max - self._shard_bytes
-        if size_bytes <= min(room_bytes, self._line_bytes_max):
-            # Mostly all that came is too little for any limit of bytes, and no line needs to be measured.
-            is_all = line_count == len(lines) - start
-            return line_count, size_bytes if is_all else sum(map(len, lines[start : start + line_count]))
-        taken_count, taken_bytes = 1, line_bytes
-        for line in lines[start + 1 : start + line_count]:
-            if len(line) - 1 > self._line_bytes_max or taken_bytes + len(line) > room_bytes:
+        others = islice(lines, self._lines_max - self._shard_lines - 1)
+        if size_bytes <= room_bytes:
+            # Mostly all that is left is too little for the limit of bytes, and no line needs to be measured.
+            return 1 + sum(map(bool, others))
+        taken_count = 1
+        for line in others:
+            taken_bytes += len(line)
+            if taken_bytes > room_bytes:
+                lines.seek(-len(line), SEEK_CUR)
                 break
             taken_count += 1
-            taken_bytes += len(line)
-        return taken_count, taken_bytes
+        return taken_count
 
-    def _block(self, content: bytes, lines: list[bytes]) -> Block:
-        is_first = not self._shard_lines
-        block = Block(content, self._byte_start, self._first_line, len(lines), _are_plain(lines), is_first)
+    def _block(self, content: bytes, line_count: int) -> Block:
+        block = Block(content, self._byte_start, self._first_line, line_count, not self._shard_lines)
         self._byte_start += len(content)
-        self._first_line += len(lines)
-        self._shard_lines += len(lines)
+        self._first_line += line_count
+        self._shard_lines += line_count
         self._shard_bytes += len(content)
+        if self._shard_lines == self._lines_max:
+            self._shard_lines = self._shard_bytes = 0
         return block
 
     def _long_line(self, size: int) -> LongLine:
@@ -174,19 +193,3 @@ class Cutter:
         self._first_line += 1
         self._dropped_bytes = self._shard_lines = self._shard_bytes = 0
         return line
-
-
-def _are_plain(lines: list[bytes]) -> bool:
-    if set(map(_first, lines)) != {_OPEN}:
-        return False
-    whole = lines if lines[-1].endswith(b"\n") else lines[:-1]
-    # Nearly always it can be told from the byte before each 0x0A; no line is shorter than two bytes here.
-    if set(map(_last_but_one, whole)) <= {_CLOSE}:
-        return whole is lines or _is_plain(lines[-1])
-    return all(map(_is_plain, lines))
-
-
-def _is_plain(line: bytes) -> bool:
-    """Tell whether a line begins with `{` and ends with `}`, before a carriage return at most."""
-    line = line.removesuffix(b"\n").removesuffix(b"\r")
-    return len(line) > 1 and line[0] == _OPEN and line[-1] == _CLOSE

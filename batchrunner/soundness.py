@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from io import BytesIO
 from operator import attrgetter
 from typing import Annotated, Literal, NamedTuple, Protocol
 
@@ -35,13 +36,7 @@ class _UniformLine(Protocol):
     body: _UniformBody
 
 
-class _IdOfLine(Struct, gc=False):
-    custom_id: str
-
-
-_decode_ids = msgspec.json.Decoder(_IdOfLine).decode_lines
 _decode_line = msgspec.json.Decoder(_WholeLine).decode
-_decode_lines = msgspec.json.Decoder(_WholeLine).decode_lines
 
 
 _MESSAGES = "messages"
@@ -66,26 +61,17 @@ class SoundLines(NamedTuple):
     opened: int
 
 
-def sound_lines(block: bytes, count: int, rules: LineRules) -> SoundLines | None:
-    """Judge many lines at once, several times faster than one by one. None: something is not plain, look at each line.
-
-    The caller knows that the block has `count` lines, each beginning with `{` and ending with `}` before its 0x0A. No
-    JSON value can hold such a line break, so as many values as lines means one value a line.
-    """
+def sound_lines(block: bytes, rules: LineRules) -> SoundLines | None:
+    """Judge many lines at once, several times faster than one by one. None: something is odd, look at each line."""
     if len(block) > rules.line_bytes_max or not is_utf8(block):
         return None
-    found = _uniform_lines(block, count, rules) or _typed_lines(block, count, rules)
-    return None if found is None or _is_any_too_deep(block, count, found.opened, rules.depth_max) else found
+    found = _uniform_lines(block, rules) or _typed_lines(block, rules)
+    return None if found is None or _is_any_too_deep(block, found, rules.depth_max) else found
 
 
-def custom_ids_of(content: bytes) -> list[str]:
-    """Give the custom_ids of lines that were sound."""
-    return [line.custom_id for line in _decode_ids(content)]
-
-
-def _is_any_too_deep(block: bytes, count: int, opened: int, depth_max: int) -> bool:
+def _is_any_too_deep(block: bytes, found: SoundLines, depth_max: int) -> bool:
     """Tell whether more brackets than allowed open in any line; some may lie in strings or side by side."""
-    if _are_openers_few(block, count, opened, depth_max):
+    if _are_openers_few(block, len(found.custom_ids), found.opened, depth_max):
         return False
     return b"[" * (depth_max + 1) in block.translate(AS_SQUARE, NOT_OPENERS)
 
@@ -95,7 +81,7 @@ def _are_openers_few(block: bytes, count: int, opened: int, openers_max: int) ->
 
     Rare bytes are found several times faster than each byte is looked at.
     """
-    in_first = _opener_count(block[: block.find(b"\n")]) or 1
+    in_first = _opener_count(_first_line(block))
     # Looked at only if it may come out well, all lines being like the first.
     if in_first * count - opened <= openers_max and _opener_count(block) - opened <= openers_max:
         return True
@@ -117,10 +103,14 @@ def _opener_count(content: bytes) -> int:
     return len(content) - len(content.replace(b"{", b"").replace(b"[", b""))
 
 
-def _uniform_lines(block: bytes, count: int, rules: LineRules) -> SoundLines | None:
+def _first_line(block: bytes) -> bytes:
+    return block[: block.find(b"\n") + 1] or block
+
+
+def _uniform_lines(block: bytes, rules: LineRules) -> SoundLines | None:
     """Judge lines that all name the url and the model of the first. None: they do not, or something is wrong."""
     try:
-        first = _decode_line(block[: block.find(b"\n") + 1] or block)
+        first = _decode_line(_first_line(block))
         needs = rules.needs_of_given.get(first.url or "")
         if needs is None or not needs.fields or first.url is None or not first.body.model:
             return None
@@ -129,19 +119,19 @@ def _uniform_lines(block: bytes, count: int, rules: LineRules) -> SoundLines | N
         is_listed = needs.fields[0] == _MESSAGES and len(block) <= _LISTED_BYTES_MAX
         # A list of objects takes no more time than its bytes would, and each is known to open a bracket.
         held = list[_Object] if is_listed else Raw
-        lines = _uniform_decoder(first.url, first.body.model, needs.fields[0], held, rules.custom_id_chars_max)(block)
+        decode = _uniform_decoder(first.url, first.body.model, needs.fields[0], held, rules.custom_id_chars_max)
+        lines = list(map(decode, BytesIO(block)))
     except (msgspec.DecodeError, RecursionError):
         return None
     custom_ids = [line.custom_id for line in lines]
-    if len(lines) != count or "\0" in "".join(custom_ids):
+    if "\0" in "".join(custom_ids):
         return None
-    contents = [line.body.content for line in lines]
-    opened = _OPENED * (count - 1)
+    opened = _OPENED * (len(lines) - 1)
+    lengths = [len(line.body.content) for line in lines]
     if is_listed:
-        lengths = [len(content) for content in contents]
-        opened += count - 1 + sum(lengths) - max(lengths)
+        opened += len(lines) - 1 + sum(lengths) - max(lengths)
     # Comparing lengths first spares the comparison of contents.
-    elif len(NULL) in map(len, contents) and NULL in contents:
+    elif len(NULL) in lengths and NULL in [line.body.content for line in lines]:
         return None
     return SoundLines(custom_ids, {first.body.model}, opened)
 
@@ -149,7 +139,7 @@ def _uniform_lines(block: bytes, count: int, rules: LineRules) -> SoundLines | N
 @lru_cache(maxsize=16)
 def _uniform_decoder(
     url: str, model: str, field: str, held: object, id_chars_max: int
-) -> Callable[[bytes], list[_UniformLine]]:
+) -> Callable[[bytes], _UniformLine]:
     content = ("content", held, msgspec.field(name=field))
     custom_id = Annotated[str, msgspec.Meta(min_length=1, max_length=id_chars_max)]
     body = msgspec.defstruct("_Body", [("model", Literal[model]), content, ("stream", None, None)], gc=False)
@@ -158,18 +148,16 @@ def _uniform_decoder(
         [("custom_id", custom_id), ("method", Literal["POST"]), ("url", Literal[url]), ("body", body)],
         gc=False,
     )
-    return msgspec.json.Decoder(line).decode_lines  # type: ignore[return-value]
+    return msgspec.json.Decoder(line).decode  # type: ignore[return-value]
 
 
-def _typed_lines(block: bytes, count: int, rules: LineRules) -> SoundLines | None:
+def _typed_lines(block: bytes, rules: LineRules) -> SoundLines | None:
     try:
-        lines = _decode_lines(block)
+        lines = list(map(_decode_line, BytesIO(block)))
     except (msgspec.DecodeError, RecursionError):
         return None
-    if len(lines) != count:
-        return None
     bodies = [line.body for line in lines]
-    found = SoundLines([line.custom_id for line in lines], {body.model for body in bodies}, _OPENED * (count - 1))
+    found = SoundLines([line.custom_id for line in lines], {body.model for body in bodies}, _OPENED * (len(lines) - 1))
     if _are_alike_and_sound(lines, bodies, found, rules):
         return found
     urls = (accepted_url(line.custom_id, line.url, line.body, rules) for line in lines)

@@ -1,17 +1,16 @@
-"""Judges a whole input as it streams by: every problem, every duplicate custom_id, and the shards.
+"""Judges a whole input in one streaming pass: every problem, every duplicate custom_id, and the shards.
 
-It is fed bytes and never reads; how they are chunked makes no difference to what comes out. Ranges whose ids have to be
-compared it asks for again.
+It is fed bytes and never reads; how they are chunked makes no difference to what comes out.
 """
 
 from __future__ import annotations
 
 import hashlib
-from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from itertools import islice
 
 import msgspec
 from zlib_ng.zlib_ng import crc32
@@ -29,13 +28,12 @@ from batchrunner.lines import (
 )
 from batchrunner.models import LineProblem, OnInvalid, RequestLine, ShardCut
 from batchrunner.problems import Problems
-from batchrunner.repeats import Order, repeated_hashes
+from batchrunner.repeats import Repeats
 from batchrunner.settings import Settings
-from batchrunner.soundness import custom_ids_of, sound_lines
+from batchrunner.soundness import SoundLines, sound_lines
 
-# Real ids are held for this many hashes at a time while hits are confirmed, so that memory stays bounded in a file that
-# was appended to itself.
-_CONFIRMED_AT_ONCE = 1 << 18
+# Lines are judged together in so many bytes as stay in the nearest caches.
+_RUN_BYTES = 1 << 18
 # Below this, handing a chunk to a thread costs more than hashing it.
 _CHUNK_BYTES_BESIDE = 64 * 1024
 
@@ -59,8 +57,8 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Look(msgspec.Struct, frozen=True):
-    """A byte range of the input that may hold a duplicate, or ids that it must be compared with: to be read again and
-    handed to `confirm`. It is as long as a shard at most.
+    """A byte range of the input that may hold a duplicate: to be read again and handed to `confirm`. It is as long as a
+    shard at most.
     """
 
     byte_start: int
@@ -69,19 +67,14 @@ class Look(msgspec.Struct, frozen=True):
 
 
 class _Cut(msgspec.Struct, gc=False):
-    """What is remembered of a range of lines: its place, and 8 bytes for each custom_id once they are needed.
-
-    It is a shard if any line is to run. `is_sound`: all its lines were taken together.
-    """
+    """What is remembered of a range of lines. It is a shard if any of them is to run."""
 
     byte_start: int
     byte_end: int
     first_line: int
     checksum: int
     line_count: int
-    hashes: array[int] | None
     skipped: list[int]
-    is_sound: bool = True
 
 
 class Validator:
@@ -91,9 +84,8 @@ class Validator:
             for look in looks:
                 validator.confirm(look, read(look.byte_start, look.byte_end))
 
-    A file whose ids ascend has no candidates. In any other, the ids before the first that does not are looked at again
-    first, and then those that may be duplicates. Memory: 8 bytes a line where ids do not ascend, 8 more up to 2,000,000
-    lines when they are compared, one block with its parsed lines; the numbers of refused lines when these are skipped.
+    A file without duplicates has no candidates. Memory: 9 bytes a line, a little more while the ids are compared; one
+    chunk with its parsed lines; the numbers of refused lines when these are skipped.
     """
 
     def __init__(
@@ -131,12 +123,7 @@ class Validator:
         self._refused_count = 0
         self._cuts: list[_Cut] = []
         self._models: set[str | None] = set()
-        # None until all ids have hashes.
-        self._repeated: array[int] | None = None
-        self._confirmed_count = 0
-        self._confirming: set[int] = set()
-        self._seen: set[str] = set()
-        self._order = Order()
+        self._repeats = Repeats()
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes of the input."""
@@ -146,8 +133,9 @@ class Validator:
             return
         room = self._bytes_max - self._fed_bytes
         self._fed_bytes += len(chunk)
-        for cut in self._cutter.feed(chunk if len(chunk) <= room else chunk[:room]):
-            self._take(cut)
+        for start in range(0, min(len(chunk), room), _RUN_BYTES):
+            for run in self._cutter.feed(chunk[start : min(start + _RUN_BYTES, room)]):
+                self._take(run)
         if len(chunk) > room:
             self._end_early(
                 ProblemCode.FILE_TOO_LARGE,
@@ -158,24 +146,13 @@ class Validator:
     def candidates(self) -> tuple[Look, ...]:
         """Give the ranges to read again and confirm, in this order; empty when nothing is left. Ends the feeding."""
         self._end()
-        if self._repeated is None:
-            if unhashed := self._looks(lambda cut: cut.hashes is None):
-                return unhashed
-            self._repeated = repeated_hashes([cut.hashes for cut in self._cuts if cut.hashes is not None])
-        hashes = self._repeated[self._confirmed_count : self._confirmed_count + _CONFIRMED_AT_ONCE]
-        self._confirmed_count += len(hashes)
-        self._confirming = set(hashes)
-        self._seen = set()
-        if not hashes:
-            return ()
-        return self._looks(lambda cut: not self._confirming.isdisjoint(cut.hashes or ()))
+        return self._looks(self._repeats.next_places())
 
-    def _looks(self, is_wanted: Callable[[_Cut], bool]) -> tuple[Look, ...]:
-        """Give where the wanted cuts lie, small ones that follow each other in one range."""
+    def _looks(self, places: Iterable[int]) -> tuple[Look, ...]:
+        """Give where cuts lie, small ones that follow each other in one range."""
         looks: list[Look] = []
-        for place, cut in enumerate(self._cuts):
-            if not is_wanted(cut):
-                continue
+        for place in places:
+            cut = self._cuts[place]
             start, first = cut.byte_start, place
             if looks and looks[-1].byte_end == start and cut.byte_end - looks[-1].byte_start <= self._shard_bytes_max:
                 before = looks.pop()
@@ -184,7 +161,7 @@ class Validator:
         return tuple(looks)
 
     def confirm(self, look: Look, content: bytes) -> None:
-        """Compare the ids of a range of the input, or take them in to be compared.
+        """Compare the real ids of a range of the input.
 
         Raises:
             InputChanged: these are not the bytes that were fed.
@@ -196,19 +173,11 @@ class Validator:
     def _confirm(self, cut: _Cut, content: bytes) -> None:
         if crc32(content) != cut.checksum:
             raise InputChanged(f"the input changed between its bytes {cut.byte_start} and {cut.byte_end}")
-        if cut.hashes is None:
-            cut.hashes = _hashes(self._ids_of(cut, content))
-            return
         for line_number, raw in self._requests(content, cut.first_line):
             found = parse_line(raw, line_number, self._rules)
-            custom_id = found.custom_id
-            if custom_id is None or hash(custom_id) not in self._confirming:
-                continue
-            if custom_id not in self._seen:
-                self._seen.add(custom_id)
-            elif isinstance(found, RequestLine):
-                # A line refused for another reason keeps that: one problem a line.
-                self._refuse_duplicate(cut, line_number, custom_id)
+            # A line refused for another reason keeps that: one problem a line.
+            if found.custom_id and self._repeats.is_again(found.custom_id) and isinstance(found, RequestLine):
+                self._refuse_duplicate(cut, line_number, found.custom_id)
 
     def finish(self) -> Validation:
         """Give what was found.
@@ -217,7 +186,7 @@ class Validator:
             ValueError: there are candidates left to confirm.
         """
         self._end()
-        if self._repeated is None or self._confirmed_count < len(self._repeated):
+        if not self._repeats.is_told:
             raise ValueError("candidates() has to be called, and its ranges confirmed, until it gives none")
         is_fatal = self._refused_count > 0 and self._on_invalid is OnInvalid.FAIL
         is_rejected = is_fatal or self._problems.has_any_of_file
@@ -235,8 +204,8 @@ class Validator:
     def _end(self) -> None:
         if self._has_ended:
             return
-        for cut in self._cutter.finish():
-            self._take(cut)
+        for run in self._cutter.finish():
+            self._take(run)
         self._end_if_too_many()
         if not self._total_count:
             message = "The input file is empty. Please ensure that the batch contains at least one request."
@@ -252,62 +221,75 @@ class Validator:
     def _close(self) -> None:
         if not self._has_ended:
             self._has_ended = True
-            if self._order.is_ascending:
-                self._repeated = array("q")
+            self._repeats.close()
 
-    def _take(self, cut: Block | LongLine) -> None:
-        if isinstance(cut, LongLine) or cut.is_first:
-            self._end_if_too_many()
+    def _take(self, run: bytes | LongLine) -> None:
         if self._has_ended:
             return
-        if isinstance(cut, LongLine):
-            if self._is_chosen(cut.line_number):
-                message = too_long_message(self._rules, cut.size_bytes)
-                self._total_count += 1
-                self._refuse(LineProblem(ProblemCode.LINE_TOO_LONG, message, None, cut.line_number))
-        else:
-            if cut.is_first:
-                # Ids that ascend cannot repeat, and may never have to be hashed.
-                hashes = None if self._order.is_ascending else array("q")
-                self._cuts.append(_Cut(cut.byte_start, cut.byte_start, cut.first_line, 0, 0, hashes, []))
-            if not (cut.is_plain and self._take_sound(cut)):
-                self._take_one_by_one(cut)
+        if isinstance(run, LongLine):
+            self._take_long(run)
+            return
+        together = self._judge_together(run)
+        custom_ids = iter(() if together is None else together.custom_ids)
+        for block in self._cutter.blocks(run, None if together is None else len(together.custom_ids)):
+            if block.is_first:
+                if self._end_if_too_many():
+                    return
+                self._repeats.begin_range(block.byte_start)
+                self._cuts.append(_Cut(block.byte_start, block.byte_start, block.first_line, 0, 0, []))
+            if together is not None:
+                self._take_sound(block, together.models, list(islice(custom_ids, block.line_count)))
+            # An odd line does not slow down those of another shard.
+            elif len(block.content) < len(run) and (sound := self._judge_together(block.content)):
+                self._take_sound(block, sound.models, sound.custom_ids)
+            else:
+                self._take_one_by_one(block)
 
-    def _end_if_too_many(self) -> None:
+    def _take_sound(self, block: Block, models: set[str | None], custom_ids: list[str]) -> None:
+        self._total_count += block.line_count
+        self._note_models(models)
+        self._remember(block, block.line_count, custom_ids, [])
+
+    def _take_long(self, line: LongLine) -> None:
+        if not self._end_if_too_many() and self._is_chosen(line.line_number):
+            self._total_count += 1
+            message = too_long_message(self._rules, line.size_bytes)
+            self._refuse(LineProblem(ProblemCode.LINE_TOO_LONG, message, None, line.line_number))
+
+    def _end_if_too_many(self) -> bool:
         """Refuse an input with too many requests; looked at where shards end, which no chunking changes."""
-        if self._total_count > self._lines_max:
+        has_too_many = self._total_count > self._lines_max
+        if has_too_many:
             self._end_early(
                 ProblemCode.TOO_MANY_TASKS,
                 f"The batch input file holds more than the {self._lines_max} requests maximum. "
                 "Please try again with a smaller batch.",
             )
+        return has_too_many
 
-    def _take_sound(self, block: Block) -> bool:
-        """Take a block whose lines are all plain and sound; False if it has to be looked at line by line."""
+    def _judge_together(self, lines: bytes) -> SoundLines | None:
+        """Judge whole lines at once; None if they have to be looked at one by one."""
         if self._chosen is not None:
-            return False
+            return None
         if not self._rules.is_settled:
-            self._learn_from_first(block)
+            self._learn_from_first(lines)
             if not self._rules.is_settled:
-                return False
-        sound = sound_lines(block.content, block.line_count, self._rules)
-        if sound is None:
-            return False
-        self._total_count += block.line_count
-        self._note_models(sound.models)
-        self._remember(block, block.line_count, sound.custom_ids, [])
-        return True
+                return None
+        sound = sound_lines(lines, self._rules)
+        if sound is not None and len(sound.models) > 1 and self._total_count + len(sound.custom_ids) > self._lines_max:
+            # The input may end within them, and then not all of their models count.
+            return None
+        return sound
 
-    def _learn_from_first(self, block: Block) -> None:
+    def _learn_from_first(self, lines: bytes) -> None:
         """Learn what the first line teaches, as looking at each line would."""
-        line_number, raw = next(split_lines(block.content, block.first_line))
+        _, raw = next(split_lines(lines, 1))
         self._rules = self._rules.learn_url(raw)
-        found = parse_line(raw, line_number, self._rules)
+        found = parse_line(raw, 1, self._rules)
         if isinstance(found, RequestLine):
             self._rules = self._rules.learn_model(found)
 
     def _take_one_by_one(self, block: Block) -> None:
-        self._cuts[-1].is_sound = False
         custom_ids = []
         skipped = []
         line_count = 0
@@ -332,14 +314,6 @@ class Validator:
                 self._refuse(found)
                 skipped.append(line_number)
         self._remember(block, line_count, custom_ids, skipped)
-
-    def _ids_of(self, cut: _Cut, content: bytes) -> list[str]:
-        """Give the ids that were noted of a range of the input."""
-        if cut.is_sound:
-            return custom_ids_of(content)
-        lines = self._requests(content, cut.first_line)
-        each = (parse_line(raw, line_number, self._rules).custom_id for line_number, raw in lines)
-        return [custom_id for custom_id in each if custom_id is not None]
 
     def _requests(self, content: bytes, first_line: int) -> Iterator[tuple[int, bytes]]:
         """Give the lines that count: not blank, and chosen."""
@@ -368,13 +342,11 @@ class Validator:
             self._models |= models
 
     def _remember(self, block: Block, line_count: int, custom_ids: list[str], skipped: list[int]) -> None:
-        self._order.note(custom_ids)
+        self._repeats.note(custom_ids)
         cut = self._cuts[-1]
         cut.byte_end = block.byte_end
         cut.checksum = crc32(block.content, cut.checksum)
         cut.line_count += line_count
-        if cut.hashes is not None:
-            cut.hashes.extend(_hashes(custom_ids))
         # A shard leaves out lines not chosen and refused ones; without on_invalid=skip the latter leave no shard.
         if self._on_invalid is OnInvalid.SKIP or self._chosen is not None:
             cut.skipped.extend(skipped)
@@ -446,10 +418,6 @@ def validator_of(
         on_problem=on_problem,
         sha256=sha256,
     )
-
-
-def _hashes(custom_ids: list[str]) -> array[int]:
-    return array("q", list(map(hash, custom_ids)))
 
 
 class _Digest:

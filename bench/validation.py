@@ -16,7 +16,10 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from hashlib import md5
 from pathlib import Path
+from typing import NamedTuple
+from uuid import UUID
 
 import orjson
 
@@ -24,6 +27,8 @@ from batchrunner.lines import CHAT_COMPLETIONS, LineRules
 from batchrunner.models import OnInvalid
 from batchrunner.tuning import raise_mmap_threshold
 from batchrunner.validation import Validation, Validator
+
+IdOf = Callable[[int], str]
 
 LINES = 200_000
 ROUNDS = 5
@@ -41,21 +46,44 @@ ACCENTED = ("naïve", "café", "Grüße", "Köln", "élève", "señor", "déjà"
 OTHER = ("東京", "こんにちは", "Привет", "мир", "質問", "ответ")
 # fmt: on
 
-# name -> share of accented words, share of words in other scripts, number of turns
+
+class Corpus(NamedTuple):
+    """Chat lines: their shares of accented words and of words in other scripts, their turns, and their ids."""
+
+    accented: float
+    other: float
+    turns: int
+    id_of: IdOf
+
+
+def counted(index: int) -> str:
+    """Ids as many scripts give them."""
+    return f"request-{index:09}"
+
+
+def random_uuid(index: int) -> str:
+    """Ids in no order."""
+    return str(UUID(bytes=md5(index.to_bytes(8), usedforsecurity=False).digest(), version=4))
+
+
 CORPORA = {
-    "chat, four turns, some accents in every line": (0.08, 0.0, 4),
-    "chat, four turns, a quarter in other scripts": (0.10, 0.25, 4),
-    "one long turn, ASCII only (least to do for a parser)": (0.0, 0.0, 1),
+    "chat, four turns, some accents in every line": Corpus(0.08, 0.0, 4, counted),
+    "chat, four turns, a quarter in other scripts": Corpus(0.10, 0.25, 4, counted),
+    "chat, four turns, some accents, UUIDs": Corpus(0.08, 0.0, 4, random_uuid),
+    "one long turn, ASCII only (least to do for a parser)": Corpus(0.0, 0.0, 1, counted),
+    "one long turn, ASCII only, UUIDs": Corpus(0.0, 0.0, 1, random_uuid),
 }
 
 
-def body(rng: random.Random, accented: float, other: float, turns: int) -> dict[str, object]:
+def body(rng: random.Random, corpus: Corpus) -> dict[str, object]:
     """Make a chat body of about 850 bytes."""
 
     def word() -> str:
         chance = rng.random()
-        return rng.choice(OTHER if chance < other else ACCENTED if chance < other + accented else ENGLISH)
+        words = OTHER if chance < corpus.other else ACCENTED if chance < corpus.other + corpus.accented else ENGLISH
+        return rng.choice(words)
 
+    turns = corpus.turns
     roles = ["system", *["user", "assistant"] * turns][:turns] if turns > 1 else ["user"]
     size_bytes = 560 if turns > 1 else 720
     messages = []
@@ -70,14 +98,14 @@ def body(rng: random.Random, accented: float, other: float, turns: int) -> dict[
     return {"model": "small-chat", "messages": messages, "max_tokens": 64, **settings}
 
 
-def write_lines(path: Path, lines: int, accented: float, other: float, turns: int) -> None:
+def write_lines(path: Path, lines: int, corpus: Corpus) -> None:
     """Write chat lines; 5,000 different bodies in turn."""
     rng = random.Random(1)
-    bodies = [json.dumps(body(rng, accented, other, turns), ensure_ascii=False) for _ in range(min(lines, 5_000))]
+    bodies = [json.dumps(body(rng, corpus), ensure_ascii=False) for _ in range(min(lines, 5_000))]
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for index in range(lines):
-            head = f'{{"custom_id": "request-{index:09}", "method": "POST", "url": "{CHAT_COMPLETIONS}", "body": '
-            file.write(f"{head}{bodies[index % len(bodies)]}}}\n")
+            head = f'{{"custom_id": "{corpus.id_of(index)}", "method": "POST", "url": "{CHAT_COMPLETIONS}"'
+            file.write(f'{head}, "body": {bodies[index % len(bodies)]}}}\n')
 
 
 def chunks(path: Path) -> Iterator[bytes]:
@@ -94,7 +122,7 @@ def validate(path: Path) -> Validation:
     for chunk in chunks(path):
         validator.feed(chunk)
     while validator.candidates():
-        raise SystemExit("the ids ascend, yet there are candidates")
+        raise SystemExit("all ids differ, yet there are candidates")
     return validator.finish()
 
 
@@ -148,12 +176,11 @@ def peak_bytes(path: Path) -> int:
 
 def memory_per_line(folder: Path, lines: int) -> float:
     """Give the bytes that each further line takes, from two file sizes."""
-    accented, other, turns = next(iter(CORPORA.values()))
     few, many = lines // 4, lines
     peaks = []
     for count in (few, many):
         path = folder / f"memory-{count}.jsonl"
-        write_lines(path, count, accented, other, turns)
+        write_lines(path, count, next(iter(CORPORA.values())))
         peaks.append(peak_bytes(path))
     return (peaks[1] - peaks[0]) / (many - few)
 
@@ -162,16 +189,16 @@ def main(lines: int = LINES) -> dict[str, dict[str, float]]:
     """Measure every corpus, print a table, and give the figures."""
     figures: dict[str, dict[str, float]] = {}
     raise_mmap_threshold()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         print(f"{lines} lines; us per line, wall (CPU); ratio = orjson / ours, above 1 is faster than orjson")
-        for corpus, shape in CORPORA.items():
+        for name, corpus in CORPORA.items():
             path = folder / "lines.jsonl"
-            write_lines(path, lines, *shape)
+            write_lines(path, lines, corpus)
             row = compare(path, lines)
-            figures[corpus] = row
+            figures[name] = row
             print(
-                f"  {corpus} ({row['line_bytes']:.0f} B): "
+                f"  {name} ({row['line_bytes']:.0f} B): "
                 f"ours {row['validation_us']:.2f} ({row['validation_cpu_us']:.2f}), "
                 f"orjson {row['orjson_us']:.2f} ({row['orjson_cpu_us']:.2f}), "
                 f"ratio {row['ratio']:.2f} ({row['ratio_cpu']:.2f})"

@@ -20,7 +20,7 @@ from batchrunner.cli.console import say
 from batchrunner.cli.exits import ExitCode
 from batchrunner.cli.inputs import pieces_of, plain
 from batchrunner.clock import SystemClock
-from batchrunner.cutting import Block, Cutter, LongLine
+from batchrunner.cutting import Cutter, LongLine
 from batchrunner.errors import NotFound
 from batchrunner.models import LineProblem
 from batchrunner.settings import Settings
@@ -175,23 +175,23 @@ class Census:
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes."""
         self.size_bytes += len(chunk)
-        for cut in self._cutter.feed(chunk):
-            self._take(cut)
+        for run in self._cutter.feed(chunk):
+            self._take(run)
 
     def finish(self) -> None:
         """Take what is left."""
-        for cut in self._cutter.finish():
-            self._take(cut)
+        for run in self._cutter.finish():
+            self._take(run)
 
-    def _take(self, cut: Block | LongLine) -> None:
-        if isinstance(cut, LongLine):
+    def _take(self, run: bytes | LongLine) -> None:
+        if isinstance(run, LongLine):
             self.line_count += 1
             return
-        self.line_count += cut.line_count
+        self.line_count += run.count(b"\n") + (not run.endswith(b"\n"))
         try:
-            lines = _decode_all_seen(cut.content)
+            lines = _decode_all_seen(run)
         except (msgspec.DecodeError, RecursionError):
-            lines = list(_seen_one_by_one(cut.content))
+            lines = list(_seen_one_by_one(run))
         _count(self.models, (line.body.model if line.body is not None else None for line in lines))
         _count(self.urls, (line.url for line in lines))
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from batchrunner import validation
+from batchrunner import repeats, validation
 from batchrunner.cutting import split_lines
 from batchrunner.errors import InputChanged
 from batchrunner.lines import CHAT_COMPLETIONS, EMBEDDINGS, LineRules, ProblemCode, is_blank, parse_line
@@ -225,7 +225,7 @@ def test_a_refused_line_uses_up_its_id_and_keeps_its_own_problem() -> None:
 
 
 def test_equal_hashes_of_different_ids_are_no_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "hash", lambda _: 7, raising=False)
+    monkeypatch.setattr(repeats, "hash", lambda _: 7, raising=False)
     content = b"\n".join([line("a"), line("b"), line("a")])
 
     found = validate(content)
@@ -234,7 +234,7 @@ def test_equal_hashes_of_different_ids_are_no_duplicates(monkeypatch: pytest.Mon
 
 
 def test_candidates_come_in_several_rounds_when_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "_CONFIRMED_AT_ONCE", 3)
+    monkeypatch.setattr(repeats, "_TOLD_AT_ONCE", 3)
     content = b"\n".join(line(str(number)) for number in [*range(20), *range(10)])
 
     found = validate(content, shard_lines_max=4)
@@ -242,26 +242,9 @@ def test_candidates_come_in_several_rounds_when_there_are_many(monkeypatch: pyte
     assert codes(found) == [(number, "duplicate_custom_id") for number in range(21, 31)]
 
 
-def test_ids_that_ascend_are_looked_at_again_once_one_does_not() -> None:
-    rows = [line(f"{number:02}") for number in [*range(1, 8), 3, 9]]
-    content = b"\n".join(rows)
-    starts = [content.index(rows[at]) for at in (0, 2, 4, 6)]
-    validator = Validator(CHAT, OnInvalid.SKIP, lines_max=10, bytes_max=10_000, shard_lines_max=2)
-    validator.feed(content)
-
-    rounds = []
-    while looks := validator.candidates():
-        rounds.append([look.byte_start for look in looks])
-        for look in looks:
-            validator.confirm(look, content[look.byte_start : look.byte_end])
-
-    # The 3 is in the second pair and in the fourth, with which the order ends; the fifth was hashed when it came.
-    assert rounds == [[starts[0]], [starts[1], starts[3]]]
-    assert codes(validator.finish()) == [(8, "duplicate_custom_id")]
-
-
-def test_ranges_that_are_read_again_are_no_longer_than_a_shard() -> None:
-    rows = [line(f"{number:02}") + b"\n" for number in [*range(1, 8), 3]]
+def test_neighbouring_ranges_are_read_again_at_one_go_no_longer_than_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeats, "_IDS_PER_MARK", 1)
+    rows = [line(f"{number:02}") + b"\n" for number in [1, 2, 3, 4, 9, 4, 3, 2, 1]]
     size_bytes = len(rows[0])
     content = b"".join(rows)
     validator = Validator(
@@ -271,15 +254,33 @@ def test_ranges_that_are_read_again_are_no_longer_than_a_shard() -> None:
 
     looks = validator.candidates()
 
-    assert [(look.byte_start // size_bytes, look.byte_end // size_bytes) for look in looks] == [(0, 3), (3, 6), (6, 8)]
+    ranges = [(look.byte_start // size_bytes, look.byte_end // size_bytes) for look in looks]
+    assert ranges == [(0, 3), (3, 4), (5, 8), (8, 9)]
     for look in looks:
         validator.confirm(look, content[look.byte_start : look.byte_end])
-    assert [look.places for look in validator.candidates()] == [range(2, 3), range(7, 8)]
+    assert validator.candidates() == ()
+    assert codes(validator.finish()) == [(number, "duplicate_custom_id") for number in (6, 7, 8, 9)]
 
 
-def test_a_file_whose_ids_ascend_has_nothing_to_read_again() -> None:
+@pytest.mark.parametrize("size_bytes", [100, 70_000])
+def test_little_is_read_again_for_one_repeated_id(size_bytes: int) -> None:
+    count = 400 if size_bytes > 1000 else 20_000
+    rows = [line(f"{number:05}", x="y" * size_bytes) for number in [*range(count), 7]]
+    content = b"\n".join(rows)
+    validator = Validator(CHAT, OnInvalid.SKIP, lines_max=30_000, bytes_max=1 << 30, shard_bytes_max=1 << 20)
+    validator.feed(content)
+
+    looks = validator.candidates()
+
+    assert sum(look.byte_end - look.byte_start for look in looks) < len(content) / 8
+    for look in looks:
+        validator.confirm(look, content[look.byte_start : look.byte_end])
+    assert codes(validator.finish()) == [(count + 1, "duplicate_custom_id")]
+
+
+def test_a_file_without_repeated_ids_has_nothing_to_read_again() -> None:
     validator = Validator(CHAT, OnInvalid.FAIL, lines_max=10, bytes_max=10_000)
-    validator.feed(line("a") + b"\n" + line("b"))
+    validator.feed(line("b") + b"\n" + line("a"))
 
     assert validator.candidates() == ()
     assert not validator.finish().is_rejected
@@ -355,6 +356,10 @@ LINE = st.one_of(
             line("n4", body=BODY | {"stream": True}),
             line("n5", body=BODY | {"stream": None, "n": None}),
             line("n6") + line("n7"),
+            line("n8") + b" ",
+            b" " + line("n9"),
+            line("n10") + b"\r\r",
+            b"[]",
             b"no",
             b'{"custom_id":"half","x":{}',
             b',"y":{}}',
@@ -410,13 +415,61 @@ def test_validation_finds_what_a_naive_reader_finds_whatever_the_chunks(rows, ch
     assert (found.total_count, found.refused_count) == (len(running) + len(wrong), len(wrong))
 
 
+LIMITS = st.fixed_dictionaries(
+    {
+        "lines_max": st.sampled_from([1, 2, 5, 10_000]),
+        "bytes_max": st.sampled_from([900, 3000, 1 << 30]),
+        "shard_lines_max": st.integers(1, 12),
+        "chosen": st.none() | st.sets(st.integers(1, 40)).map(sorted),
+    }
+)
+
+
 @settings(deadline=None)
-@given(st.lists(LINE.filter(lambda raw: raw[:1] == b"{" and raw[-1:] == b"}"), min_size=1, max_size=6))
+@given(
+    st.lists(LINE, min_size=1, max_size=40),
+    st.integers(1, 300),
+    st.builds(LineRules, is_strict=st.booleans(), line_bytes_max=st.sampled_from([120, 200, 1 << 24])),
+    LIMITS,
+)
+def test_limits_hold_and_lines_are_chosen_alike_whatever_the_chunks(rows, chunk_bytes, rules, limits):
+    def found(chunk_bytes: int) -> tuple[Validation, list[LineProblem]]:
+        seen: list[LineProblem] = []
+        return validate(b"\n".join(rows), rules, chunk_bytes=chunk_bytes, seen=seen, **limits), seen
+
+    assert found(chunk_bytes) == found(1 << 20)
+
+
+def test_models_after_the_last_request_allowed_do_not_count() -> None:
+    content = b"".join(line(str(at), body=BODY | {"model": model}) + b"\n" for at, model in enumerate("mmn"))
+
+    for chunk_bytes in (1, 1 << 20):
+        assert validate(content, chunk_bytes=chunk_bytes, lines_max=1, shard_lines_max=2).model == "m"
+
+
+def test_an_odd_line_leaves_the_lines_of_other_shards_to_be_judged_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[int] = []
+
+    def parse_and_note(raw: bytes, line_number: int, rules: LineRules) -> RequestLine | LineProblem:
+        judged.append(line_number)
+        return parse_line(raw, line_number, rules)
+
+    monkeypatch.setattr(validation, "parse_line", parse_and_note)
+    rows = [line(str(number)) for number in range(12)]
+    rows[5] = b""
+
+    found = validate(b"\n".join(rows), replace(CHAT, wants_url=True), shard_lines_max=4)
+
+    assert (found.total_count, judged) == (11, [5, 7, 8])
+
+
+@settings(deadline=None)
+@given(st.lists(LINE.filter(lambda raw: not is_blank(raw)), min_size=1, max_size=6))
 def test_a_block_is_sound_only_if_each_of_its_lines_is(rows: list[bytes]) -> None:
     rules = replace(CHAT, wants_url=True)
     each = [parse_line(raw, 1, rules) for raw in rows]
 
-    found = sound_lines(b"\n".join(rows), len(rows), rules)
+    found = sound_lines(b"\n".join(rows), rules)
 
     if all(isinstance(one, RequestLine) for one in each):
         assert found is not None
@@ -452,8 +505,8 @@ def test_a_block_is_sound_only_if_each_of_its_lines_is(rows: list[bytes]) -> Non
 def test_a_line_unlike_the_first_is_judged_as_it_is_alone(odd: bytes, rules: LineRules) -> None:
     is_sound = isinstance(parse_line(odd, 2, rules), RequestLine)
 
-    assert (sound_lines(line("a") + b"\n" + odd + b"\n", 2, rules) is not None) == is_sound
-    assert (sound_lines(odd + b"\n" + line("a"), 2, rules) is not None) == is_sound
+    assert (sound_lines(line("a") + b"\n" + odd + b"\n", rules) is not None) == is_sound
+    assert (sound_lines(odd + b"\n" + line("a"), rules) is not None) == is_sound
 
 
 def nested(depth: int) -> object:
@@ -477,14 +530,14 @@ DEPTHS = st.sampled_from([0, 1, 20, 60, *range(119, 132)])
 ONE_MESSAGE = line("a", body=BODY | {"messages": [{}]})
 
 
-@given(rows=st.lists(nested_lines(DEPTHS), min_size=1, max_size=3), has_end=st.booleans())
+@given(rows=st.lists(nested_lines(DEPTHS), min_size=1, max_size=40), has_end=st.booleans())
 @example(rows=[ONE_MESSAGE, line("b", body=BODY | {"messages": [{"c": nested(125)}]})], has_end=True)
 @example(rows=[ONE_MESSAGE, line("b", body=BODY | {"messages": [{"c": nested(125)}, {}]})], has_end=True)
 def test_lines_taken_together_are_nested_no_deeper_than_each_may_be(rows: list[bytes], has_end: bool) -> None:
     """The brackets of many lines are counted together; what is too deep for one line is never taken for sound."""
     rules = replace(CHAT, wants_url=True)
 
-    found = sound_lines(b"\n".join(rows) + (b"\n" if has_end else b""), len(rows), rules)
+    found = sound_lines(b"\n".join(rows) + (b"\n" if has_end else b""), rules)
 
     is_each_sound = all(isinstance(parse_line(raw, 1, rules), RequestLine) for raw in rows)
     assert (found is not None) <= is_each_sound
@@ -492,7 +545,7 @@ def test_lines_taken_together_are_nested_no_deeper_than_each_may_be(rows: list[b
 
 @given(st.lists(nested_lines(st.integers(0, 60)), min_size=1, max_size=40), st.booleans())
 def test_lines_that_are_hardly_nested_are_taken_together(rows: list[bytes], has_end: bool) -> None:
-    assert sound_lines(b"\n".join(rows) + (b"\n" if has_end else b""), len(rows), replace(CHAT, wants_url=True))
+    assert sound_lines(b"\n".join(rows) + (b"\n" if has_end else b""), replace(CHAT, wants_url=True))
 
 
 def test_a_long_line_of_small_objects_takes_little_more_than_its_bytes() -> None:
@@ -500,7 +553,7 @@ def test_a_long_line_of_small_objects_takes_little_more_than_its_bytes() -> None
 
     tracemalloc.start()
     try:
-        assert sound_lines(content, 1, replace(CHAT, wants_url=True)) is None
+        assert sound_lines(content, replace(CHAT, wants_url=True)) is None
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
